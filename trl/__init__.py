@@ -1,0 +1,31 @@
+"""trl: post-training for language models. Public names are resolved lazily, so that `import trl` costs milliseconds."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "2.0.0.dev0"
+
+if TYPE_CHECKING:
+    from .config import ModelConfig, ScriptArguments
+    from .trainer.sft import SFTConfig, SFTTrainer
+
+_home = {
+    "ModelConfig": "trl.config",
+    "ScriptArguments": "trl.config",
+    "SFTConfig": "trl.trainer.sft",
+    "SFTTrainer": "trl.trainer.sft",
+}
+
+__all__ = ["ModelConfig", "SFTConfig", "SFTTrainer", "ScriptArguments", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _home:
+        raise AttributeError(f"module 'trl' has no attribute {name!r}")
+    value = getattr(import_module(_home[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

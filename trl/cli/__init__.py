@@ -1,0 +1,17 @@
+"""The command `trl`: argv in, the library's own classes behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UsageError(Exception):
+    """What was typed cannot be meant: told in a sentence, exit status 2."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The end of a sentence about a wrong word: the word that was probably meant, or a full stop."""
+    from difflib import get_close_matches
+
+    matches = get_close_matches(word, list(words), n=1)
+    return f"; did you mean {matches[0]}?" if matches else "."

@@ -1,0 +1,91 @@
+"""`trl <command>`: finds the command, runs it, and turns mistakes into sentences.
+
+Nothing heavy is imported before a command is known, so that `trl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from trl import __version__
+from trl.cli import UsageError, nearest
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+# Each module has `run(argv, command) -> int`.
+COMMANDS = {
+    "sft": Command("trl.cli.train", "supervised fine-tuning: texts, chats, prompts with completions"),
+    "demo": Command("trl.cli.demo", "train a small real model here and now, offline, and see what it learned"),
+    "env": Command("trl.cli.env", "versions and devices, to paste into a report of a problem"),
+}
+
+
+def help_text() -> str:
+    lines = [
+        "usage: trl [--debug] <command> [options]",
+        "",
+        "Post-training of language models.",
+        "",
+        "commands:",
+        *(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "options:",
+        "  -h, --help  this text; after a command, its options",
+        "  --version   the version of trl",
+        "  --debug     show the traceback of an error (or set TRL_DEBUG=1)",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("TRL_DEBUG", "") not in ("", "0")
+    if argv[:1] == ["--debug"]:
+        debug, argv = True, argv[1:]
+
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        # Asked for, it goes to stdout; typed by mistake, it is an error.
+        print(help_text(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"trl {__version__}")
+        return 0
+
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        what = "option" if name.startswith("-") else "command"
+        meant = nearest(name, COMMANDS)
+        print(f"trl: there is no {what} {name}{meant} `trl --help` lists them.", file=sys.stderr)
+        return 2
+    run: Callable[[Sequence[str], str], int]
+    try:
+        run = import_module(COMMANDS[name].module).run
+        return run(rest, name)
+    except KeyboardInterrupt:
+        print(f"\ntrl {name}: interrupted", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        if debug:
+            raise
+        print(f"trl {name}: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, ImportError) as error:
+        # What a user can put right: rows, paths, settings, missing packages. Anything else is a fault of the program,
+        # whose traceback is the most useful thing to show.
+        if debug:
+            raise
+        message = str(error).strip() or type(error).__name__
+        print(f"trl {name}: {message}\n(TRL_DEBUG=1 shows where this arose.)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

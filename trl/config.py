@@ -1,0 +1,141 @@
+"""What a user sets. Field groups are dataclasses over `transformers.TrainingArguments`; each field is written once."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+_said: set[str] = set()
+
+
+def say_once(sentence: str) -> None:
+    """A notice that the user should see once a process, whatever constructs it."""
+    if sentence not in _said:
+        _said.add(sentence)
+        print(f"trl: {sentence}", flush=True)
+
+
+@dataclass
+class ScriptArguments:
+    """Which data a command reads."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set: a file, a folder, or a name that `datasets` knows."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a named data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+
+
+@dataclass
+class ModelConfig:
+    """Which model a command loads, and which adapter it trains."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model: a folder, or a name on the Hub. An adapter's folder brings its base."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Weights in memory: `auto` as the checkpoint has them, or bfloat16, float16, float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention outside the engine; flat rows are computed by segment whatever is set here."},
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "Scale of the adapter (times 1/r, or 1/sqrt(r) with rsLoRA)."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers to adapt, or `all-linear`. Default: PEFT's for the family."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of layers to train and save in full beside the adapter."}
+    )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type written into the adapter's config."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by 1/sqrt(r) (rank-stabilised LoRA)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA)."})
+
+
+@dataclass
+class BaseConfig(TrainingArguments):
+    """What all trainers share beyond `transformers.TrainingArguments`.
+
+    Defaults that differ from transformers: `logging_steps=10`, activation checkpointing on, `bf16` on where the
+    accelerator computes in it, `average_tokens_across_devices` always on (gradients do not depend on the split).
+    """
+
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Mixed precision in bfloat16. Default: where the accelerator has it. `true` works on a CPU too.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=True,
+        metadata={"help": "Recompute activations in the backward pass: less memory, a third more compute."},
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Has no effect: the data stage keeps exactly what training reads."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Has no effect: a loss that is not finite stops the run and names the row."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of `from_pretrained` when the model is given by name or path."}
+    )
+    disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the model to zero."})
+    share_prompt: bool = field(
+        default=True,
+        metadata={"help": "Compute a prompt once for all that continues it (its dropout draw is shared too)."},
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        accelerator = torch.accelerator.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = accelerator and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        elif self.bf16 and not accelerator and not self.use_cpu:
+            self.use_cpu = True
+            say_once("no accelerator here: bf16=True runs on the CPU, in bfloat16 autocast")
+        # transformers calls it activation checkpointing from 5.2x on, and keeps the old name as an alias that warns.
+        if hasattr(self, "activation_checkpointing"):
+            for ours, theirs in (("", ""), ("_kwargs", "_kwargs")):
+                if getattr(self, f"activation_checkpointing{theirs}") is None:
+                    setattr(self, f"activation_checkpointing{theirs}", getattr(self, f"gradient_checkpointing{ours}"))
+        super().__post_init__()
+
+
+@dataclass
+class SequenceFields:
+    """How rows become token sequences."""
+
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence in tokens; longer rows are cut and counted. Default: the model's window."},
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={"help": "Which end of a longer row stays.", "choices": ["keep_start", "keep_end"]},
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token, if not the tokenizer's."})
+    pad_token: str | None = field(default=None, metadata={"help": "Padding token, if not the tokenizer's."})
+
+
+def non_default(config: Any) -> dict[str, Any]:
+    """The fields of a config that differ from its class's defaults."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}

@@ -1,0 +1,420 @@
+"""Chat templates, and which part of a rendered conversation the model must learn to write.
+
+The spans are worked out from the template itself, by what it does and not by what it looks like:
+
+1. A template with `{% generation %}` markers says where they are.
+2. Otherwise the conversation is rendered a second time with a sentinel on either side of each assistant content. If
+   the text without sentinels is the plain rendering, the contents are where the sentinels stand. Where the turn begins
+   before its content, and what ends it, is known from a probe that is rendered once per template.
+3. A template that rewrites contents (that strips thinking from earlier turns, that writes tool calls) moves or loses
+   the sentinels. Then each turn begins where the rendering of the messages before it ends, and ends where a rendering
+   with another content begins to agree with this one again.
+
+What none of these can place is an error, never a guess.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .formats import DataError
+
+Messages = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]  # from the first character to one past the last
+
+GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PRIVATE_USE = range(0xE000, 0xF8FF)  # characters that no text should contain: sentinels are taken from here
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False, **template_kwargs: Any
+) -> str:
+    """The text that the tokenizer's chat template makes of `messages`. Raises `DataError` if it refuses them."""
+    return chat_template(tokenizer).render(messages, add_generation_prompt, **template_kwargs)
+
+
+def assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, **template_kwargs: Any
+) -> tuple[str, list[Span]]:
+    """The rendered text, and for every assistant turn the characters from the end of the generation prompt to the end
+    of turn inclusive. Raises `DataError` where the template does not allow to tell."""
+    return chat_template(tokenizer).spans(messages, **template_kwargs)
+
+
+def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span], trimmed: bool = False) -> list[bool]:
+    """Which tokens are trained: those that begin inside a span.
+
+    `offsets` are the characters of each token, as the tokenizer gives them; `trimmed` says that they leave out the
+    space that a token begins with (see `trims_offsets`). A token that straddles the left edge of a span is not
+    trained: the model meets that edge at the end of a prompt, where the token is cut in two.
+    """
+    mask = [False] * len(offsets)
+    for start, end in spans:
+        first, last = first_token_at(offsets, start, trimmed), first_token_at(offsets, end, trimmed)
+        mask[first:last] = [True] * (last - first)
+    return mask
+
+
+def first_token_at(offsets: Sequence[Span], position: int, trimmed: bool = False) -> int:
+    """Index of the first token that begins at `position` or later; the number of text tokens if there is none."""
+    # Special tokens that the tokenizer added at either end have no characters; those at the end break the order.
+    count = len(offsets)
+    while count and tuple(offsets[count - 1]) == (0, 0):
+        count -= 1
+    first = bisect_left(offsets, (position,), hi=count)
+    if trimmed and 0 < first < count and offsets[first - 1][1] < position:
+        first += 1  # its space stands before `position`
+    return first
+
+
+def trims_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the offsets of a token leave out the space that it begins with (byte-level tokenizers may do so)."""
+    encoding = tokenizer("a b", add_special_tokens=False, return_offsets_mapping=True)
+    last = tokenizer.convert_ids_to_tokens(encoding["input_ids"][-1])
+    return last in ("Ġb", "▁b") and encoding["offset_mapping"][-1][0] == 2
+
+
+@lru_cache(maxsize=16)
+def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str, vocabulary: int) -> "ChatTemplate":
+    return ChatTemplate(tokenizer)
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
+    """The template of `tokenizer` with what is known of it, worked out once for each state of the tokenizer."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            "The data are conversations, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
+            "take the tokenizer of an instruction-tuned model, or give the rows as `text`."
+        )
+    return _chat_template(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+
+
+class Lead(NamedTuple):
+    """What stands before an assistant content: `header`, with which the generation prompt ends, then what the template
+    writes before the content and the model must learn (`written`, usually nothing; an empty think block in some)."""
+
+    header: str
+    written: str
+
+
+class Facts(NamedTuple):
+    """What a probe told of a template: the leads it uses, longest first, and the string that ends a turn, if any."""
+
+    leads: tuple[Lead, ...] = ()
+    end: str = ""
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer. Use `chat_template(tokenizer)` to get it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._facts: dict[str, Facts] = {}
+        names = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        names = {name for name in names if name.strip()}  # some vocabularies add runs of newlines
+        if tokenizer.bos_token != tokenizer.eos_token:
+            names.discard(str(tokenizer.bos_token))  # it begins the next turn in some templates, and ends none
+        self.special_tokens = tuple(sorted(names, key=lambda name: (-len(name), name)))
+        self.special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
+        self._special_after_space = re.compile(rf"\s*(?:{self.special.pattern})")
+
+    # -- rendering ----------------------------------------------------------------------------------------------------
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False, **kwargs: Any) -> str:
+        return self.render_all([messages], add_generation_prompt, **kwargs)[0]
+
+    def render_all(
+        self, conversations: Sequence[Messages], add_generation_prompt: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """The texts of many conversations, for half the price of one at a time."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                [list(messages) for messages in conversations],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
+            )
+        # A template is a program from elsewhere and may raise anything.
+        except Exception as error:
+            roles = ", ".join(str(message.get("role")) for message in conversations[0])
+            raise DataError(
+                f"the chat template refuses the conversation with the roles [{roles}]: {error}. Change the messages to "
+                "what it accepts, or set another `tokenizer.chat_template`."
+            ) from error
+
+    def _try(self, messages: Messages, add_generation_prompt: bool = False, **kwargs: Any) -> str | None:
+        """As `render`, but None when the template refuses, as it may for the first messages of a conversation."""
+        if not messages:
+            return None
+        try:
+            return self.render(messages, add_generation_prompt, **kwargs)
+        except DataError:
+            return None
+
+    # -- spans --------------------------------------------------------------------------------------------------------
+
+    def spans(self, messages: Messages, **kwargs: Any) -> tuple[str, list[Span]]:
+        marked = self._spans_by_markers(messages, **kwargs)
+        if marked is not None:
+            return marked
+        text = self.render(messages, **kwargs)
+        sentinels = _unused(text)
+        return text, self._spans(messages, text, self._try(_mark(messages, *sentinels), **kwargs), sentinels, **kwargs)
+
+    def spans_all(self, conversations: Sequence[Messages]) -> list[tuple[str, list[Span]] | DataError]:
+        """`spans` of many conversations, with an error in the place of one that fails."""
+        results: list[tuple[str, list[Span]] | DataError] = []
+        try:
+            if self._has_markers():
+                raise DataError("one at a time")
+            texts = self.render_all(conversations)
+            sentinels = _unused("".join(texts))
+            all_marked = self.render_all([_mark(messages, *sentinels) for messages in conversations])
+        except DataError:
+            texts = all_marked = []
+        if not texts:
+            return [self.spans_or_error(messages) for messages in conversations]
+        for messages, text, marked in zip(conversations, texts, all_marked, strict=True):
+            try:
+                results.append((text, self._spans(messages, text, marked, sentinels)))
+            except DataError as error:
+                results.append(error)
+        return results
+
+    def spans_or_error(self, messages: Messages, **kwargs: Any) -> tuple[str, list[Span]] | DataError:
+        """`spans`, with its error returned: the caller knows the row and raises it again with its number."""
+        try:
+            return self.spans(messages, **kwargs)
+        except DataError as error:
+            return error
+
+    def _spans(
+        self, messages: Messages, text: str, marked: str | None, sentinels: tuple[str, str], **kwargs: Any
+    ) -> list[Span]:
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        contents = _contents_by_sentinels(text, marked, sentinels, len(turns))
+        spans: list[Span] = []
+        span: Span | None
+        for order, index in enumerate(turns):
+            if contents is not None:
+                span = self._around(messages, index, text, contents[order], **kwargs)
+            else:
+                span = self._by_difference(messages, index, text, sentinels[0], **kwargs)
+            if span is None or span[0] > span[1] or (spans and span[0] < spans[-1][1]):
+                raise DataError(
+                    f"cannot tell where the assistant's turn messages[{index}] stands in the rendered text, because "
+                    "the chat template rewrites it or leaves it out. Add `{% generation %}` … `{% endgeneration %}` to "
+                    "the template, or train on all tokens with assistant_only_loss=False."
+                )
+            spans.append(span)
+        return spans
+
+    def _around(self, messages: Messages, index: int, text: str, content: Span, **kwargs: Any) -> Span:
+        """The turn around a content whose place is known exactly."""
+        raw = messages[index]["content"]
+        leading = raw[: len(raw) - len(raw.lstrip())] if raw.strip() else ""
+        # Whitespace before the content belongs to it, unless the template trimmed it away.
+        for space in (leading, "") if leading else ("",):
+            for header, written in self.facts(**kwargs).leads:
+                if text.endswith(header + written + space, 0, content[0]):
+                    return content[0] - len(written + space), self._end_of_turn(text, content[1], **kwargs)
+        start = self._start(messages, index, text, content[0], **kwargs)
+        if start is None:  # the content alone is certain
+            start = content[0] - len(leading) if text.endswith(leading, 0, content[0]) else content[0]
+        return start, self._end_of_turn(text, content[1], **kwargs)
+
+    def _by_difference(self, messages: Messages, index: int, text: str, other: str, **kwargs: Any) -> Span | None:
+        """The turn, from renderings of the messages before it and of the same messages with another content."""
+        message, before, after = messages[index], list(messages[:index]), list(messages[index + 1 :])
+        end: int | None = None
+        # The text of a tool call is not at hand to be replaced, but it ends where the rendering up to it ends.
+        if message.get("tool_calls"):
+            end = self._end_by_prefix(messages, index, text, **kwargs)
+        limit = end
+        if end is None:
+            for changed in ({"role": "assistant", "content": other}, {**message, "content": other}):
+                altered = self._try([*before, changed, *after], **kwargs)
+                if altered is not None and altered != text and other in altered:
+                    limit = _common_prefix(text, altered)
+                    rest = _common_suffix(text[limit:], altered[limit:])
+                    end = self._end_of_turn(text, len(text) - rest, **kwargs)
+                    break
+            else:
+                end = limit = self._end_by_prefix(messages, index, text, **kwargs)
+        if end is None or limit is None:
+            return None
+        start = self._start(messages, index, text, limit, **kwargs)
+        return None if start is None else (start, end)
+
+    def _start(self, messages: Messages, index: int, text: str, limit: int, **kwargs: Any) -> int | None:
+        """Where the generation prompt of turn `index` ends; `limit` is a position inside the turn."""
+        before = messages[:index]
+        prompt = self._try(before, add_generation_prompt=True, **kwargs)
+        if prompt is not None:
+            common = _common_prefix(prompt, text)
+            if common == len(prompt):
+                return min(common, limit)
+            # The generation prompt may say more than the turn does (open a think block, say): they agree up to
+            # some place in it. If they part before, an earlier turn reads differently once later ones follow.
+            plain = self._try(before, **kwargs)
+            if plain is not None and prompt.startswith(plain) and len(plain) < common <= limit:
+                return common
+        ends = [
+            place + len(header)
+            for header, _ in self.facts(**kwargs).leads
+            if (place := text.rfind(header, 0, limit)) >= 0
+        ]
+        return max(ends, default=None)
+
+    def _end_by_prefix(self, messages: Messages, index: int, text: str, **kwargs: Any) -> int | None:
+        whole = self._try(messages[: index + 1], **kwargs)
+        if whole is None or not text.startswith(whole):
+            return None
+        end = len(whole.rstrip())
+        return end if text.endswith(self.special_tokens, 0, end) else self._end_of_turn(text, end, **kwargs)
+
+    def _end_of_turn(self, text: str, position: int, **kwargs: Any) -> int:
+        """One past the end of turn that follows the content ending at `position`; `position` if none follows."""
+        end = self.facts(**kwargs).end
+        if end:
+            beyond = len(text) - len(text[position:].lstrip())
+            if text.startswith(end, beyond):
+                return beyond + len(end)
+        match = self._special_after_space.match(text, position)
+        return match.end() if match else position
+
+    # -- markers ------------------------------------------------------------------------------------------------------
+
+    def _source(self, **kwargs: Any) -> str:
+        return self.tokenizer.get_chat_template(None, kwargs.get("tools"))
+
+    def _has_markers(self, **kwargs: Any) -> bool:
+        return GENERATION_MARKER.search(self._source(**kwargs)) is not None
+
+    def _spans_by_markers(self, messages: Messages, **kwargs: Any) -> tuple[str, list[Span]] | None:
+        if not self._has_markers(**kwargs):
+            return None
+        cleaned = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            texts, indices = render_jinja_template(
+                [cleaned],
+                chat_template=self._source(**kwargs),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **kwargs},
+            )
+        except Exception:  # `render` will say what is wrong, or another way will do
+            return None
+        text, spans = texts[0], []
+        for start, end in indices[0]:
+            if not text[start:end].rstrip().endswith(self.special_tokens):
+                follows = self.special.match(text, end)  # markers around the content alone leave its end out
+                end = follows.end() if follows else end
+            if start < end:
+                spans.append((start, end))
+        asked = any(message["role"] == "assistant" for message in messages)
+        return (text, spans) if spans or not asked else None
+
+    # -- the probe ----------------------------------------------------------------------------------------------------
+
+    def facts(self, **kwargs: Any) -> Facts:
+        """What the template does around an assistant turn. Tools and documents do not change that."""
+        options = {key: value for key, value in kwargs.items() if key not in ("tools", "documents")}
+        key = repr(sorted(options.items()))
+        if key not in self._facts:
+            self._facts[key] = self._probe(**options)
+        return self._facts[key]
+
+    def _probe(self, **kwargs: Any) -> Facts:
+        system, questions, answers = "zqsystem", ("zqfirst asked", "zqnext asked"), ("zqfirst said", "zqnext said")
+        dialogue = [
+            {"role": role, "content": content}
+            for question, answer in zip(questions, answers, strict=True)
+            for role, content in (("user", question), ("assistant", answer))
+        ]
+        for probe in (dialogue, [{"role": "system", "content": system}, *dialogue]):
+            text = self._try(probe, **kwargs)
+            if text is None or any(text.count(content) != 1 for content in (*questions, *answers)):
+                continue
+            leads = []
+            for question, answer in zip(questions, answers, strict=True):
+                before = probe[: [message["content"] for message in probe].index(answer)]
+                lead = self._lead(text, before, question, text.index(answer), **kwargs)
+                if lead is not None and lead not in leads:
+                    leads.append(lead)
+            leads.sort(key=lambda lead: -len(lead.header + lead.written))
+            # What ends a turn follows both an answer in the middle and the last one.
+            middle = text[text.index(answers[0]) + len(answers[0]) : text.index(questions[1])]
+            last = text[text.index(answers[1]) + len(answers[1]) :]
+            common = middle[: _common_prefix(middle, last)]
+            specials = list(self.special.finditer(common))
+            return Facts(tuple(leads), common[: specials[-1].end()].lstrip() if specials else "")
+        return Facts()
+
+    def _lead(self, text: str, before: Messages, question: str, answer: int, **kwargs: Any) -> Lead | None:
+        prompt, plain = self._try(before, add_generation_prompt=True, **kwargs), self._try(before, **kwargs)
+        if prompt is None or plain is None:
+            return None
+        asked = text.index(question) + len(question)
+        end = min(_common_prefix(prompt, text), answer)
+        begin = len(plain) if prompt.startswith(plain) and asked <= len(plain) < end else asked
+        return Lead(text[begin:end], text[end:answer]) if begin < end else None
+
+
+def _unused(text: str) -> tuple[str, str]:
+    """Two characters that `text` does not contain."""
+    free = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
+    return next(free), next(free)
+
+
+def _mark(messages: Messages, opening: str, closing: str) -> list[dict[str, Any]]:
+    """`messages` with sentinels around each assistant content, inside its outer whitespace so that `trim` trims it."""
+    marked = []
+    for message in messages:
+        content = message.get("content")
+        # A tool call stands between the content and the end of the turn: the content does not place it.
+        if message["role"] == "assistant" and isinstance(content, str) and not message.get("tool_calls"):
+            core = content.strip()
+            begin = content.index(core)
+            content = f"{content[:begin]}{opening}{core}{closing}{content[begin + len(core) :]}"
+            message = {**message, "content": content}
+        marked.append(dict(message))
+    return marked
+
+
+def _contents_by_sentinels(text: str, marked: str | None, sentinels: tuple[str, str], turns: int) -> list[Span] | None:
+    """Where the contents of the assistant's turns are, or None if the sentinels did not come through unharmed."""
+    if marked is None:
+        return None
+    opening, closing = sentinels
+    pieces = re.split(f"[{opening}{closing}]", marked)
+    if len(pieces) != 2 * turns + 1 or "".join(pieces) != text:
+        return None
+    if re.findall(f"[{opening}{closing}]", marked) != [opening, closing] * turns:
+        return None
+    contents, position = [], 0
+    for before, content in zip(pieces[:-1:2], pieces[1::2], strict=True):
+        start = position + len(before)
+        position = start + len(content)
+        contents.append((start, position))
+    return contents
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """Length of the longest common prefix. Comparing slices is far faster than comparing characters."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _common_suffix(one: str, other: str) -> int:
+    return _common_prefix(one[::-1], other[::-1])

@@ -1,0 +1,54 @@
+"""What the engine is fed: prompts as roots, the continuations of a prompt as branches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Branch(NamedTuple):
+    """A run of tokens, and which of them are trained.
+
+    `ids` are token ids, length L. `mask` has length L too; truthy means that the loss is taken on predicting this
+    token from those before it.
+    """
+
+    ids: Sequence[int]
+    mask: Sequence[bool | int]
+
+
+class Tree(NamedTuple):
+    """One prompt and what grows from it.
+
+    Every branch continues the root. A plain sequence is a root alone. `row` is the index of the row in the user's
+    data set, for error messages; -1 when there is none.
+    """
+
+    root: Branch
+    branches: tuple[Branch, ...] = ()
+    row: int = -1
+
+
+def sequences(rows: Sequence[Mapping[str, Any]]) -> list[Tree]:
+    """Rows with `input_ids`, `loss_mask` and `row` (as `tokens.prepare` makes them) to one tree each, root only."""
+    trees = []
+    for row in rows:
+        # Nothing stands before the first token, so nothing can predict it.
+        mask = [False, *row["loss_mask"][1:]]
+        trees.append(Tree(root=Branch(ids=row["input_ids"], mask=mask), row=int(row["row"])))
+    return trees
+
+
+def labelled(batch: Mapping[str, Any], rows: Sequence[int]) -> list[Tree]:
+    """What a collator of transformers makes (`input_ids` and `labels` [B, L], maybe `attention_mask`) to trees.
+
+    Padding is what the attention mask leaves out; a token is trained where its label is not -100.
+    """
+    if "input_ids" not in batch or "labels" not in batch:
+        raise ValueError(f"the data collator must return input_ids and labels; it returned {sorted(batch)}")
+    trees = []
+    for number, row in enumerate(rows):
+        keep = slice(None) if batch.get("attention_mask") is None else batch["attention_mask"][number].bool()
+        ids, labels = batch["input_ids"][number][keep], batch["labels"][number][keep]
+        mask = (labels != -100).tolist()
+        mask[:1] = [False]
+        trees.append(Tree(root=Branch(ids=ids.tolist(), mask=mask), row=row))
+    return trees

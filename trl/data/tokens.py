@@ -1,0 +1,481 @@
+"""Rows to token ids and loss masks: one pass over the data, one call of the tokenizer for a batch of rows.
+
+Masks are made from positions, never from token ids: the end of a turn is trained even where it serves as padding.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from . import chat
+from .formats import DataError, Shape, detect, messages_of, place, text_of, without_none
+from .report import DataReport, Dropped, show
+
+UNTRAINED_LABEL = -100  # what `labels` hold where no loss is taken, as everywhere in PyTorch
+
+KEPT, TOO_SHORT, NOTHING_TRAINED, ALL_CUT = range(4)
+REASONS = {
+    TOO_SHORT: "fewer than 2 tokens",
+    NOTHING_TRAINED: "no token to train on",
+    ALL_CUT: "every token to train on lies beyond max_length",
+}
+REMEDIES = {
+    TOO_SHORT: "A row needs a token and another one to predict from it: fill the field.",
+    NOTHING_TRAINED: "Give it an assistant turn or a completion, or train on all tokens "
+    "(assistant_only_loss=False, completion_only_loss=False).",
+    ALL_CUT: "Raise `max_length`, or set truncation_mode to the other end of the row.",
+}
+# What travels beside the tokens until the report is written.
+COUNTERS = ("_length", "_trainable", "_trained", "_dropped", "_end", "_bos_doubled", "_straddles")
+
+
+def prepare(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shape: Shape | None = None,
+    text_field: str = "text",
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    add_eos: bool = True,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[datasets.Dataset, DataReport]:
+    """Turns rows of any known shape into token ids and loss masks.
+
+    Returns a data set with the columns `input_ids` (list of int32, length L), `loss_mask` (list of bool, length L:
+    whether the loss is taken on predicting this token; never true for the first) and `row` (index in `dataset`), and
+    the report of what was done. Rows without a trained token, or with fewer than two tokens, are left out and counted.
+
+    `shape` is detected with `text_field` when it is not given. `max_length` is in tokens, special ones included;
+    `truncation_mode` says which end stays, `keep_start` or `keep_end`. `completion_only_loss` None means True where
+    there are completions. `add_eos` appends the tokenizer's EOS to plain text and plain completions that lack it;
+    a conversation is what its chat template makes of it.
+
+    Raises `DataError`, which names the row, the field and the remedy, for a row that cannot be read, for options that
+    do not fit the data, and when no row at all is left.
+    """
+    shape = detect(dataset, text_field) if shape is None else shape
+    _check(shape, tokenizer, max_length, truncation_mode, completion_only_loss, assistant_only_loss)
+    tokenise = _Tokenise(
+        tokenizer, shape, max_length, truncation_mode, completion_only_loss, assistant_only_loss, add_eos
+    )
+    wanted = dataset.select_columns(list(dict.fromkeys(shape.columns.values())))
+    table = wanted.map(
+        tokenise,
+        batched=True,
+        with_indices=True,
+        remove_columns=wanted.column_names,
+        num_proc=num_proc,
+        desc=f"Tokenising {name}",
+    )
+    return _aggregate(table, tokenizer, shape, max_length, name)
+
+
+def _check(
+    shape: Shape,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncation_mode: str,
+    completion_only_loss: bool | None,
+    assistant_only_loss: bool,
+) -> None:
+    if truncation_mode not in ("keep_start", "keep_end"):
+        raise DataError(f"truncation_mode={truncation_mode!r} is not known: choose 'keep_start' or 'keep_end'.")
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length={max_length} leaves nothing to predict: give at least 2, or None for no limit.")
+    if completion_only_loss and shape.kind in ("text", "messages"):
+        raise DataError(
+            f"completion_only_loss=True, but the data have no completions ({shape.sentence}). Use prompt and "
+            "completion columns, or assistant_only_loss=True for conversations."
+        )
+    if assistant_only_loss and shape.kind != "tokens" and not shape.conversational:
+        raise DataError(
+            f"assistant_only_loss=True, but the data are not conversations ({shape.sentence}). Set it to False, or "
+            "give lists of messages."
+        )
+    if shape.conversational:
+        chat.chat_template(tokenizer)  # so that a missing one is not blamed on a row
+
+
+class _Text(NamedTuple):
+    """A row as text, and which characters of it are trained (None: all)."""
+
+    text: str
+    spans: list[chat.Span] | None = None
+
+
+class _Row(NamedTuple):
+    """A row as tokens, before it is cut."""
+
+    ids: list[int]
+    mask: list[bool]
+    bos_doubled: bool = False
+    straddles: bool = False
+
+
+class _Tokenise:
+    """The function that `datasets.map` runs over batches: it is pickled and hashed, so it holds plain values only."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        shape: Shape,
+        max_length: int | None,
+        truncation_mode: str,
+        completion_only_loss: bool | None,
+        assistant_only_loss: bool,
+        add_eos: bool,
+    ):
+        self.tokenizer = tokenizer
+        self.shape = shape
+        self.max_length = max_length
+        self.truncation_mode = truncation_mode
+        self.completion_only_loss = completion_only_loss is not False
+        self.assistant_only_loss = assistant_only_loss
+        self.add_eos = add_eos
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> pyarrow.Table:
+        if self.shape.kind == "tokens":
+            rows = [self._read_tokens(batch, position, row) for position, row in enumerate(indices)]
+        elif self.shape.kind == "text":
+            column = self.shape.columns["text"]
+            values = zip(batch[column], indices, strict=True)
+            rows = self._tokenise([_Text(text_of(value, place(row, column))) for value, row in values], plain=True)
+        elif self.shape.kind == "messages":
+            rows = self._tokenise(self._read_conversations(batch, indices), plain=False)
+        elif self.shape.conversational:
+            rows = self._tokenise(self._read_conversational_completions(batch, indices), plain=False)
+        else:
+            rows = self._tokenise(self._read_completions(batch, indices), plain=True)
+        return self._table(rows, indices)
+
+    # -- rows to text -------------------------------------------------------------------------------------------------
+
+    def _read_conversations(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[_Text]:
+        column = self.shape.columns["messages"]
+        values = zip(batch[column], indices, strict=True)
+        conversations = [messages_of(value, place(row, column)) for value, row in values]
+        if self.assistant_only_loss:
+            spans = self._assistant_spans(conversations, batch, indices, column)
+            return [_Text(text, trained) for text, trained in spans]
+        return [_Text(text) for text in self._render(conversations, batch, indices, column)]
+
+    def _read_completions(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[_Text]:
+        texts = []
+        prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
+        for position, row in enumerate(indices):
+            prompt = text_of(batch[prompts][position], place(row, prompts))
+            completion = text_of(batch[completions][position], place(row, completions))
+            whole = prompt + completion
+            texts.append(_Text(whole, [(len(prompt), len(whole))] if self.completion_only_loss else None))
+        return texts
+
+    def _read_conversational_completions(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[_Text]:
+        prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
+        wholes, tails = [], []
+        for position, row in enumerate(indices):
+            prompt, completion = batch[prompts][position], batch[completions][position]
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            if isinstance(completion, str):
+                completion = [{"role": "assistant", "content": completion}]
+            tail = messages_of(completion, place(row, completions))
+            wholes.append(messages_of(prompt, place(row, prompts)) + tail)
+            tails.append(tail)
+        if not self.completion_only_loss and not self.assistant_only_loss:
+            return [_Text(text) for text in self._render(wholes, batch, indices, completions)]
+        texts = []
+        spans = self._assistant_spans(wholes, batch, indices, completions)
+        for (text, turns), whole, tail, row in zip(spans, wholes, tails, indices, strict=True):
+            if not self.completion_only_loss:
+                texts.append(_Text(text, turns))
+                continue
+            roles = [message["role"] for message in tail]
+            if roles[0] != "assistant":
+                raise DataError(
+                    f"{place(row, completions)} begins with the role {roles[0]!r}. A completion begins with the "
+                    "assistant's message: move the others to the prompt."
+                )
+            if len(turns) != sum(message["role"] == "assistant" for message in whole):
+                raise DataError(
+                    f"{place(row, completions)}: the chat template marks {len(turns)} generations, which is not the "
+                    "number of assistant messages, so the completion cannot be told apart. Use assistant_only_loss=True "
+                    "with completion_only_loss=False."
+                )
+            turns = turns[len(turns) - roles.count("assistant") :]
+            # What stands between the turns of one completion (a tool's result) is part of the completion.
+            texts.append(_Text(text, turns if self.assistant_only_loss else [(turns[0][0], turns[-1][1])]))
+        return texts
+
+    def _options(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[dict[str, Any]] | None:
+        """The keyword arguments for the template of each row, or None if no row has any."""
+        tools, further = self.shape.columns.get("tools"), self.shape.columns.get("chat_template_kwargs")
+        if tools is None and further is None:
+            return None
+        options = []
+        for position, row in enumerate(indices):
+            option = dict(without_none(batch[further][position] or {})) if further else {}
+            value = batch[tools][position] if tools else None
+            if isinstance(value, str) and value.strip():
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{place(row, tools or 'tools')} is not valid JSON ({error.msg}).") from error
+            if value:
+                option["tools"] = without_none(value)
+            options.append(option)
+        return options if any(options) else None
+
+    def _render(
+        self, conversations: list[list[dict[str, Any]]], batch: Mapping[str, list[Any]], indices: list[int], column: str
+    ) -> list[str]:
+        template = chat.chat_template(self.tokenizer)
+        options = self._options(batch, indices)
+        if options is None:
+            try:
+                return template.render_all(conversations)
+            except DataError:
+                options = [{}] * len(conversations)  # one by one, to find the row
+        texts = []
+        for messages, row, option in zip(conversations, indices, options, strict=True):
+            try:
+                texts.append(template.render(messages, **option))
+            except DataError as error:
+                raise DataError(f"{place(row, column)}: {error}") from error
+        return texts
+
+    def _assistant_spans(
+        self, conversations: list[list[dict[str, Any]]], batch: Mapping[str, list[Any]], indices: list[int], column: str
+    ) -> list[tuple[str, list[chat.Span]]]:
+        template = chat.chat_template(self.tokenizer)
+        options = self._options(batch, indices)
+        results: list[tuple[str, list[chat.Span]] | DataError]
+        if options is None:
+            results = template.spans_all(conversations)
+        else:
+            pairs = zip(conversations, options, strict=True)
+            results = [template.spans_or_error(messages, **option) for messages, option in pairs]
+        found = []
+        for result, row in zip(results, indices, strict=True):
+            if isinstance(result, DataError):
+                raise DataError(f"{place(row, column)}: {result}") from result
+            found.append(result)
+        return found
+
+    # -- text to tokens -----------------------------------------------------------------------------------------------
+
+    def _tokenise(self, texts: list[_Text], plain: bool) -> list[_Row]:
+        """`plain` text gets the tokenizer's special tokens and an EOS; a rendered conversation has its own."""
+        if not self.tokenizer.is_fast:
+            return [self._tokenise_pieces(text, plain) for text in texts]
+        masked = any(text.spans is not None for text in texts)
+        encoded = self.tokenizer(
+            [text.text for text in texts],
+            add_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=masked,
+            verbose=False,
+        )
+        trimmed = masked and chat.trims_offsets(self.tokenizer)
+        rows = []
+        for index, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+            straddles = False
+            if text.spans is None:
+                mask = [True] * len(ids)
+            else:
+                offsets = encoded["offset_mapping"][index]
+                mask = chat.mask_tokens(offsets, text.spans, trimmed)
+                if plain:
+                    first = chat.first_token_at(offsets, text.spans[0][0], trimmed)
+                    straddles = first > 0 and offsets[first - 1][1] > text.spans[0][0]
+            rows.append(self._finish(text.text, ids, mask, plain, straddles))
+        return rows
+
+    def _tokenise_pieces(self, text: _Text, plain: bool) -> _Row:
+        """Without offsets: every trained piece and every piece between is tokenised on its own."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        position = 0
+        edges = text.spans if text.spans is not None else [(0, len(text.text))]
+        for start, end in [*edges, (len(text.text), len(text.text))]:
+            for trained, piece in ((False, text.text[position:start]), (True, text.text[start:end])):
+                new = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] if piece else []
+                ids += new
+                mask += [trained] * len(new)
+            position = end
+        if plain:
+            whole = self.tokenizer.build_inputs_with_special_tokens(ids)
+            # What was added before the text: the tokens are the same from there on.
+            before = next((shift for shift in range(len(whole)) if whole[shift : shift + len(ids)] == ids), 0)
+            mask = [text.spans is None] * before + mask + [True] * (len(whole) - before - len(ids))
+            ids = whole
+        return self._finish(text.text, ids, mask, plain, False)
+
+    def _finish(self, text: str, ids: list[int], mask: list[bool], plain: bool, straddles: bool) -> _Row:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        doubled = bos is not None and ids[:2] == [bos, bos] and text.startswith(str(self.tokenizer.bos_token))
+        if doubled:
+            ids, mask = ids[1:], mask[1:]
+        if plain and self.add_eos and eos is not None:
+            if ids and ids[-1] == eos:
+                mask[-1] = True  # also where the tokenizer added it, at no place of the text
+            else:
+                ids, mask = [*ids, eos], [*mask, True]
+        return _Row(ids, mask, doubled, straddles)
+
+    # -- tokens given by the user -------------------------------------------------------------------------------------
+
+    def _read_tokens(self, batch: Mapping[str, list[Any]], position: int, row: int) -> _Row:
+        columns = self.shape.columns
+        ids = batch[columns["input_ids"]][position]
+        where = place(row, columns["input_ids"])
+        if ids is None:
+            raise DataError(f"{where} is None. Remove such rows with `dataset.filter`.")
+        for index, token in enumerate(ids):
+            if token is None or token < 0:
+                raise DataError(f"{where}[{index}] is {token}, which is no token id. Correct or remove the row.")
+        mask = [True] * len(ids)
+        for part in ("labels", "completion_mask", "assistant_masks", "loss_mask"):
+            if part not in columns or (part == "completion_mask" and not self.completion_only_loss):
+                continue
+            values = batch[columns[part]][position]
+            if values is None or len(values) != len(ids):
+                length = "None" if values is None else f"of length {len(values)}"
+                raise DataError(
+                    f"{place(row, columns[part])} is {length}, but `input_ids` has {len(ids)} tokens. Give one entry "
+                    "for each token."
+                )
+            if part == "labels":
+                self._check_labels(values, ids, place(row, columns[part]))
+                values = [value != UNTRAINED_LABEL for value in values]
+            mask = [old and bool(value) for old, value in zip(mask, values, strict=True)]
+        return _Row(list(ids), mask)
+
+    @staticmethod
+    def _check_labels(labels: Sequence[int], ids: Sequence[int], where: str) -> None:
+        for index, (label, token) in enumerate(zip(labels, ids, strict=True)):
+            if label not in (UNTRAINED_LABEL, token):
+                raise DataError(
+                    f"{where}[{index}] is {label}, but the token there is {token}. Labels are the `input_ids` "
+                    f"themselves, not shifted, with {UNTRAINED_LABEL} where no loss is taken."
+                )
+
+    # -- cutting and counting -----------------------------------------------------------------------------------------
+
+    def _table(self, rows: list[_Row], indices: list[int]) -> pyarrow.Table:
+        stops = self._stops()
+        kept_ids: list[list[int]] = []
+        kept_masks: list[list[bool]] = []
+        counters: dict[str, list[int]] = {name: [] for name in COUNTERS}
+        for row in rows:
+            ids, mask = row.ids, row.mask
+            length = len(ids)
+            mask[:1] = [False] * min(1, length)  # nothing stands before the first token to predict it from
+            trainable = trained = sum(mask)
+            if self.max_length is not None and length > self.max_length:
+                kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+                ids, mask = ids[kept], mask[kept]
+                mask[0] = False
+                trained = sum(mask)
+            dropped = KEPT
+            if not trained:
+                dropped = TOO_SHORT if length < 2 else ALL_CUT if trainable else NOTHING_TRAINED
+                ids, mask = [], []
+            backwards = zip(reversed(ids), reversed(mask), strict=True)
+            end = next((token for token, on in backwards if on and token in stops), -1)
+            kept_ids.append(ids)
+            kept_masks.append(mask)
+            values = (length, trainable, trained, dropped, end, int(row.bos_doubled), int(row.straddles))
+            for name, value in zip(COUNTERS, values, strict=True):
+                counters[name].append(value)
+        columns = {
+            "input_ids": _ragged(kept_ids, np.int32),
+            "loss_mask": _ragged(kept_masks, np.bool_),
+            "row": pyarrow.array(indices, pyarrow.int64()),
+        }
+        columns |= {name: pyarrow.array(values, pyarrow.int32()) for name, values in counters.items()}
+        return pyarrow.table(columns)
+
+    def _stops(self) -> set[int]:
+        """The tokens that end a text or a turn."""
+        stops = {self.tokenizer.eos_token_id} - {None}
+        if self.tokenizer.chat_template:
+            template = chat.chat_template(self.tokenizer)
+            for name in template.special.findall(template.facts().end):
+                stops.add(self.tokenizer.convert_tokens_to_ids(name))
+        return stops
+
+
+def _ragged(lists: Sequence[Sequence[Any]], dtype: Any) -> pyarrow.ListArray:
+    ends = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    values: Iterable[Any] = chain.from_iterable(lists)
+    return pyarrow.ListArray.from_arrays(ends, pyarrow.array(np.fromiter(values, dtype=dtype, count=int(ends[-1]))))
+
+
+def _aggregate(
+    table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, shape: Shape, max_length: int | None, name: str
+) -> tuple[datasets.Dataset, DataReport]:
+    """Takes the counters off the table and the dropped rows out of it, and writes the report."""
+    count = {column: table.data.column(column).to_numpy() for column in COUNTERS}
+    rows = table.data.column("row").to_numpy()
+    kept = count["_dropped"] == KEPT
+    dropped: list[Dropped] = []
+    for reason, words in REASONS.items():
+        which = rows[count["_dropped"] == reason]
+        if len(which):
+            dropped.append({"reason": words, "count": len(which), "rows": which[:5].tolist()})
+    if not kept.any():
+        first = int(count["_dropped"][0]) if len(rows) else TOO_SHORT
+        field = ", ".join(f"`{column}`" for part, column in shape.columns.items() if part in _MAIN_PARTS)
+        reasons = "; ".join(f"{entry['reason']} ({entry['count']})" for entry in dropped)
+        raise DataError(
+            f"{name}: none of the {len(rows)} rows can be trained on: {reasons}. The first is row 0, {field}: "
+            f"{REASONS[first]}. {REMEDIES[first]}"
+        )
+    lengths, trainable, trained = count["_length"][kept], count["_trainable"][kept], count["_trained"][kept]
+    lengths_after = lengths if max_length is None else np.minimum(lengths, max_length)
+    ends = Counter(count["_end"][kept].tolist())
+    ending = sum(ends.values()) - ends.pop(-1, 0)
+    prepared = table.select_columns(["input_ids", "loss_mask", "row"])
+    if not kept.all():
+        prepared = prepared.select(np.flatnonzero(kept))
+    sample = prepared[0]
+    return prepared, DataReport(
+        name=name,
+        sentence=shape.sentence,
+        rows_read=len(rows),
+        rows_kept=int(kept.sum()),
+        tokens=int(lengths_after.sum()),
+        trained_tokens=int(trained.sum()),
+        lengths={
+            "min": int(lengths.min()),
+            "median": round(float(np.median(lengths))),
+            "p95": round(float(np.percentile(lengths, 95))),
+            "max": int(lengths.max()),
+        },
+        max_length=max_length,
+        rows_cut=int((lengths > lengths_after).sum()),
+        tokens_cut=int((lengths - lengths_after).sum()),
+        trained_tokens_cut=int((trainable - trained).sum()),
+        dropped=dropped,
+        end_of_turn=ending,
+        end_of_turn_token=str(tokenizer.convert_ids_to_tokens(ends.most_common(1)[0][0])) if ending else None,
+        bos_doubled=int(count["_bos_doubled"].sum()),
+        boundary_tokens=int(count["_straddles"][kept].sum()),
+        sample=show(tokenizer, sample["input_ids"], sample["loss_mask"]),
+        sample_row=int(sample["row"]),
+    )
+
+
+_MAIN_PARTS = ("input_ids", "text", "messages", "prompt", "completion")

@@ -1,0 +1,232 @@
+"""Attention by segment, registered with transformers under one name.
+
+A flat row (`engine.forest.flat`) carries `segments` as a keyword of the model's forward. Each segment attends to
+`[its root's keys; its own keys]`, causally, aligned to the end; a root has no root. That is all there is to a forest:
+no mask of the row's size exists on any device. Without `segments` (generation, padded batches, a user's own call) the
+attention is transformers' own SDPA.
+
+`B` rows, `Hq, Hk` query and key heads, `T` tokens of the row, `D` head size, `Lq, Lk` a segment's queries and keys.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "trl_segments"
+
+# torch 2.11's kernel wants as many key heads as query heads; later ones group them.
+_VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class Scoring(NamedTuple):
+    """How one layer turns queries and keys into weights."""
+
+    scale: float
+    dropout: float = 0.0
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    softcap: float | None = None  # scores are bounded to softcap * tanh(score / softcap) (Gemma 2)
+    sinks: Tensor | None = None  # [Hq], one extra logit per head that takes weight and gives no value (gpt-oss)
+
+    @property
+    def explicit(self) -> bool:
+        """No fused kernel computes this layer."""
+        return self.softcap is not None or self.sinks is not None
+
+
+def segment_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask transformers builds before the layers run: none for a flat row, else what SDPA needs.
+
+    A row without a 2-D mask and without a cache needs no mask tensor: `segments` say who sees whom, and without them
+    the row is plainly causal (a layer's window is then applied by position, in the attention itself).
+    """
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **kwargs,
+    )
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: dict[str, Any] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention: query [B, Hq, T, D], key and value [B, Hk, T, D] -> ([B, T, Hq, D], None)."""
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave fp32 queries and keys beside half-precision values.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scale, dropout, sliding_window, softcap, s_aux)
+
+    if segments is not None:
+        if kwargs.get("position_bias") is not None:
+            raise ValueError("attention with a learned position bias is not computed by segments")
+        if _varlen_serves(query, value, scoring):
+            return _varlen(query, key, value, segments, scoring), None
+        return by_segment(query, key, value, segments["spans"], scoring).transpose(1, 2), None
+
+    if attention_mask is None and query.shape[2] == key.shape[2]:
+        if scoring.explicit or (sliding_window is not None and query.shape[2] > sliding_window):
+            # A causal call without a mask tensor: each row is one segment.
+            rows = [by_segment(query[b : b + 1], key[b : b + 1], value[b : b + 1], [(query.shape[2], -1)], scoring)
+                    for b in range(query.shape[0])]  # fmt: skip
+            return torch.cat(rows).transpose(1, 2), None
+    if scoring.explicit:
+        return _explicit(query, key, value, attention_mask, scoring).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def _varlen_serves(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
+    """Whether FlashAttention's variable-length kernel computes this layer."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and scoring.dropout == 0.0
+        and not scoring.explicit
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any], scoring: Scoring) -> Tensor:
+    """All segments in one kernel call: [1, H, T, D] -> [1, T, Hq, D]. Lengths stay on the device."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if segments["key_index"] is not None:
+        key, value = key.index_select(0, segments["key_index"]), value.index_select(0, segments["key_index"])
+    grouped = {}
+    if key.shape[1] != query.shape[1]:
+        if _VARLEN_GROUPS_HEADS:
+            grouped = {"enable_gqa": True}
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    left = -1 if scoring.window is None else scoring.window - 1
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        segments["cu_query_M1"],
+        segments["cu_key_M1"],
+        segments["longest_query"],
+        segments["longest_key"],
+        scale=scoring.scale,
+        window_size=(left, 0),
+        **grouped,
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def by_segment(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], scoring: Scoring) -> Tensor:
+    """Attention one segment at a time: query [1, Hq, T, D], key and value [1, Hk, T, D] -> [1, Hq, T, D].
+
+    `spans` lists (length, root) in row order, see `engine.forest.flat`.
+    """
+    lengths = [length for length, _ in spans]
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    out = []
+    for number, (_, root) in enumerate(spans):
+        segment_key, segment_value = keys[number], values[number]
+        if root >= 0:
+            segment_key = torch.cat([keys[root], segment_key], dim=2)
+            segment_value = torch.cat([values[root], segment_value], dim=2)
+        out.append(_attend(queries[number], segment_key, segment_value, scoring))
+    return torch.cat(out, dim=2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    """Causal attention aligned to the end: the last query sees the last key. query [1, Hq, Lq, D], Lq <= Lk."""
+    length, window = query.shape[2], scoring.window
+    before = key.shape[2] - length
+    if window is None or key.shape[2] <= window:
+        return _attend_block(query, key, value, None, scoring)
+    # Beyond the window, blocks of queries see only the keys they can reach: L * window scores, not L * L.
+    block = max(window, 128)
+    out = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        first_key = max(0, before + start - window + 1)
+        reach = slice(first_key, before + end)
+        out.append(_attend_block(query[:, :, start:end], key[:, :, reach], value[:, :, reach], window, scoring))
+    return torch.cat(out, dim=2)
+
+
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None, scoring: Scoring) -> Tensor:
+    length, reach = query.shape[2], key.shape[2]
+    square = length == reach and (window is None or length <= window)
+    mask = None
+    if (not square or scoring.explicit) and (length > 1 or (window is not None and reach > window)):
+        query_position = torch.arange(reach - length, reach, device=query.device)[:, None]
+        key_position = torch.arange(reach, device=query.device)
+        mask = key_position <= query_position
+        if window is not None:
+            mask &= key_position > query_position - window
+    if scoring.explicit:
+        return _explicit(query, key, value, mask, scoring)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and mask is not None and query.is_cuda:
+        # With a mask, grouped heads would fall to the slowest kernel.
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=scoring.dropout,
+        is_causal=mask is None and square and length > 1,
+        scale=scoring.scale,
+        enable_gqa=grouped,
+    )
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """Softmax written out in fp32, for what no fused kernel has: score caps and sinks. Mask boolean or additive."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = (query @ key.transpose(2, 3)).float() * scoring.scale
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = F.dropout(weights, scoring.dropout) if scoring.dropout else weights
+    return weights.to(value.dtype) @ value
+
+
+AttentionInterface.register(NAME, segment_attention)
+AttentionMaskInterface.register(NAME, segment_mask)

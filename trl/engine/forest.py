@@ -1,0 +1,204 @@
+"""Layouts: how a forest of token trees becomes the tensors of one forward pass.
+
+Both layouts list the trained tokens in the same order (tree by tree, sequence by sequence, left to right), so that
+whatever is computed from them can be compared entry by entry. A sequence is a leaf: a root without branches, or a
+branch (its text is the root's tokens followed by its own).
+
+Dimensions: `T` tokens in the flat row, `B, L` rows and columns of the padded layout, `N` trained tokens,
+`S` sequences, `M` segments.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl.data.collate import Tree
+
+# A plain dict, because every layer of wrapping (device hooks, DDP, FSDP) knows how to move one.
+Batch = dict[str, Any]
+
+
+def _trained(ids: np.ndarray, mask: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets of the trained tokens in a run, from `first` on, and their ids."""
+    offsets = np.flatnonzero(mask)
+    offsets = offsets[offsets >= first]
+    return offsets, ids[offsets]
+
+
+def _arrays(tree: Tree) -> tuple[tuple[np.ndarray, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+    """Root and branches as (ids, mask) arrays, checked."""
+
+    def convert(branch: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
+        ids, mask = np.asarray(branch.ids, dtype=np.int64), np.asarray(branch.mask, dtype=bool)
+        if ids.shape != mask.shape or ids.ndim != 1:
+            raise ValueError(f"row {tree.row}: {what} has {ids.shape} token ids and a mask of shape {mask.shape}")
+        return ids, mask
+
+    root = convert(tree.root, "the root")
+    branches = [convert(branch, f"branch {index}") for index, branch in enumerate(tree.branches)]
+    if len(root[0]) == 0:
+        raise ValueError(f"row {tree.row}: the prompt has no tokens, so nothing predicts the first token after it")
+    if branches and root[1].any():
+        raise ValueError(
+            f"row {tree.row}: a shared prompt cannot be trained on, its tokens belong to several sequences"
+        )
+    return root, branches
+
+
+def _finish(batch: Batch, predict: list, target: list, seq: list, rows: list, tokens: int) -> Batch:
+    def join(parts: list) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+
+    batch["predict_N"], batch["target_N"], batch["seq_N"] = join(predict), join(target), join(seq)
+    batch["row_S"] = torch.tensor(rows, dtype=torch.int64)
+    # Host-side counts: reading them never waits for a device.
+    batch["tokens"] = tokens
+    return batch
+
+
+def flat(trees: Iterable[Tree]) -> Batch:
+    """Lay a forest out in one row without padding, each shared prompt once.
+
+    An empty forest is one stand-in token with nothing to train: a rank without samples still runs its forward and
+    backward pass, and adds exactly zero. Returns a dict with
+        input_ids [1, T], position_ids [1, T]   positions restart at each root; a branch goes on where its root ends
+        segments                                what attention needs, see below
+        predict_N [N]                           index in the row of the hidden state that predicts the trained token
+        target_N [N], seq_N [N]                 the trained token's id and the sequence it belongs to
+        row_S [S]                               the data-set row each sequence came from
+        tokens                                  distinct tokens of the forest, an int (= T: no token is computed twice)
+
+    `segments` holds, for kernels that read lengths on the device, `cu_query_M1` and `cu_key_M1` [M + 1] (int32,
+    cumulative lengths), `key_index` (which row entries are the keys, segment by segment; None when they are the row
+    itself) and the two longest lengths; and for kernels called once a segment, `spans`: a list of (length, root),
+    in row order, where root is the number of the segment whose keys come first, or -1.
+    """
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    spans: list[tuple[int, int]] = []
+    predict: list[np.ndarray] = []
+    target: list[np.ndarray] = []
+    seq: list[np.ndarray] = []
+    rows: list[int] = []
+    at = 0
+    trees = list(trees)
+
+    def segment(tokens: np.ndarray, first_position: int, root: int, root_start: int) -> int:
+        nonlocal at
+        start = at
+        ids.append(tokens)
+        positions.append(np.arange(first_position, first_position + len(tokens)))
+        own = np.arange(start, start + len(tokens))
+        keys.append(own if root < 0 else np.concatenate([np.arange(root_start, root_start + first_position), own]))
+        spans.append((len(tokens), root))
+        at += len(tokens)
+        return start
+
+    for tree in trees:
+        (root_ids, root_mask), branches = _arrays(tree)
+        root_number = len(spans)
+        root_start = segment(root_ids, 0, -1, 0)
+        root_last = root_start + len(root_ids) - 1
+        if not branches:
+            offsets, wanted = _trained(root_ids, root_mask, 1)
+            predict.append(root_start + offsets - 1)
+            target.append(wanted)
+            seq.append(np.full(len(offsets), len(rows)))
+            rows.append(tree.row)
+        for branch_ids, branch_mask in branches:
+            offsets, wanted = _trained(branch_ids, branch_mask, 0)
+            if len(branch_ids):
+                start = segment(branch_ids, len(root_ids), root_number, root_start)
+                # The root's last state predicts the first token of every branch.
+                predict.append(np.where(offsets == 0, root_last, start + offsets - 1))
+                target.append(wanted)
+                seq.append(np.full(len(offsets), len(rows)))
+            rows.append(tree.row)
+
+    if not spans:
+        segment(np.zeros(1, dtype=np.int64), 0, -1, 0)
+    lengths = [length for length, _ in spans]
+    key_lengths = [len(part) for part in keys]
+    shared = any(root >= 0 for _, root in spans)
+    batch: Batch = {
+        "input_ids": torch.from_numpy(np.concatenate(ids))[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        "segments": {
+            "spans": spans,
+            "cu_query_M1": _cumulative(lengths),
+            "cu_key_M1": _cumulative(key_lengths),
+            "key_index": torch.from_numpy(np.concatenate(keys)) if shared else None,
+            "longest_query": max(lengths),
+            "longest_key": max(key_lengths),
+        },
+    }
+    return _finish(batch, predict, target, seq, rows, at if trees else 0)
+
+
+def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
+    """Lay a forest out as one right-padded row per sequence, the prompt repeated in each.
+
+    For models that the probe refuses in one flat row. Same trained tokens in the same order as `flat`. Returns a dict
+    with input_ids, attention_mask [B, L], predict_N as an index into the flattened B * L grid, and
+    target_N, seq_N, row_S, tokens as in `flat` (`tokens` counts distinct tokens, not positions).
+    """
+    sequences: list[tuple[np.ndarray, np.ndarray]] = []
+    rows: list[int] = []
+    tokens = 0
+    for tree in trees:
+        (root_ids, root_mask), branches = _arrays(tree)
+        tokens += len(root_ids) + sum(len(branch_ids) for branch_ids, _ in branches)
+        if not branches:
+            sequences.append((root_ids, root_mask))
+            rows.append(tree.row)
+        for branch_ids, branch_mask in branches:
+            mask = np.concatenate([np.zeros(len(root_ids), dtype=bool), branch_mask])
+            sequences.append((np.concatenate([root_ids, branch_ids]), mask))
+            rows.append(tree.row)
+    width = max((len(ids) for ids, _ in sequences), default=1)
+    grid = np.full((max(len(sequences), 1), width), pad_id, dtype=np.int64)
+    attention = np.zeros_like(grid)
+    attention[len(sequences) :] = 1  # an empty batch: one stand-in token, as in `flat`
+    predict, target, seq = [], [], []
+    for number, (ids, mask) in enumerate(sequences):
+        grid[number, : len(ids)] = ids
+        attention[number, : len(ids)] = 1
+        offsets, wanted = _trained(ids, mask, 1)
+        predict.append(number * width + offsets - 1)
+        target.append(wanted)
+        seq.append(np.full(len(offsets), number))
+    batch: Batch = {
+        "input_ids": torch.from_numpy(grid),
+        "attention_mask": torch.from_numpy(attention),
+    }
+    return _finish(batch, predict, target, seq, rows, tokens)
+
+
+def unshared(trees: Iterable[Tree]) -> list[Tree]:
+    """The same sequences with each prompt repeated before its branch: independent dropout draws, at full price."""
+    out: list[Tree] = []
+    for tree in trees:
+        if not tree.branches:
+            out.append(tree)
+        for branch in tree.branches:
+            ids = np.concatenate([np.asarray(tree.root.ids), np.asarray(branch.ids)])
+            mask = np.concatenate([np.zeros(len(tree.root.ids), dtype=bool), np.asarray(branch.mask, dtype=bool)])
+            out.append(tree._replace(root=type(branch)(ids, mask), branches=()))
+    return out
+
+
+def computed(batch: Batch) -> int:
+    """Token positions that a forward pass of this batch computes, padding and repetition included."""
+    return batch["input_ids"].numel()
+
+
+def trained(batch: Batch) -> int:
+    """Trained tokens of this batch, without asking the device."""
+    return batch["target_N"].shape[0]
+
+
+def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

@@ -1,0 +1,283 @@
+"""The chunked language-model head: numbers per trained token, without `[N, V]` logits ever existing.
+
+The logits of a few hundred tokens at a time are computed, measured and dropped; the backward pass uses the closed form
+of their gradient. Peak memory does not depend on the number of tokens.
+
+`N` trained tokens, `C` tokens of a chunk, `V` vocabulary, `H` hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Logits computed at once: about what keeps a matrix product busy, and no more memory than that.
+CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
+
+# What can be asked for beside the log-prob, in the order in which the head returns it.
+EXTRAS = ("entropy", "top1", "mean_logit", "sum_sq")
+
+
+class TokenStats(NamedTuple):
+    """What a loss may know about a forward pass: one entry per trained token. See `engine.score.score`."""
+
+    logp_N: Tensor  # log-prob of the trained token, fp32
+    seq_N: Tensor  # which sequence it belongs to
+    sequences: int  # how many sequences the batch has (S)
+    entropy_N: Tensor | None = None  # entropy of the predicted distribution, in nats
+    top1_N: Tensor | None = None  # 1.0 where the trained token is the most likely one
+    mean_logit_N: Tensor | None = None  # mean over the vocabulary of the (scaled) logits
+    sum_sq_N: Tensor | None = None  # sum over the vocabulary of squared probabilities
+    aux: Tensor | None = None  # load-balancing term of a mixture of experts
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How raw head outputs become logits, and what to measure on them.
+
+    logits = scale * raw, bounded to softcap * tanh(logits / softcap) when there is a softcap, divided by temperature.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    extras: tuple[str, ...] = ()
+    entropy_grad: bool = False
+
+    def logits(self, raw_CV: Tensor) -> Tensor:
+        logits_CV = raw_CV.float()
+        if self.scale != 1.0:
+            logits_CV = logits_CV * self.scale
+        if self.softcap is not None:
+            logits_CV = torch.tanh(logits_CV / self.softcap) * self.softcap
+        if self.temperature != 1.0:
+            logits_CV = logits_CV / self.temperature
+        return logits_CV
+
+    def through(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
+        """Gradient with respect to the raw outputs, given that with respect to the logits (overwritten)."""
+        if self.softcap is not None:
+            grad_CV *= 1 - (logits_CV * (self.temperature / self.softcap)) ** 2
+        slope = self.scale / self.temperature
+        return grad_CV if slope == 1.0 else grad_CV.mul_(slope)
+
+
+class _Measured(NamedTuple):
+    logp_CV: Tensor
+    columns: list[Tensor]  # the log-prob of the target, then the extras asked for; each [C]
+    entropy_C: Tensor | None
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    """Autocast off: the casts here are explicit, and sums over the vocabulary are taken in fp32."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _measure(logits_CV: Tensor, target_C: Tensor, readout: Readout) -> _Measured:
+    logp_CV = logits_CV.log_softmax(-1)
+    logp_C = logp_CV.gather(1, target_C[:, None])[:, 0]
+    columns, entropy_C, p_CV = [logp_C], None, None
+    if "entropy" in readout.extras or "sum_sq" in readout.extras:
+        p_CV = logp_CV.exp()
+    for extra in readout.extras:
+        if extra == "entropy":
+            assert p_CV is not None
+            # -inf logits have p log p = 0
+            finite_CV = logp_CV.clamp(min=torch.finfo(logp_CV.dtype).min)
+            entropy_C = -torch.linalg.vecdot(p_CV, finite_CV)
+            columns.append(entropy_C)
+        elif extra == "top1":
+            columns.append((logp_CV.argmax(-1) == target_C).float())
+        elif extra == "mean_logit":
+            columns.append(logits_CV.mean(-1))
+        elif extra == "sum_sq":
+            assert p_CV is not None
+            columns.append(torch.linalg.vecdot(p_CV, p_CV))
+    return _Measured(logp_CV, columns, entropy_C)
+
+
+def _logp_slope(measured: _Measured, target_C: Tensor) -> Tensor:
+    """d logp / d logits = onehot(target) - p, [C, V]."""
+    slope_CV = measured.logp_CV.exp().neg_()
+    slope_CV.scatter_add_(1, target_C[:, None], torch.ones_like(slope_CV[:, :1]))
+    return slope_CV
+
+
+def _entropy_slope(measured: _Measured) -> Tensor:
+    """d entropy / d logits = -p (log p + entropy), [C, V]."""
+    assert measured.entropy_C is not None
+    finite_CV = measured.logp_CV.clamp(min=torch.finfo(measured.logp_CV.dtype).min)
+    return measured.logp_CV.exp() * -(finite_CV + measured.entropy_C[:, None])
+
+
+def _logits_grad(raw_CV: Tensor, target_C: Tensor, readout: Readout, grads: list[Tensor | None]) -> Tensor:
+    """Gradient with respect to the raw outputs, for the gradients of the log-prob and (maybe) the entropy, each [C]."""
+    logits_CV = readout.logits(raw_CV)
+    measured = _measure(logits_CV, target_C, Readout(extras=("entropy",) if readout.entropy_grad else ()))
+    grad_CV = torch.zeros_like(logits_CV) if grads[0] is None else _logp_slope(measured, target_C) * grads[0][:, None]
+    if readout.entropy_grad and grads[1] is not None:
+        grad_CV += _entropy_slope(measured) * grads[1][:, None]
+    return readout.through(grad_CV, logits_CV)
+
+
+def _outputs(readout: Readout, count: int, device: torch.device) -> list[Tensor]:
+    return [torch.empty(count, dtype=torch.float32, device=device) for _ in range(1 + len(readout.extras))]
+
+
+def _mark(ctx: Any, readout: Readout, outputs: list[Tensor]) -> tuple[Tensor, ...]:
+    differentiable = 2 if readout.entropy_grad else 1
+    ctx.mark_non_differentiable(*outputs[differentiable:])
+    return tuple(outputs)
+
+
+def _spans(count: int, vocabulary: int, device: torch.device) -> list[slice]:
+    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
+    size = max(1, elements // vocabulary)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class _LinearHead(torch.autograd.Function):
+    """A plain linear head. A frozen one takes its gradient in the forward pass, while the logits are at hand:
+    d logp / d hidden needs only them and the weight, so the backward pass is a multiplication by the loss's slope. A
+    trained one recomputes its logits in the backward pass, because d weight needs the loss's slope first."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor,
+                readout: Readout, dtype: torch.dtype) -> tuple[Tensor, ...]:  # fmt: skip
+        head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        slopes = 0 if head_trains or not ctx.needs_input_grad[0] else 1 + readout.entropy_grad
+        weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        outputs = _outputs(readout, hidden_NH.shape[0], hidden_NH.device)
+        slopes_NH = [torch.empty_like(hidden_NH) for _ in range(slopes)]
+        with _full_precision(hidden_NH.device):
+            for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
+                target_C = target_N[span]
+                logits_CV = readout.logits(F.linear(hidden_NH[span].to(dtype), weight, bias))
+                measured = _measure(logits_CV, target_C, readout)
+                for output_N, column_C in zip(outputs, measured.columns, strict=True):
+                    output_N[span] = column_C
+                if slopes:
+                    slope_CV = readout.through(_logp_slope(measured, target_C), logits_CV)
+                    slopes_NH[0][span] = slope_CV.to(dtype) @ weight
+                if slopes > 1:
+                    slope_CV = readout.through(_entropy_slope(measured), logits_CV)
+                    slopes_NH[1][span] = slope_CV.to(dtype) @ weight
+        ctx.readout, ctx.dtype, ctx.slopes = readout, dtype, slopes
+        if slopes:
+            ctx.save_for_backward(*slopes_NH)
+        else:
+            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N)
+        return _mark(ctx, readout, outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        readout, dtype = ctx.readout, ctx.dtype
+        if ctx.slopes:
+            grad_NH = None
+            for slope_NH, grad_N in zip(ctx.saved_tensors, grads_N, strict=False):
+                if grad_N is not None:
+                    part_NH = slope_NH * grad_N[:, None].to(slope_NH.dtype)
+                    grad_NH = part_NH if grad_NH is None else grad_NH + part_NH
+            return grad_NH, None, None, None, None, None
+        hidden_NH, weight_VH, bias_V, target_N = ctx.saved_tensors
+        weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        grad_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
+            hidden_CH = hidden_NH[span].to(dtype)
+            chunk_grads = [None if grad_N is None else grad_N[span] for grad_N in grads_N]
+            grad_CV = _logits_grad(F.linear(hidden_CH, weight, bias), target_N[span], readout, chunk_grads)
+            if grad_V is not None:
+                grad_V += grad_CV.sum(0)
+            grad_CV = grad_CV.to(dtype)
+            if grad_NH is not None:
+                grad_NH[span] = grad_CV @ weight
+            if grad_VH is not None:
+                if dtype == torch.float32:
+                    grad_VH.addmm_(grad_CV.T, hidden_CH)
+                else:
+                    grad_VH += grad_CV.T @ hidden_CH
+        grad_VH = None if grad_VH is None else grad_VH.to(weight_VH.dtype)
+        grad_V = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
+        return grad_NH, grad_VH, grad_V, None, None, None
+
+
+class _Logits(torch.autograd.Function):
+    """The same measurements on logits that somebody else computed, [C, V] -> each [C]."""
+
+    @staticmethod
+    def forward(ctx: Any, raw_CV: Tensor, target_C: Tensor, readout: Readout) -> tuple[Tensor, ...]:
+        ctx.readout = readout
+        ctx.save_for_backward(raw_CV, target_C)
+        with _full_precision(raw_CV.device):
+            return _mark(ctx, readout, _measure(readout.logits(raw_CV), target_C, readout).columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_C: Tensor | None) -> tuple[Tensor | None, ...]:
+        raw_CV, target_C = ctx.saved_tensors
+        grad_CV = _logits_grad(raw_CV, target_C, ctx.readout, list(grads_C))
+        return grad_CV.to(raw_CV.dtype), None, None
+
+
+def plain_linear(head: nn.Module) -> nn.Module | None:
+    """The linear layer whose weight is all there is to this head, or None (adapters, quantised or offloaded weights).
+
+    A head listed in PEFT's `modules_to_save` is looked through: its active copy is plain.
+    """
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        active = getattr(head, "active_adapters", None) or []
+        disabled = getattr(head, "disable_adapters", False)
+        chosen = [name for name in active if name in head.modules_to_save]
+        head = head.modules_to_save[chosen[0]] if chosen and not disabled else head.original_module
+    if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    return head
+
+
+def compute_dtype(head: nn.Module, hidden: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else that of the head's weights."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    weight = getattr(head, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else hidden.dtype
+
+
+def token_stats(
+    head: nn.Module, hidden_NH: Tensor, target_N: Tensor, readout: Readout, vocabulary: int
+) -> list[Tensor]:
+    """Log-prob of each trained token, then the extras that `readout` asks for; each [N], fp32.
+
+    `hidden_NH` is what predicts the tokens `target_N`. Any head works: a plain linear layer by its weight, anything
+    else (LoRA or DoRA on the head, quantised or offloaded weights) by calling it on chunks, recomputed in the backward
+    pass.
+    """
+    linear = plain_linear(head)
+    if linear is not None:
+        hidden_NH = hidden_NH.to(linear.weight.device)
+        target_N = target_N.to(hidden_NH.device)
+        weight_VH = linear.weight
+        if hasattr(weight_VH, "full_tensor"):
+            # Sharded apart from the model's root. Each rank's gradient is of its own tokens: averaged, like all others.
+            from torch.distributed.tensor import Partial
+
+            weight_VH = weight_VH.full_tensor(grad_placements=[Partial("avg")] * weight_VH.device_mesh.ndim)
+        dtype = compute_dtype(linear, hidden_NH)
+        return list(_LinearHead.apply(hidden_NH, weight_VH, linear.bias, target_N, readout, dtype))
+
+    def chunk(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
+        raw_CV = head(hidden_CH)
+        return _Logits.apply(raw_CV, target_C.to(raw_CV.device), readout)
+
+    target_N = target_N.to(hidden_NH.device)
+    spans = _spans(hidden_NH.shape[0], vocabulary, hidden_NH.device) or [slice(0, 0)]
+    parts = []
+    for span in spans:
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(chunk, hidden_NH[span], target_N[span], use_reentrant=False))
+        else:
+            parts.append(chunk(hidden_NH[span], target_N[span]))
+    return [torch.cat(column) for column in zip(*parts, strict=True)]

@@ -1,0 +1,22 @@
+"""Losses of supervised fine-tuning: one number per trained token."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def nll(*, logp_N: Tensor) -> Tensor:
+    """Negative log-likelihood: `-log p(token)`, [N] -> [N], in nats."""
+    return -logp_N
+
+
+def dft(*, logp_N: Tensor) -> Tensor:
+    """Dynamic fine-tuning: `-sg[p(token)] log p(token)`, [N] -> [N].
+
+    The likelihood of each token, taken as a constant, cancels the 1/p weight that the gradient of the negative
+    log-likelihood puts on unlikely tokens. Wu et al. 2025, arXiv:2508.05629, equation 9.
+    """
+    return -logp_N.detach().exp() * logp_N
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"nll": nll, "dft": dft}

@@ -1,0 +1,33 @@
+"""Reductions over ragged length, and metrics as sums and counts.
+
+`N` trained tokens, `S` sequences. Masked tokens are not there, so no function takes a mask.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Metric(NamedTuple):
+    """A mean that can still be added to others: sums and counts of all micro-batches and ranks, divided once."""
+
+    sum: Tensor  # scalar
+    count: Tensor | float
+
+
+def seq_sum(values_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
+    """Sum over each sequence's tokens: [N] -> [S]. A sequence without trained tokens sums to zero."""
+    return values_N.new_zeros(sequences).index_add(0, seq_N, values_N)
+
+
+def seq_mean(values_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
+    """Mean over each sequence's tokens: [N] -> [S]. A sequence without trained tokens has mean zero."""
+    count_S = seq_sum(torch.ones_like(values_N), seq_N, sequences)
+    return seq_sum(values_N, seq_N, sequences) / count_S.clamp(min=1)
+
+
+def mean(values: Tensor) -> Metric:
+    """The mean of all entries, as sum and count."""
+    detached = values.detach()
+    return Metric(detached.sum(), float(detached.numel()))

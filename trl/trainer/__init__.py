@@ -1,0 +1,1 @@
+"""One file a method, over `base.py`, which alone touches `transformers.Trainer`."""

@@ -1,0 +1,496 @@
+"""What every method shares, and every place where `transformers.Trainer` is touched.
+
+A method supplies its config and four things: `rows` (how the data set is read), `trees` (what a row becomes),
+`items` (what the loss is averaged over) and `loss` (a sum, and metrics). Everything else is here, once.
+
+Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
+
+    _get_dataloader     the order of rows is a pure function of (seed, epoch), equal on all ranks, with nothing repeated
+                        at the end of an epoch. Goes when accelerate shards without repeating rows.
+    get_batch_samples   counts the trained items of the whole optimizer step on all ranks before its first backward pass
+    compute_loss        divides by that count: any split of the same rows gives the same gradient
+    prediction_step, evaluation_loop    evaluation as sums and counts; no logits are kept
+    _get_grad_norm      a loss or gradient that is not finite stops the run before the weights are touched
+    log                 adds the metrics: one collective a log step
+    _save_checkpoint    written aside, synced, renamed; keeps what `Trainer` forgets between logs
+    train               resolves the checkpoint to resume from, and prints the report before step 1
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from trl import checkpoint
+from trl.config import BaseConfig, say_once
+from trl.data import formats
+from trl.data.batches import RowBatches
+from trl.data.collate import Tree, labelled
+from trl.data.report import DataReport
+from trl.engine import Attachment, Batch, attach, score
+from trl.engine.forest import trained, unshared
+from trl.losses.tokens import Metric, seq_sum
+from trl.models import adapters, load
+
+_RANK_STATE = "trl_state_{rank}.pt"
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient became NaN or infinite; the weights were not touched by it."""
+
+
+class Collate:
+    """Rows of a prepared data set -> a batch in the layout of the model. Picklable: it may run in a worker process."""
+
+    def __init__(
+        self, trees: Callable[[Sequence[Any]], list[Tree]], users: Callable | None, share_prompt: bool
+    ) -> None:
+        self.trees, self.users, self.share_prompt = trees, users, share_prompt
+        self.attachment: Attachment | None = None  # known when the model is in place
+
+    def __call__(self, rows: Sequence[Any]) -> Batch:
+        assert self.attachment is not None
+        if self.users is not None and len(rows):
+            trees = labelled(self.users(rows), [int(row.get("row", -1)) for row in rows])
+        else:
+            trees = self.trees(rows)
+        return self.attachment.batch(trees if self.share_prompt else unshared(trees))
+
+
+class _BeforeTraining(TrainerCallback):
+    """Puts back what `Trainer` resets when a run is resumed. `on_train_begin` is the first call after it has."""
+
+    def __init__(self, trainer: "BaseTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._restore_between_logs()
+
+
+class BaseTrainer(Trainer):
+    """A `transformers.Trainer` whose batches are forests and whose losses are sums over trained items."""
+
+    config_class: type[BaseConfig]
+    method: str  # how the command line and the folders call it
+    # Our losses are divided by the items of the whole optimizer step: `Trainer` must not divide them again.
+    loss_is_scaled_for_ga = True
+
+    # --- what a method supplies -----------------------------------------------------------------------------------
+
+    def rows(self, dataset: Any, name: str) -> tuple[Dataset, DataReport]:
+        """The data set as this method trains on it, tokenised, and what was found on the way."""
+        raise NotImplementedError
+
+    @staticmethod
+    def trees(rows: Sequence[Any]) -> list[Tree]:
+        """Prepared rows -> trees of tokens."""
+        raise NotImplementedError
+
+    def items(self, batch: Batch) -> int:
+        """What the loss is averaged over, counted in this batch: its trained tokens, unless a method differs."""
+        return trained(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
+        """The loss summed over the items of the batch, and metrics under their logged names."""
+        raise NotImplementedError
+
+    # --- construction ---------------------------------------------------------------------------------------------
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: BaseConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+            args = self.config_class(output_dir=f"{Path(name or 'model').name}-{self.method.upper()}")
+        if args.n_gpu > 1:
+            say_once(
+                f"{args.n_gpu} GPUs are visible and one is used: nn.DataParallel is never entered. "
+                "Start the script with `accelerate launch` to train on all of them."
+            )
+            args._n_gpu = 1
+
+        init_kwargs = args.model_init_kwargs or {}
+        assert isinstance(init_kwargs, dict)
+        if isinstance(model, str):
+            if processing_class is None:
+                names = ("revision", "trust_remote_code")
+                kwargs = {name: init_kwargs[name] for name in names if name in init_kwargs}
+                processing_class = load.load_tokenizer(model, **kwargs)
+            model = load.load_causal_lm(model, **init_kwargs)
+        elif init_kwargs:
+            raise ValueError("model_init_kwargs are for a model given by name or path; this one is already loaded")
+        if processing_class is None:
+            processing_class = load.load_tokenizer(model.config._name_or_path)
+        self.processing_class = _special_tokens(processing_class, getattr(args, "eos_token", None),
+                                                getattr(args, "pad_token", None))  # fmt: skip
+        if peft_config is not None:
+            model = adapters.wrap(model, peft_config)
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self._check_something_trains(model)
+        if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+            # A frozen embedding would leave a checkpointed layer without an input that asks for gradients.
+            model.enable_input_require_grads()
+
+        self.args, self.model = args, model
+        self.reports: dict[str, DataReport] = {}
+        train_dataset = self._prepared(train_dataset, "train")
+        eval_dataset = self._prepared(eval_dataset, "eval")
+        self._collate = Collate(self.trees, data_collator, args.share_prompt)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=self.processing_class,
+            callbacks=[_BeforeTraining(self), *(callbacks or [])],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
+        self.attachment = self._collate.attachment = attach(model)
+
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._tokens_seen = 0  # of this rank, over the whole run
+        self._step_batches: list[Batch] = []  # of the optimizer step under way, to name a row that breaks it
+        self._between_logs: dict[str, Any] | None = None
+
+    def _check_something_trains(self, model: nn.Module) -> None:
+        count, total = adapters.trainable(model)
+        if count:
+            return
+        remedy = "set requires_grad on what should train, or pass peft_config= to train an adapter"
+        if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+            remedy = (
+                "it carries an adapter that was loaded for inference: pass the adapter's folder as the model, "
+                "or load it with PeftModel.from_pretrained(base, folder, is_trainable=True)"
+            )
+        raise ValueError(f"0 of {total:,} parameters would train. {remedy[0].upper()}{remedy[1:]}.")
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        """Read and tokenise a data set, or each of a dictionary of them. What is prepared already passes."""
+        if dataset is None or isinstance(dataset, IterableDataset):
+            return dataset
+        if isinstance(dataset, dict) and all(_is_data_set(value) for value in dataset.values()):
+            return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
+        if isinstance(dataset, Dataset) and {"input_ids", "loss_mask", "row"} <= set(dataset.column_names):
+            return dataset
+        with self.args.main_process_first(desc="preparing the data"):
+            rows, self.reports[name] = self.rows(formats.load(dataset), name)
+        return rows
+
+    def window(self) -> int | None:
+        """The longest sequence the model takes, in tokens, or None when nobody says."""
+        limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        limits.append(getattr(self.processing_class, "model_max_length", None))
+        known = [limit for limit in limits if limit and limit < 10**9]
+        return min(known) if known else None
+
+    # --- the report before step 1 ---------------------------------------------------------------------------------
+
+    def report(self) -> list[str]:
+        """What will be trained on what, in a few lines."""
+        lines = [line for report in self.reports.values() for line in report.lines()]
+        count, total = adapters.trainable(self.model)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad})
+        lines.append(f"model: {count:,} of {total:,} parameters train ({count / total:.2%}), in {', '.join(dtypes)}")
+        if "bfloat16" in dtypes or "float16" in dtypes:
+            lines.append(
+                "  caution: half-precision weights drop updates smaller than about 1/256 of a weight; "
+                "an adapter, or model_init_kwargs={'dtype': 'float32'} with bf16=True, keeps them"
+            )
+        if self.attachment.is_flat:
+            lines.append("engine: flat rows, no padding, each prompt computed once")
+        else:
+            lines.append(f"engine: padded rows, because {self.attachment.reason}")
+        if self.attachment.head_reason:
+            lines.append(f"engine: full logits, because {self.attachment.head_reason}")
+        if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
+            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            steps = self.args.max_steps
+            if steps <= 0:
+                steps = math.ceil(math.ceil(len(self.train_dataset) / (self.args.train_batch_size
+                        * self.args.world_size)) / self.args.gradient_accumulation_steps
+                        ) * self.args.num_train_epochs  # fmt: skip
+            lines.append(
+                f"steps: {math.ceil(steps):,}, each on {per_step} rows ({self.args.train_batch_size} a batch × "
+                f"{self.args.gradient_accumulation_steps} accumulated × {self.args.world_size} process"
+                f"{'es' if self.args.world_size > 1 else ''})"
+            )
+        return lines
+
+    def _print_report(self) -> None:
+        if not self.is_world_process_zero():
+            return
+        print("\n".join(f"trl: {line}" for line in self.report()), flush=True)
+        if self.reports and self.args.should_save:
+            found = {name: report.to_dict() for name, report in self.reports.items()}
+            Path(self.args.output_dir, "data_report.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`, after one report of what will be trained."""
+        if self.train_dataset is None:
+            raise ValueError("there is nothing to train on: pass train_dataset=")
+        folder = None
+        if resume_from_checkpoint:
+            folder, passed = checkpoint.resolve(Path(self.args.output_dir), resume_from_checkpoint)
+            for sentence in passed:
+                say_once(sentence)
+        self._sums["train"].clear()
+        self._tokens_seen = 0
+        self._between_logs = None
+        if folder is not None:
+            self._load_between_logs(folder)
+        self._print_report()
+        return super().train(str(folder) if folder else None, *args, **kwargs)
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
+                        is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:  # fmt: skip
+        if isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        args = self.args
+        batches = RowBatches(
+            len(dataset),
+            batch_size,
+            shuffle=is_training and args.train_sampling_strategy != "sequential",
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            ranks=args.world_size,
+            rank=args.process_index,
+            drop_last=is_training and args.dataloader_drop_last,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self._collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        items = torch.tensor(float(sum(self.items(batch) for batch in samples)), device=device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(items)
+        self._step_batches = samples
+        self._tokens_seen += sum(batch["tokens"] for batch in samples)
+        return samples, items.clamp(min=1)
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
+                     num_items_in_batch: Tensor | int | None = None) -> Tensor:  # fmt: skip
+        total, metrics = self.loss(model, inputs)
+        self._add("train", metrics)
+        assert num_items_in_batch is not None
+        # Gradients are averaged over the ranks afterwards.
+        return total * (self.args.world_size / num_items_in_batch)
+
+    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool,
+                        ignore_keys: list[str] | None = None) -> tuple[Tensor, None, None]:  # fmt: skip
+        with torch.no_grad(), self.compute_loss_context_manager():
+            batch = self._prepare_inputs(inputs)
+            total, metrics = self.loss(model, batch)
+        items = float(self.items(batch))
+        self._add("eval", {**metrics, "loss": Metric(total.detach(), items)})
+        return total / max(items, 1.0), None, None
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None,
+                 metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
+                        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        for name, value in self._reduced("eval").items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        finite = torch.isfinite(self._tr_loss)
+        if not self.args.fp16:  # a loss scaler expects overflowing gradients, and skips their step
+            finite = finite & torch.isfinite(torch.as_tensor(grad_norm, device=finite.device))
+        if not finite:
+            raise NonFiniteError(self._what_is_not_finite(model))
+        return grad_norm
+
+    def _what_is_not_finite(self, model: nn.Module) -> str:
+        where = f"step {self.state.global_step + 1}"
+        remedy = "Lower the learning rate, prefer bf16 to fp16, or take the row out"
+        bad = []
+        with torch.no_grad():
+            for batch in self._step_batches:
+                batch = self._prepare_inputs(batch)
+                stats = score(model, batch)
+                sums_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+                bad += batch["row_S"][~torch.isfinite(sums_S)].tolist()
+        if bad:
+            rows = ", ".join(map(str, bad[:5]))
+            return f"{where}: the log-probs of row {rows} are not finite. {remedy}. The weights are unchanged."
+        names = [name for name, parameter in model.named_parameters()
+                 if parameter.grad is not None and not torch.isfinite(parameter.grad).all()]  # fmt: skip
+        rows = sorted({row for batch in self._step_batches for row in batch["row_S"].tolist()})
+        what = f"the gradient of {names[0]} (and {len(names) - 1} more) is" if names else "the loss is"
+        return f"{where}, rows {rows[:8]}: {what} not finite. {remedy}. The weights are unchanged."
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def _add(self, mode: str, metrics: dict[str, Metric]) -> None:
+        sums = self._sums[mode]
+        for name, metric in metrics.items():
+            pair = torch.stack(
+                [torch.as_tensor(part, dtype=torch.float64, device=metric.sum.device) for part in metric]
+            )
+            sums[name] = sums[name] + pair if name in sums else pair
+
+    def _reduced(self, mode: str, **totals: int) -> dict[str, float]:
+        """Means over all micro-batches and ranks since the last call, and the totals over ranks: one collective."""
+        sums = self._sums[mode]
+        names = sorted(sums)
+        # Totals ride along as pairs.
+        device = self.args.device
+        pairs = [sums[name] for name in names]
+        pairs += [torch.tensor([float(value), 1.0], dtype=torch.float64, device=device) for value in totals.values()]
+        if not pairs:
+            return {}
+        table = torch.stack([pair.to(device) for pair in pairs])
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(table)
+        values = table.tolist()
+        sums.clear()
+        means = {name: total / count for name, (total, count) in zip(names, values, strict=False) if count}
+        return {**means, **{name: int(pair[0]) for name, pair in zip(totals, values[len(names) :], strict=True)}}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a line of training
+            found = self._reduced("train", num_tokens=self._tokens_seen)
+            logs = {**logs, **found}
+        super().log(logs, start_time)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        if self.args.should_save:
+            checkpoint.begin(final)
+        self.accelerator.wait_for_everyone()
+        staging = str(checkpoint.staging_folder(final))
+        os.makedirs(staging, exist_ok=True)  # another node's disk
+
+        self.save_model(staging, _internal_call=True)
+        if self.state.best_global_step:
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(staging)
+            self._save_scaler(staging)
+            self._save_rng_state(staging)
+            torch.save(
+                {
+                    "tokens_seen": self._tokens_seen,
+                    "sums": self._sums["train"],
+                    "loss_since_log": self._tr_loss,
+                    "last_logged_step": self._globalstep_last_logged,
+                },
+                os.path.join(staging, _RANK_STATE.format(rank=self.args.process_index)),
+            )
+        if self.args.should_save:
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if hasattr(callback, "state") and type(callback).__name__ in self.state.stateful_callbacks:
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(os.path.join(staging, "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.publish(final, step=self.state.global_step, world_size=self.args.world_size)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _load_between_logs(self, folder: Path) -> None:
+        world = checkpoint.manifest(folder).get("world_size")
+        if world is None:
+            return  # another library's checkpoint
+        paths = [folder / _RANK_STATE.format(rank=rank) for rank in range(world)]
+        if not all(path.exists() for path in paths):
+            say_once(
+                f"{folder.name} holds the model alone: the optimizer, the counters and the data order start afresh"
+            )
+            return
+        states = [torch.load(path, map_location=self.args.device, weights_only=True) for path in paths]
+        if world == self.args.world_size:
+            state = states[self.args.process_index]
+        else:
+            say_once(f"{folder.name} was written by {world} processes and is resumed by {self.args.world_size}")
+            state = states[0]
+            state["tokens_seen"] = sum(each["tokens_seen"] for each in states) * (self.args.process_index == 0)
+            state["sums"] = {}
+            state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()
+        self._tokens_seen = state["tokens_seen"]
+        self._sums["train"].update(state["sums"])
+        self._between_logs = state
+
+    def _restore_between_logs(self) -> None:
+        if self._between_logs is None:
+            return
+        state, self._between_logs = self._between_logs, None
+        self._tr_loss = state["loss_since_log"].clone()
+        # The final summary is of this call's steps alone: what was already earned is taken off.
+        self._total_loss_scalar -= self._tr_loss.item()
+        self._globalstep_last_logged = state["last_logged_step"]
+
+
+def _is_data_set(value: Any) -> bool:
+    """Whether a dictionary's value is a data set (and not a column)."""
+    return isinstance(value, str | Path | Dataset) or (isinstance(value, list) and value and isinstance(value[0], dict))
+
+
+def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> Any:
+    """Set end and padding tokens by name; without a padding token the end token stands in (masks go by position)."""
+    for what, token in (("eos_token", eos), ("pad_token", pad)):
+        if token is None:
+            continue
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"{what}={token!r} is not in the tokenizer's vocabulary")
+        setattr(tokenizer, what, token)
+    if getattr(tokenizer, "pad_token", None) is None and getattr(tokenizer, "eos_token", None) is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
