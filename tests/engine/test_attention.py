@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from tests.engine import families
-from trl.engine import attention, flat
+from trl.engine import attention
 from trl.engine.attention import Scoring, by_segment
+from trl.engine.forest import flat
 
 
 def dense(query, key, value, spans, scoring):

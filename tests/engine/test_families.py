@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.engine import families
-from trl.engine import attach, flat, padded, score
+from trl.engine.forest import flat, padded
+from trl.engine.score import attach, score
 
 TOLERANCE = 1e-5
 

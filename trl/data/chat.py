@@ -134,7 +134,7 @@ class ChatTemplate:
         """The texts of many conversations, for half the price of one at a time."""
         try:
             return self.tokenizer.apply_chat_template(
-                [list(messages) for messages in conversations],
+                [[_complete(message) for message in messages] for messages in conversations],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
@@ -299,10 +299,9 @@ class ChatTemplate:
     def _spans_by_markers(self, messages: Messages, **kwargs: Any) -> tuple[str, list[Span]] | None:
         if not self._has_markers(**kwargs):
             return None
-        cleaned = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             texts, indices = render_jinja_template(
-                [cleaned],
+                [[_complete(message) for message in messages]],
                 chat_template=self._source(**kwargs),
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **kwargs},
@@ -363,6 +362,14 @@ class ChatTemplate:
         end = min(_common_prefix(prompt, text), answer)
         begin = len(plain) if prompt.startswith(plain) and asked <= len(plain) < end else asked
         return Lead(text[begin:end], text[end:answer]) if begin < end else None
+
+
+def _complete(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: no field None, and a content even where there are only tool calls."""
+    complete = {key: value for key, value in message.items() if value is not None}
+    if complete.get("tool_calls"):
+        complete.setdefault("content", "")
+    return complete
 
 
 def _unused(text: str) -> tuple[str, str]:

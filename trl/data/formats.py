@@ -455,11 +455,9 @@ def _message_of(message: Any, where: str) -> dict[str, Any]:
         cleaned["content"] = "".join(block["text"] or "" for block in content)
     elif isinstance(content, list):
         raise DataError(f"{where}.content` has blocks that are not text. Only text can be trained on here.")
-    elif content is None and message.get("tool_calls"):
-        cleaned["content"] = ""  # many templates look into it even when there are only calls
-    elif content is None:
+    elif content is None and not message.get("tool_calls"):
         raise DataError(f"{where}.content` is None. Give the message a text, or remove the row with `dataset.filter`.")
-    elif not isinstance(content, str):
+    elif content is not None and not isinstance(content, str):
         raise DataError(f"{where}.content` is a {type(content).__name__}, not a string. Convert it to one.")
     return cleaned
 

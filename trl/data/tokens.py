@@ -3,21 +3,22 @@
 Masks are made from positions, never from token ids: the end of a turn is trained even where it serves as padding.
 """
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from . import chat
 from .formats import DataError, Shape, detect, messages_of, place, text_of, without_none
 from .report import DataReport, Dropped, show
 
+RECIPE = 1  # raise it when the same options come to give other tokens, so that no stale cache is read
 UNTRAINED_LABEL = -100  # what `labels` hold where no loss is taken, as everywhere in PyTorch
 
 KEPT, TOO_SHORT, NOTHING_TRAINED, ALL_CUT = range(4)
@@ -34,6 +35,14 @@ REMEDIES = {
 }
 # What travels beside the tokens until the report is written.
 COUNTERS = ("_length", "_trainable", "_trained", "_dropped", "_end", "_bos_doubled", "_straddles")
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "loss_mask": datasets.List(datasets.Value("bool")),
+        "row": datasets.Value("int64"),
+        **{counter: datasets.Value("int32") for counter in COUNTERS},
+    }
+)
 
 
 def prepare(
@@ -69,13 +78,15 @@ def prepare(
     tokenise = _Tokenise(
         tokenizer, shape, max_length, truncation_mode, completion_only_loss, assistant_only_loss, add_eos
     )
-    wanted = dataset.select_columns(list(dict.fromkeys(shape.columns.values())))
+    wanted = dataset.with_format(None).select_columns(list(dict.fromkeys(shape.columns.values())))
     table = wanted.map(
         tokenise,
         batched=True,
         with_indices=True,
         remove_columns=wanted.column_names,
+        features=FEATURES,
         num_proc=num_proc,
+        new_fingerprint=tokenise.fingerprint(wanted),
         desc=f"Tokenising {name}",
     )
     return _aggregate(table, tokenizer, shape, max_length, name)
@@ -144,7 +155,18 @@ class _Tokenise:
         self.assistant_only_loss = assistant_only_loss
         self.add_eos = add_eos
 
-    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> pyarrow.Table:
+    def fingerprint(self, dataset: datasets.Dataset) -> str:
+        """Names the result in the cache of `datasets`, which by itself takes seconds to hash a large vocabulary."""
+        tokenizer = self.tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        )
+        options = {key: value for key, value in vars(self).items() if key != "tokenizer"}
+        special = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)
+        parts = (RECIPE, dataset._fingerprint, transformers.__version__, vocabulary, special, sorted(options.items()))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         if self.shape.kind == "tokens":
             rows = [self._read_tokens(batch, position, row) for position, row in enumerate(indices)]
         elif self.shape.kind == "text":
@@ -157,7 +179,7 @@ class _Tokenise:
             rows = self._tokenise(self._read_conversational_completions(batch, indices), plain=False)
         else:
             rows = self._tokenise(self._read_completions(batch, indices), plain=True)
-        return self._table(rows, indices)
+        return self._columns(rows, indices)
 
     # -- rows to text -------------------------------------------------------------------------------------------------
 
@@ -209,8 +231,8 @@ class _Tokenise:
             if len(turns) != sum(message["role"] == "assistant" for message in whole):
                 raise DataError(
                     f"{place(row, completions)}: the chat template marks {len(turns)} generations, which is not the "
-                    "number of assistant messages, so the completion cannot be told apart. Use assistant_only_loss=True "
-                    "with completion_only_loss=False."
+                    "number of assistant messages, so the completion cannot be told apart. Use "
+                    "assistant_only_loss=True with completion_only_loss=False."
                 )
             turns = turns[len(turns) - roles.count("assistant") :]
             # What stands between the turns of one completion (a tool's result) is part of the completion.
@@ -373,7 +395,7 @@ class _Tokenise:
 
     # -- cutting and counting -----------------------------------------------------------------------------------------
 
-    def _table(self, rows: list[_Row], indices: list[int]) -> pyarrow.Table:
+    def _columns(self, rows: list[_Row], indices: list[int]) -> dict[str, list[Any]]:
         stops = self._stops()
         kept_ids: list[list[int]] = []
         kept_masks: list[list[bool]] = []
@@ -399,13 +421,7 @@ class _Tokenise:
             values = (length, trainable, trained, dropped, end, int(row.bos_doubled), int(row.straddles))
             for name, value in zip(COUNTERS, values, strict=True):
                 counters[name].append(value)
-        columns = {
-            "input_ids": _ragged(kept_ids, np.int32),
-            "loss_mask": _ragged(kept_masks, np.bool_),
-            "row": pyarrow.array(indices, pyarrow.int64()),
-        }
-        columns |= {name: pyarrow.array(values, pyarrow.int32()) for name, values in counters.items()}
-        return pyarrow.table(columns)
+        return {"input_ids": kept_ids, "loss_mask": kept_masks, "row": list(indices), **counters}
 
     def _stops(self) -> set[int]:
         """The tokens that end a text or a turn."""
@@ -415,12 +431,6 @@ class _Tokenise:
             for name in template.special.findall(template.facts().end):
                 stops.add(self.tokenizer.convert_tokens_to_ids(name))
         return stops
-
-
-def _ragged(lists: Sequence[Sequence[Any]], dtype: Any) -> pyarrow.ListArray:
-    ends = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-    values: Iterable[Any] = chain.from_iterable(lists)
-    return pyarrow.ListArray.from_arrays(ends, pyarrow.array(np.fromiter(values, dtype=dtype, count=int(ends[-1]))))
 
 
 def _aggregate(

@@ -122,7 +122,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any],
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if segments["key_index"] is not None:
         key, value = key.index_select(0, segments["key_index"]), value.index_select(0, segments["key_index"])
-    grouped = {}
+    grouped: dict[str, Any] = {}
     if key.shape[1] != query.shape[1]:
         if _VARLEN_GROUPS_HEADS:
             grouped = {"enable_gqa": True}

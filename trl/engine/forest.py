@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl.data.collate import Tree
+from trl.data.collate import Branch, Tree
 
 # A plain dict, because every layer of wrapping (device hooks, DDP, FSDP) knows how to move one.
 Batch = dict[str, Any]
@@ -184,9 +184,9 @@ def unshared(trees: Iterable[Tree]) -> list[Tree]:
         if not tree.branches:
             out.append(tree)
         for branch in tree.branches:
-            ids = np.concatenate([np.asarray(tree.root.ids), np.asarray(branch.ids)])
-            mask = np.concatenate([np.zeros(len(tree.root.ids), dtype=bool), np.asarray(branch.mask, dtype=bool)])
-            out.append(tree._replace(root=type(branch)(ids, mask), branches=()))
+            ids = [*tree.root.ids, *branch.ids]
+            mask = [*(False for _ in tree.root.ids), *branch.mask]
+            out.append(Tree(Branch(ids, mask), row=tree.row))
     return out
 
 

@@ -223,7 +223,7 @@ class _Logits(torch.autograd.Function):
         return grad_CV.to(raw_CV.dtype), None, None
 
 
-def plain_linear(head: nn.Module) -> nn.Module | None:
+def plain_linear(head: Any) -> nn.Linear | None:
     """The linear layer whose weight is all there is to this head, or None (adapters, quantised or offloaded weights).
 
     A head listed in PEFT's `modules_to_save` is looked through: its active copy is plain.
@@ -259,7 +259,7 @@ def token_stats(
     if linear is not None:
         hidden_NH = hidden_NH.to(linear.weight.device)
         target_N = target_N.to(hidden_NH.device)
-        weight_VH = linear.weight
+        weight_VH: Any = linear.weight
         if hasattr(weight_VH, "full_tensor"):
             # Sharded apart from the model's root. Each rank's gradient is of its own tokens: averaged, like all others.
             from torch.distributed.tensor import Partial

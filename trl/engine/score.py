@@ -41,7 +41,7 @@ class Attachment:
         return flat(trees) if self.is_flat else padded(trees, self.pad_id)
 
 
-def causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: Any) -> Any:
     """The language model inside whatever wraps it (DDP, FSDP, torch.compile, PEFT)."""
     while True:
         if hasattr(model, "get_base_model"):

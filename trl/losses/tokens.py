@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Metric(NamedTuple):
-    """A mean that can still be added to others: sums and counts of all micro-batches and ranks, divided once."""
+    """A mean that can still be added to others: totals and counts of all micro-batches and ranks, divided once."""
 
-    sum: Tensor  # scalar
-    count: Tensor | float
+    total: Tensor  # scalar
+    items: Tensor | float
 
 
 def seq_sum(values_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
@@ -28,6 +28,6 @@ def seq_mean(values_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
 
 
 def mean(values: Tensor) -> Metric:
-    """The mean of all entries, as sum and count."""
+    """The mean of all entries, as total and count."""
     detached = values.detach()
     return Metric(detached.sum(), float(detached.numel()))

@@ -36,8 +36,8 @@ from trl.data import formats
 from trl.data.batches import RowBatches
 from trl.data.collate import Tree, labelled
 from trl.data.report import DataReport
-from trl.engine import Attachment, Batch, attach, score
-from trl.engine.forest import trained, unshared
+from trl.engine.forest import Batch, trained, unshared
+from trl.engine.score import Attachment, attach, score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load
 
@@ -368,7 +368,7 @@ class BaseTrainer(Trainer):
         sums = self._sums[mode]
         for name, metric in metrics.items():
             pair = torch.stack(
-                [torch.as_tensor(part, dtype=torch.float64, device=metric.sum.device) for part in metric]
+                [torch.as_tensor(part, dtype=torch.float64, device=metric.total.device) for part in metric]
             )
             sums[name] = sums[name] + pair if name in sums else pair
 

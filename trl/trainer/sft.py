@@ -10,7 +10,8 @@ from trl.config import BaseConfig, SequenceFields
 from trl.data import collate
 from trl.data.report import DataReport
 from trl.data.tokens import prepare
-from trl.engine import Batch, score
+from trl.engine.forest import Batch
+from trl.engine.score import score
 from trl.losses.sft import LOSSES
 from trl.losses.tokens import Metric, mean
 
