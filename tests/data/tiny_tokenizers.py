@@ -122,7 +122,9 @@ PHI = """\
 # Thinking is kept in the turns after the last question and stripped from the earlier ones; calls are written as JSON.
 THINKING = """\
 {%- set last = namespace(user=0) %}
-{%- for message in messages %}{%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}
+{%- endfor %}
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}
   {%- set answer = message.content.split('</think>')[-1].lstrip('\\n') %}
@@ -133,7 +135,9 @@ THINKING = """\
   {{- '<|im_start|>assistant\\n' }}
   {%- if loop.index0 > last.user %}{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}{%- endif %}
   {{- answer }}
-  {%- for call in message.tool_calls or [] %}{{- '\\n<tool_call>\\n' + call.function.name + '\\n</tool_call>' }}{%- endfor %}
+  {%- for call in message.tool_calls or [] %}
+    {{- '\\n<tool_call>\\n' + call.function.name + '\\n</tool_call>' }}
+  {%- endfor %}
   {{- '<|im_end|>\\n' }}
 {%- else %}
   {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}

@@ -113,3 +113,10 @@ def naive(model: torch.nn.Module, trees: list[Tree], temperature: float = 1.0) -
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def checkpoint_layers(base: torch.nn.Module, reentrant: bool) -> None:
+    """Recompute activations in the backward pass; transformers renamed the switch in 5.2x."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()

@@ -41,7 +41,15 @@ def tiny(tokenizer: Any, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def sft(tmp_path: Any, model: Any, tokenizer: Any, rows: Any, peft_config: Any = None, **settings: Any) -> SFTTrainer:
+def sft(
+    tmp_path: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    peft_config: Any = None,
+    eval_rows: Any = None,
+    **settings: Any,
+) -> SFTTrainer:
     defaults = {
         "output_dir": str(tmp_path),
         "report_to": "none",
@@ -54,7 +62,9 @@ def sft(tmp_path: Any, model: Any, tokenizer: Any, rows: Any, peft_config: Any =
         "use_cpu": True,
     }
     config = SFTConfig(**{**defaults, **settings})
-    return SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
+    return SFTTrainer(
+        model, config, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer, peft_config=peft_config
+    )
 
 
 def first_gradient(trainer: Any) -> dict[str, torch.Tensor]:

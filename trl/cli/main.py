@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"trl {name}: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, ImportError) as error:
-        # What a user can put right: rows, paths, settings, missing packages. Anything else is a fault of the program,
-        # whose traceback is the most useful thing to show.
+    except (ValueError, ArithmeticError, OSError, ImportError) as error:
+        # What a user can put right: rows, paths, settings, missing packages, a loss that runs away. Anything else is a
+        # fault of the program, whose traceback is the most useful thing to show.
         if debug:
             raise
         message = str(error).strip() or type(error).__name__

@@ -5,10 +5,11 @@ The spans are worked out from the template itself, by what it does and not by wh
 1. A template with `{% generation %}` markers says where they are.
 2. Otherwise the conversation is rendered a second time with a sentinel on either side of each assistant content. If
    the text without sentinels is the plain rendering, the contents are where the sentinels stand. Where the turn begins
-   before its content, and what ends it, is known from a probe that is rendered once per template.
-3. A template that rewrites contents (that strips thinking from earlier turns, that writes tool calls) moves or loses
-   the sentinels. Then each turn begins where the rendering of the messages before it ends, and ends where a rendering
-   with another content begins to agree with this one again.
+   before its content, and what ends it, is known from a probe that is rendered once per template. Where the template
+   takes the thinking off a content, and the opening sentinel with it, the turn begins where the rendering of the
+   messages before it ends.
+3. A template that rewrites more than that (that writes tool calls, that quotes) loses the sentinels. Then the turn ends
+   where a rendering with another content begins to agree with this one again.
 
 What none of these can place is an error, never a guess.
 """
@@ -80,7 +81,7 @@ def trims_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str, vocabulary: int) -> "ChatTemplate":
+def _chat_template(tokenizer: PreTrainedTokenizerBase, *state: Any) -> "ChatTemplate":
     return ChatTemplate(tokenizer)
 
 
@@ -91,7 +92,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
             "The data are conversations, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
             "take the tokenizer of an instruction-tuned model, or give the rows as `text`."
         )
-    return _chat_template(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+    state = (str(tokenizer.chat_template), len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
+    return _chat_template(tokenizer, *state)
 
 
 class Lead(NamedTuple):
@@ -168,17 +170,15 @@ class ChatTemplate:
 
     def spans_all(self, conversations: Sequence[Messages]) -> list[tuple[str, list[Span]] | DataError]:
         """`spans` of many conversations, with an error in the place of one that fails."""
-        results: list[tuple[str, list[Span]] | DataError] = []
+        if self._has_markers():
+            return [self.spans_or_error(messages) for messages in conversations]
         try:
-            if self._has_markers():
-                raise DataError("one at a time")
             texts = self.render_all(conversations)
             sentinels = _unused("".join(texts))
             all_marked = self.render_all([_mark(messages, *sentinels) for messages in conversations])
-        except DataError:
-            texts = all_marked = []
-        if not texts:
+        except DataError:  # of one row; the others need not suffer
             return [self.spans_or_error(messages) for messages in conversations]
+        results: list[tuple[str, list[Span]] | DataError] = []
         for messages, text, marked in zip(conversations, texts, all_marked, strict=True):
             try:
                 results.append((text, self._spans(messages, text, marked, sentinels)))
@@ -201,8 +201,12 @@ class ChatTemplate:
         spans: list[Span] = []
         span: Span | None
         for order, index in enumerate(turns):
-            if contents is not None:
-                span = self._around(messages, index, text, contents[order], **kwargs)
+            start, end = contents[order] if contents is not None else (None, None)
+            if start is not None and end is not None:
+                span = self._around(messages, index, text, (start, end), **kwargs)
+            elif end is not None and self._ends(text, end, **kwargs):
+                start = self._start(messages, index, text, end, **kwargs)
+                span = None if start is None else (start, self._end_of_turn(text, end, **kwargs))
             else:
                 span = self._by_difference(messages, index, text, sentinels[0], **kwargs)
             if span is None or span[0] > span[1] or (spans and span[0] < spans[-1][1]):
@@ -280,13 +284,15 @@ class ChatTemplate:
 
     def _end_of_turn(self, text: str, position: int, **kwargs: Any) -> int:
         """One past the end of turn that follows the content ending at `position`; `position` if none follows."""
-        end = self.facts(**kwargs).end
-        if end:
-            beyond = len(text) - len(text[position:].lstrip())
-            if text.startswith(end, beyond):
-                return beyond + len(end)
+        if self._ends(text, position, **kwargs):
+            return _past_space(text, position) + len(self.facts(**kwargs).end)
         match = self._special_after_space.match(text, position)
         return match.end() if match else position
+
+    def _ends(self, text: str, position: int, **kwargs: Any) -> bool:
+        """Whether what ends a turn in this template follows at `position`."""
+        end = self.facts(**kwargs).end
+        return bool(end) and text.startswith(end, _past_space(text, position))
 
     # -- markers ------------------------------------------------------------------------------------------------------
 
@@ -393,22 +399,36 @@ def _mark(messages: Messages, opening: str, closing: str) -> list[dict[str, Any]
     return marked
 
 
-def _contents_by_sentinels(text: str, marked: str | None, sentinels: tuple[str, str], turns: int) -> list[Span] | None:
-    """Where the contents of the assistant's turns are, or None if the sentinels did not come through unharmed."""
+def _contents_by_sentinels(
+    text: str, marked: str | None, sentinels: tuple[str, str], turns: int
+) -> list[tuple[int | None, int]] | None:
+    """Where the contents of the assistant's turns begin and end, or None if the sentinels changed the text.
+
+    A template that takes the thinking off the front of a content takes the opening sentinel with it: where the contents
+    begin is not known then, and None.
+    """
     if marked is None:
         return None
-    opening, closing = sentinels
-    pieces = re.split(f"[{opening}{closing}]", marked)
-    if len(pieces) != 2 * turns + 1 or "".join(pieces) != text:
+    pieces = re.split(f"([{''.join(sentinels)}])", marked)
+    found, pieces = pieces[1::2], pieces[::2]
+    if "".join(pieces) != text or found.count(sentinels[1]) != turns:
         return None
-    if re.findall(f"[{opening}{closing}]", marked) != [opening, closing] * turns:
-        return None
-    contents, position = [], 0
-    for before, content in zip(pieces[:-1:2], pieces[1::2], strict=True):
-        start = position + len(before)
-        position = start + len(content)
-        contents.append((start, position))
+    whole = found == [*sentinels] * turns
+    contents: list[tuple[int | None, int]] = []
+    position, start = 0, None
+    for piece, sentinel in zip(pieces, found, strict=False):
+        position += len(piece)
+        if sentinel == sentinels[0]:
+            start = position if whole else None
+        else:
+            contents.append((start, position))
     return contents
+
+
+def _past_space(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
 
 
 def _common_prefix(one: str, other: str) -> int:

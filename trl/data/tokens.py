@@ -73,6 +73,8 @@ def prepare(
     Raises `DataError`, which names the row, the field and the remedy, for a row that cannot be read, for options that
     do not fit the data, and when no row at all is left.
     """
+    if len(dataset) == 0:
+        raise DataError(f"{name}: the data set has no rows.")
     shape = detect(dataset, text_field) if shape is None else shape
     _check(shape, tokenizer, max_length, truncation_mode, completion_only_loss, assistant_only_loss)
     tokenise = _Tokenise(
@@ -325,24 +327,27 @@ class _Tokenise:
         return rows
 
     def _tokenise_pieces(self, text: _Text, plain: bool) -> _Row:
-        """Without offsets: every trained piece and every piece between is tokenised on its own."""
+        """Without offsets: every trained piece, and every piece between two, is tokenised on its own."""
         ids: list[int] = []
         mask: list[bool] = []
+        whole = len(text.text)
         position = 0
-        edges = text.spans if text.spans is not None else [(0, len(text.text))]
-        for start, end in [*edges, (len(text.text), len(text.text))]:
+        for start, end in [*([(0, whole)] if text.spans is None else text.spans), (whole, whole)]:
             for trained, piece in ((False, text.text[position:start]), (True, text.text[start:end])):
-                new = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] if piece else []
+                new = self._encode(piece, special=False) if piece else []
                 ids += new
                 mask += [trained] * len(new)
             position = end
-        if plain:
-            whole = self.tokenizer.build_inputs_with_special_tokens(ids)
-            # What was added before the text: the tokens are the same from there on.
-            before = next((shift for shift in range(len(whole)) if whole[shift : shift + len(ids)] == ids), 0)
-            mask = [text.spans is None] * before + mask + [True] * (len(whole) - before - len(ids))
-            ids = whole
+        if plain:  # what the tokenizer sets around a text
+            bare, framed = self._encode("a", special=False), self._encode("a", special=True)
+            before = next(shift for shift in range(len(framed)) if framed[shift : shift + len(bare)] == bare)
+            after = framed[before + len(bare) :]
+            ids = [*framed[:before], *ids, *after]
+            mask = [False] * before + mask + [text.spans is None] * len(after)
         return self._finish(text.text, ids, mask, plain, False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _finish(self, text: str, ids: list[int], mask: list[bool], plain: bool, straddles: bool) -> _Row:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id

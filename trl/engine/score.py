@@ -241,9 +241,15 @@ def _leaf(ids: list[int]) -> Tree:
     return Tree(Branch(ids, [True] * len(ids)))
 
 
+def _inputs(base: Any, batch: Batch) -> dict[str, Any]:
+    """The batch where the model begins. Offloaded weights are nowhere: their hooks move the inputs as well."""
+    device = base.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    return {key: _to(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
+
+
 def _hidden(model: nn.Module, batch: Batch) -> Tensor:
-    device = causal_lm(model).get_input_embeddings().weight.device
-    inputs = {key: _to(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
+    inputs = _inputs(causal_lm(model), batch)
     request = {
         "predict_N": batch["predict_N"],
         "target_N": batch["target_N"],
@@ -298,10 +304,9 @@ def _head_failure(model: nn.Module, base: Any, attachment: Attachment) -> str | 
     """Whether `head(hidden)` misses what the model's own logits have, in one sentence, or None."""
     ids = _tokens(base, 23, 7)
     batch = padded([_leaf(ids)])
-    inputs = {key: _to(batch[key], base.get_input_embeddings().weight.device) for key in _LAYOUT_KEYS if key in batch}
-    own = model(**inputs, use_cache=False).logits.float()
-    own = own[0, own.shape[1] - len(ids) : -1]
     try:
+        own = model(**_inputs(base, batch), use_cache=False).logits.float()
+        own = own[0, own.shape[1] - len(ids) : -1]
         hidden_NH = _hidden(model, batch)
         head = base.get_output_embeddings()
         weight = getattr(head, "weight", None)

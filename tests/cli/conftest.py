@@ -1,0 +1,49 @@
+"""Commands as a user types them, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def trl_command(tmp_path: Path) -> Command:
+    """`trl_command("sft", "--max_steps", 3)` runs `trl sft --max_steps 3` in an empty folder."""
+    program = Path(sys.executable).parent / "trl"
+
+    def run(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(program), *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Eight short chats."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What comes after {number}?"},
+                {"role": "assistant", "content": f"After {number} comes {number + 1}."},
+            ]
+        }
+        for number in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

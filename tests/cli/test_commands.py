@@ -1,0 +1,69 @@
+"""`trl` without training: help, version, env, and mistakes that end before a model is loaded."""
+
+from __future__ import annotations
+
+import resource
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from .conftest import Command
+
+
+def test_help_answers_at_once(trl_command: Command) -> None:
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        answer = trl_command("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert answer.returncode == 0
+        for command in ("sft", "demo", "env"):
+            assert f"\n  {command} " in answer.stdout
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # Time of the processor, since other tests may have the cores.
+    assert min(seconds() for _ in range(3)) < 0.3
+
+
+def test_version(trl_command: Command) -> None:
+    assert trl_command("--version").stdout == f"trl {version('trl')}\n"
+
+
+def test_env_names_versions_and_devices(trl_command: Command) -> None:
+    answer = trl_command("env", TRL_TEST="1")
+    assert answer.returncode == 0
+    lines = dict(line.removeprefix("- ").split(": ", 1) for line in answer.stdout.splitlines())
+    assert lines["trl"].startswith(version("trl"))
+    for package in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft"):
+        assert lines[package] == version(package)
+    assert "TRL_TEST=1" in lines["Settings"]
+    assert lines["Devices"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sftt"], "trl: there is no command sftt; did you mean sft?"),
+        (["--hlep"], "trl: there is no option --hlep"),
+        ([], "usage: trl"),
+        (["sft", "--max_stepz", "3"], "trl sft: there is no option --max_stepz; did you mean --max_steps?"),
+        (["sft", "--dataset_name", "rows.jsonl"], "trl sft: --model_name_or_path is missing"),
+        (["sft", "--model_name_or_path", "x"], "trl sft: --dataset_name is missing"),
+        (["sft", "--loss_type", "nl"], "--loss_type: needs one of"),
+    ],
+)
+def test_mistakes_in_what_is_typed(trl_command: Command, arguments: list[str], sentence: str) -> None:
+    answer = trl_command(*arguments)
+    assert answer.returncode == 2
+    assert sentence in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+
+
+def test_a_file_that_is_not_there(trl_command: Command, tmp_path: Path) -> None:
+    arguments = ["sft", "--model_name_or_path", "x", "--dataset_name", "rowz.jsonl"]
+    answer = trl_command(*arguments)
+    assert answer.returncode == 1
+    assert "rowz.jsonl" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert "Traceback" in trl_command(*arguments, TRL_DEBUG="1").stderr

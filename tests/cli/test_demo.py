@@ -1,0 +1,57 @@
+"""`trl demo`: its rows, and the whole of it in its short form."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from trl.cli import demo
+
+from .conftest import Command
+
+
+def parts(rows: list[dict]) -> list[dict]:
+    return [json.loads(row["messages"][-1]["content"]) for row in rows]
+
+
+def test_held_out_rows_are_new(tmp_path: Path) -> None:
+    train, held_out = demo.order_rows(320, 48, seed=0)
+    assert (len(train), len(held_out)) == (320, 48)
+    names = {ticket["name"] for ticket in parts(train)}
+    assert names == set(demo.CUSTOMERS)
+    assert names.isdisjoint(ticket["name"] for ticket in parts(held_out))
+    orders = [tuple(value for key, value in ticket.items() if key != "name") for ticket in parts(train + held_out)]
+    assert len(set(orders)) == len(orders)
+    assert demo.order_rows(320, 48, seed=0) == (train, held_out)
+    assert demo.order_rows(320, 48, seed=1) != (train, held_out)
+
+
+def test_a_ticket_says_what_the_order_says() -> None:
+    for row in demo.order_rows(100, 0, seed=3)[0]:
+        order, ticket = row["messages"][1]["content"], json.loads(row["messages"][2]["content"])
+        noun = ticket["item"] if ticket["count"] == 1 else demo.ITEMS[ticket["item"]]
+        size = next(word for word, letter in demo.SIZES.items() if letter == ticket["size"])
+        assert f"{demo.COUNTS[ticket['count'] - 1]} {size} {noun}" in order
+        assert ticket["name"] in order
+        assert (f"with {ticket['extra']}" in order) if ticket["extra"] else (" with " not in order)
+
+
+@pytest.mark.slow
+def test_the_quick_demo_learns(trl_command: Command, smol_path: str, tmp_path: Path) -> None:
+    started = time.perf_counter()
+    answer = trl_command("demo", "--quick", "--output_dir", "out", timeout=600)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    # A minute on two idle cores; room for a machine that does something else as well.
+    assert time.perf_counter() - started < 180
+    assert "It learned." in answer.stdout
+    assert answer.stdout.count("  before  ") == answer.stdout.count("  after   ") == 3
+    assert "the same answers to 8 orders" in answer.stdout
+
+    # The command it ends with works, here cut to two steps.
+    command = answer.stdout.split("    trl ", 1)[1].split("\n\n")[0].replace("\\\n", " ").split()
+    again = trl_command(*command, "--max_steps", 2, timeout=600)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out" / "again" / "adapter_model.safetensors").is_file()

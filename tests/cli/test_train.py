@@ -1,0 +1,102 @@
+"""`trl sft` on a tiny model, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from .conftest import Command
+
+FEW = ("--max_steps", 3, "--per_device_train_batch_size", 2, "--logging_steps", 1, "--report_to", "none")
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+    return [line for line in state["log_history"] if "loss" in line]
+
+
+def test_sft_trains_an_adapter_and_says_what_comes_next(
+    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+) -> None:
+    answer = trl_command(
+        *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out"),
+        *("--use_peft", "--lora_target_modules", "all-linear", "--assistant_only_loss", "--learning-rate", "1e-2", *FEW),
+    )
+    assert answer.returncode == 0, answer.stderr
+    # The report before step 1, and the end.
+    assert "8 rows read" in answer.stdout
+    assert "parameters train" in answer.stdout
+    assert "The trained adapter is in out" in answer.stdout
+    assert 'AutoPeftModelForCausalLM.from_pretrained("out")' in answer.stdout
+
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["base_model_name_or_path"]) == (16, 32, tiny_path)
+    losses = [line["loss"] for line in logged(tmp_path / "out")]
+    # A random model over 49,152 tokens begins near ln 49152, and each step here lowers the loss.
+    assert abs(losses[0] - math.log(49152)) < 0.2
+    assert losses[0] > losses[1] > losses[2]
+
+    from peft import AutoPeftModelForCausalLM
+
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").base_model.model.config.hidden_size == 64
+
+
+def test_a_yaml_file_gives_options_and_the_command_line_overrides_them(
+    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"""
+model_name_or_path: {tiny_path}
+dataset_name: {rows_file}
+dataset_train_split: "train[2:]"
+dataset_test_split: "train[:2]"
+output_dir: out
+learning_rate: 1e-3
+lr_scheduler_type: constant
+max_steps: 50
+eval_strategy: steps
+eval_steps: 3
+report_to: none
+bf16: true
+"""
+    )
+    answer = trl_command("sft", "--config", "run.yaml", *FEW)
+    assert answer.returncode == 0, answer.stderr
+    assert "bfloat16" in answer.stdout
+    assert "The trained model is in out" in answer.stdout
+    lines = logged(tmp_path / "out")
+    assert [line["learning_rate"] for line in lines] == [1e-3] * 3
+    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    (evaluation,) = [line for line in history if "eval_loss" in line]
+    assert evaluation["step"] == 3
+
+    # The saved folder opens in plain transformers.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
+
+    # And the run goes on from its checkpoint.
+    answer = trl_command("sft", "--config", "run.yaml", *FEW, "--max_steps", 4, "--resume_from_checkpoint", "true")
+    assert answer.returncode == 0, answer.stderr
+    history = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_evaluation_without_rows_of_its_own(trl_command: Command, tiny_path: str, rows_file: Path) -> None:
+    answer = trl_command(
+        *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file),
+        *("--eval_strategy", "steps", "--eval_steps", 1, *FEW),
+    )
+    assert answer.returncode == 2
+    assert "has no split `test`" in answer.stderr
+    assert "--dataset_test_split" in answer.stderr
+
+
+def test_rows_that_cannot_be_read(trl_command: Command, tiny_path: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"question": 1, "reply": 2}\n')
+    answer = trl_command("sft", "--model_name_or_path", tiny_path, "--dataset_name", "odd.jsonl", *FEW)
+    assert answer.returncode == 1
+    assert "`question`" in answer.stderr and "`messages`" in answer.stderr
+    assert "Traceback" not in answer.stderr

@@ -1,0 +1,83 @@
+"""Two gloo processes: gradients equal one process, whatever the split; a rank that throws ends both."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.distributed import worker
+from tests.engine import families
+from tests.trainer.helpers import first_gradient
+from trl.engine.score import attach, score
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def launch(mode, out, model, timeout=500):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", worker.__file__, mode, str(out), model],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def assert_same(ours, theirs, what):
+    assert ours.keys() == theirs.keys() and ours, what
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+def test_ddp_equals_one_process(tmp_path, smol_path):
+    """Eight rows split evenly; seven, so that a batch is short; five, so that one rank's last batch is empty."""
+    done = launch("ddp", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    for rows in (8, 7, 5):
+        for adapter in (False, True):
+            alone = worker.trainer(
+                tmp_path / "alone", tokenizer, rows, adapter, False, per_device_train_batch_size=rows
+            )
+            expected = first_gradient(alone)
+            for checkpointing in (False, True):
+                name = f"ddp-{rows}-{adapter}-{checkpointing}"
+                assert_same(torch.load(tmp_path / f"{name}.pt"), expected, name)
+                line = json.loads((tmp_path / f"{name}.json").read_text())
+                for metric in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+                    assert line[metric] == pytest.approx(alone.state.log_history[0][metric], rel=1e-5), (name, metric)
+
+
+def test_fsdp2_equals_one_process(tmp_path, smol_path):
+    done = launch("fsdp", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for adapter, checkpointing, head_apart, tied in worker.FSDP_CASES:
+        model = worker.fsdp_model(adapter, tied)
+        attachment = attach(model)
+        batch = attachment.batch(families.forest())
+        (-score(model, batch).logp_N.sum() / batch["target_N"].shape[0]).backward()
+        name = f"fsdp-{adapter}-{checkpointing}-{head_apart}-{tied}"
+        ours = torch.load(tmp_path / f"{name}.pt")
+        # Where gradients are checkpointed the frozen embedding is made to ask for one of its output, not its weight.
+        assert_same(ours, families.gradients(model), name)
+
+
+def test_a_rank_that_throws_ends_both_with_its_message(tmp_path, smol_path):
+    start = time.monotonic()
+    done = launch("throws", tmp_path, smol_path, timeout=120)
+    assert done.returncode != 0
+    assert "the second rank cannot go on" in done.stderr
+    assert time.monotonic() - start < 100
+
+
+def test_resume_with_two_processes(tmp_path, smol_path):
+    done = launch("resumes", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, resumed = json.loads((tmp_path / "resume.json").read_text())
+    assert [line["step"] for line in whole] == [3, 6]
+    assert resumed == whole

@@ -1,0 +1,159 @@
+"""What each of two processes does in `test_two_processes.py`: worker.py MODE OUT MODEL."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from tests.engine import families
+from tests.trainer.helpers import chat_rows, first_gradient, sft, tiny
+from trl.engine.score import attach, score
+
+
+def lora(dropout=0.0):
+    import peft
+
+    return peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False)
+
+
+def adapted(model):
+    import peft
+
+    torch.manual_seed(5)
+    return peft.get_peft_model(model, lora())
+
+
+def trainer(path, tokenizer, rows, adapter, checkpointing, **settings):
+    model = tiny(tokenizer)
+    return sft(
+        path,
+        adapted(model) if adapter else model,
+        tokenizer,
+        chat_rows(rows),
+        gradient_checkpointing=checkpointing,
+        max_steps=1,
+        **settings,
+    )
+
+
+def ddp(out, tokenizer):
+    for rows in (8, 7, 5):
+        for adapter in (False, True):
+            for checkpointing in (False, True):
+                run = trainer(
+                    out / "run", tokenizer, rows, adapter, checkpointing, per_device_train_batch_size=2,
+                    gradient_accumulation_steps=2,
+                )  # fmt: skip
+                assert run.args.world_size == 2
+                gradient = first_gradient(run)
+                name = f"ddp-{rows}-{adapter}-{checkpointing}"
+                if dist.get_rank() == 0:
+                    torch.save(gradient, out / f"{name}.pt")
+                    (out / f"{name}.json").write_text(json.dumps(run.state.log_history[0]))
+
+
+def sharded_gradient(adapter, checkpointing, head_apart, tied, out):
+    """FSDP2 by hand: each layer sharded, then the root; two trees for the first rank, two for the second."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fsdp_model(adapter, tied)
+    attachment = attach(model)
+    assert attachment.is_flat, attachment.reason
+    mesh = init_device_mesh("cpu", (2,))
+    base = model.get_base_model() if adapter else model
+    if checkpointing:
+        families.checkpoint_layers(base, reentrant=False)
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if head_apart:
+        fully_shard(base.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.train()
+    trees = families.forest()
+    mine = attachment.batch(trees[:2] if dist.get_rank() == 0 else trees[2:])
+    items = torch.tensor(float(mine["target_N"].shape[0]))
+    dist.all_reduce(items)
+    loss = -score(model, mine).logp_N.sum() * 2 / items
+    loss.backward()
+    return {
+        name: parameter.grad.full_tensor() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+def fsdp_model(adapter, tied):
+    model = families.build("llama", tie_word_embeddings=tied)
+    return adapted(model) if adapter else model
+
+
+def fsdp(out, _):
+    for adapter, checkpointing, head_apart, tied in FSDP_CASES:
+        gradient = sharded_gradient(adapter, checkpointing, head_apart, tied, out)
+        if dist.get_rank() == 0:
+            torch.save(gradient, out / f"fsdp-{adapter}-{checkpointing}-{head_apart}-{tied}.pt")
+        dist.barrier()
+
+
+FSDP_CASES = [
+    (False, False, False, False),
+    (False, True, False, False),
+    (False, False, True, False),
+    (False, True, False, True),
+    (True, False, False, False),
+    (True, True, False, True),
+]
+
+
+def throws(out, tokenizer):
+    run = trainer(out / "run", tokenizer, 8, False, False, per_device_train_batch_size=2)
+    if dist.get_rank() == 1:
+
+        def broken(*args, **kwargs):
+            raise ValueError("the second rank cannot go on")
+
+        run.loss = broken
+    run.train()
+
+
+def resumes(out, tokenizer):
+    """Two ranks, stopped between two logs and resumed."""
+
+    def make(path):
+        return sft(
+            path,
+            tiny(tokenizer),
+            tokenizer,
+            chat_rows(22),
+            per_device_train_batch_size=2,
+            max_steps=6,
+            logging_steps=3,
+            save_strategy="steps",
+            save_steps=2,
+        )
+
+    whole = make(out / "whole")
+    whole.train()
+    resumed = make(out / "resumed")
+    resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-4"))
+    if dist.get_rank() == 0:
+
+        def timeless(run):
+            lines = [line for line in run.state.log_history if "train_runtime" not in line]
+            return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+        lines = [timeless(whole), timeless(resumed)]
+        (out / "resume.json").write_text(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    mode, out, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if mode == "fsdp":
+        dist.init_process_group("gloo")
+    {"ddp": ddp, "fsdp": fsdp, "throws": throws, "resumes": resumes}[mode](out, tokenizer)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,289 @@
+"""`trl demo`: the whole job on a small real model, offline, on whatever machine this is.
+
+SmolLM2-135M-Instruct learns to turn an order, phrased as people phrase it, into one line of JSON. It cannot do so
+before; the rows it is judged on hold customers and orders that it never saw in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIZES = {"small": "S", "medium": "M", "large": "L"}
+ITEMS = {
+    "pizza": "pizzas",
+    "burger": "burgers",
+    "salad": "salads",
+    "soup": "soups",
+    "wrap": "wraps",
+    "taco": "tacos",
+    "sandwich": "sandwiches",
+    "curry": "curries",
+}
+EXTRAS = (None, "olives", "cheese", "onions", "mushrooms", "peppers", "bacon", "chili", "garlic")
+CUSTOMERS = (
+    *("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Maria"),
+    *("Noah", "Olga", "Paul", "Rosa", "Simon", "Tara", "Victor"),
+)
+NEW_CUSTOMERS = ("Alice", "Carlos", "Diana", "George", "Julia", "Martin", "Nina", "Oscar")
+PHRASES = (
+    "Could I get {order} for {customer}?",
+    "Hi, {customer} here. I'd like {order}, please.",
+    "{customer} wants {order}.",
+    "Please put down {order} for {customer}.",
+    "This is {customer}. Can you make me {order}?",
+    "We need {order}, and it goes to {customer}.",
+    "For {customer}: {order}. Thanks!",
+    "Hello! Send {order} to {customer}, please.",
+    "{customer} is hungry and asks for {order}.",
+    "Let me have {order}. The name is {customer}.",
+)
+INSTRUCTION = "Write a ticket."
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long the demo is, and what counts as having learned."""
+
+    minutes: str
+    steps: int
+    held_out: int
+    reloaded: int
+    # At least this share of the held-out tickets right to the letter ...
+    exact_match: float
+    # ... and a held-out loss of at most this share of the one before.
+    loss_ratio: float
+
+
+FULL = Size("three minutes", steps=40, held_out=48, reloaded=16, exact_match=0.7, loss_ratio=0.25)
+QUICK = Size("one minute", steps=8, held_out=16, reloaded=8, exact_match=0.0, loss_ratio=0.5)
+BATCH = 8
+LEARNING_RATE = 2e-3
+
+
+def run(argv: Sequence[str], command: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"trl {command}",
+        description="Train SmolLM2-135M-Instruct on this machine, offline, and see what it learned: about "
+        f"{FULL.minutes} on two processor cores. The exit status is 1 if it did not learn.",
+    )
+    parser.add_argument("--output_dir", default="trl-demo", help="where everything is written [trl-demo]")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the steps: a check that everything works")
+    parser.add_argument("--seed", type=int, default=0, help="for the rows, the adapter and their order [0]")
+    options = parser.parse_args(argv)
+    size = QUICK if options.quick else FULL
+    started = time.perf_counter()
+    print(
+        f"This teaches a language model of 135 million parameters to write orders as tickets, in {size.steps} steps.\n"
+        f"About {size.minutes} on two idle processor cores; nothing is downloaded.\n"
+    )
+    quiet()
+    learned = sft(size, Path(options.output_dir), options.seed)
+    print(f"\nTook {time.perf_counter() - started:.0f} seconds.")
+    return 0 if learned else 1
+
+
+def sft(size: Size, folder: Path, seed: int) -> bool:
+    """Supervised fine-tuning: train, judge before and after, save, merge, reload. Whether the skill was learned."""
+    from peft import AutoPeftModelForCausalLM, LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    from trl import SFTConfig, SFTTrainer
+    from trl.models.gguf import demo_model
+
+    train_rows, held_out = order_rows(size.steps * BATCH, size.held_out, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train_rows), ("held_out", held_out)):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    truth = [row["messages"][-1]["content"] for row in held_out]
+
+    say("The model")
+    base = demo_model(lambda: print("Unpacking the model, once: about half a minute ..."))
+    print(f"{base}")
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer = SFTTrainer(
+        model=str(base),
+        args=SFTConfig(
+            output_dir=str(folder / "adapter"),
+            per_device_train_batch_size=BATCH,
+            per_device_eval_batch_size=BATCH,
+            max_steps=size.steps,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=size.steps // 20,
+            gradient_checkpointing=False,
+            # On a CPU bfloat16 is faster where the processor has it and far slower where it does not.
+            bf16=False,
+            model_init_kwargs={"dtype": "float32"},
+            assistant_only_loss=True,
+            logging_steps=max(1, size.steps // 8),
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        ),
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+
+    say(f"Before: {len(held_out)} orders of customers that training never mentions")
+    before, loss_before = answers(trainer.model, tokenizer, held_out), held_out_loss(trainer)
+    print(f"held-out loss {loss_before:.3f}, tickets exactly right {exact(before, truth):.0%}")
+
+    say("Training")
+    trainer.train()
+
+    say("After")
+    after, loss_after = answers(trainer.model, tokenizer, held_out), held_out_loss(trainer)
+    print(f"{'':<24}{'before':>10}{'after':>10}")
+    print(f"{'held-out loss':<24}{loss_before:>10.3f}{loss_after:>10.3f}")
+    print(f"{'tickets exactly right':<24}{exact(before, truth):>10.0%}{exact(after, truth):>10.0%}")
+    for row, old, new, right in list(zip(held_out, before, after, truth, strict=True))[:3]:
+        print(f"\n  order   {row['messages'][1]['content']}")
+        print(f"  before  {on_one_line(old)}")
+        print(f"  after   {on_one_line(new)}   ({'right' if new == right else 'wrong'})")
+
+    say("Saved, merged, reloaded")
+    trainer.save_model()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype="float32").merge_and_unload()
+    model.save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
+    del model
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").to(trainer.model.device)
+    gap = logit_gap(trainer.model, merged, tokenizer, held_out[: size.reloaded])
+    same = answers(merged, tokenizer, held_out[: size.reloaded]) == after[: size.reloaded]
+    print(f"{folder / 'adapter'}   the adapter, to load with peft on the model it was trained on")
+    print(f"{folder / 'merged'}    model and adapter in one, reloaded with plain transformers:")
+    verdict = "the same" if same else "DIFFERENT"
+    print(f"  {verdict} answers to {size.reloaded} orders; logits differ by {gap:.1e} at most")
+
+    faults = []
+    if exact(after, truth) < size.exact_match:
+        faults.append(f"{exact(after, truth):.0%} of the tickets are right, and {size.exact_match:.0%} were expected")
+    if loss_after > size.loss_ratio * loss_before:
+        faults.append(f"the held-out loss should have fallen to {size.loss_ratio * loss_before:.3f} or less")
+    if not same or gap > 1e-2:
+        faults.append("the reloaded model is not the one that was trained")
+    if faults:
+        print(f"\nThe demo FAILED: {'; '.join(faults)}.")
+        return False
+    print(f"\nIt learned. Everything is in {folder}. Next, the same by hand:\n")
+    print(
+        f"    trl sft --model_name_or_path {base} \\\n"
+        f"        --dataset_name {folder / 'train.jsonl'} --assistant_only_loss \\\n"
+        f"        --use_peft --lora_target_modules all-linear --learning_rate {LEARNING_RATE} \\\n"
+        f"        --gradient_checkpointing false --num_train_epochs 1 --output_dir {folder / 'again'}"
+    )
+    return True
+
+
+def order_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training rows and held-out rows: chats of an instruction, an order and its ticket.
+
+    No two rows hold the same order, and the held-out customers appear in no training row.
+    """
+    generator = random.Random(seed)
+    seen: set[tuple[Any, ...]] = set()
+
+    def row(customers: Sequence[str]) -> dict[str, Any]:
+        while True:
+            order = (
+                generator.randrange(len(COUNTS)),
+                generator.choice(list(SIZES)),
+                generator.choice(list(ITEMS)),
+                generator.choice(EXTRAS),
+            )
+            # Of each order there is one row, whoever it is for: a held-out order is new in every sense.
+            if order not in seen:
+                break
+        seen.add(order)
+        count, size, item, extra = order
+        customer = generator.choice(customers)
+        words = f"{COUNTS[count]} {size} {item if count == 0 else ITEMS[item]}" + (f" with {extra}" if extra else "")
+        ticket = {"item": item, "size": SIZES[size], "count": count + 1, "extra": extra, "name": customer}
+        return {
+            "messages": [
+                {"role": "system", "content": INSTRUCTION},
+                {"role": "user", "content": generator.choice(PHRASES).format(order=words, customer=customer)},
+                {"role": "assistant", "content": json.dumps(ticket, separators=(",", ":"))},
+            ]
+        }
+
+    return [row(CUSTOMERS) for _ in range(train)], [row(NEW_CUSTOMERS) for _ in range(held_out)]
+
+
+def answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], new_tokens: int = 40) -> list[str]:
+    """What the model writes after each row's prompt, greedily."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    texts: list[str] = []
+    for start in range(0, len(rows), 24):
+        inputs = prompts(tokenizer, rows[start : start + 24]).to(model.device)
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, use_cache=True)
+        texts += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return texts
+
+
+def prompts(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    return tokenizer.apply_chat_template(
+        [row["messages"][:-1] for row in rows],
+        add_generation_prompt=True,
+        padding=True,
+        tokenizer_kwargs={"padding_side": "left"},
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def logit_gap(model: Any, other: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
+    """The largest difference between the logits with which two models begin their answers."""
+    import torch
+
+    model.eval()
+    other.eval()
+    inputs = prompts(tokenizer, rows).to(model.device)
+    with torch.no_grad():
+        return float((model(**inputs).logits[:, -1] - other(**inputs).logits[:, -1]).abs().max())
+
+
+def held_out_loss(trainer: Any) -> float:
+    return float(trainer.evaluate()["eval_loss"])
+
+
+def exact(texts: Sequence[str], truth: Sequence[str]) -> float:
+    return sum(text == right for text, right in zip(texts, truth, strict=True)) / len(truth)
+
+
+def on_one_line(text: str, width: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 4]} ..."
+
+
+def say(heading: str) -> None:
+    print(f"\n== {heading} ==", flush=True)
+
+
+def quiet() -> None:
+    """One progress bar, that of training, and no notes that libraries write for each other."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
