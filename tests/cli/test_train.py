@@ -21,7 +21,8 @@ def test_sft_trains_an_adapter_and_says_what_comes_next(
 ) -> None:
     answer = trl_command(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out"),
-        *("--use_peft", "--lora_target_modules", "all-linear", "--assistant_only_loss", "--learning-rate", "1e-2", *FEW),
+        *("--use_peft", "--lora_target_modules", "all-linear", "--assistant_only_loss", "--learning-rate", "1e-2"),
+        *FEW,
     )
     assert answer.returncode == 0, answer.stderr
     # The report before step 1, and the end.

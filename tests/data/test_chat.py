@@ -255,6 +255,28 @@ def test_a_template_that_refuses_prefixes() -> None:
     ]
 
 
+BY_ROLE = "{%- for m in messages %}{{- '<|' + m.role + '|>' + CONTENT + eos_token }}{%- endfor %}"
+OPENS = "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+
+
+@pytest.mark.parametrize(
+    ("content", "opens", "expected"),
+    [
+        ("m.content | tojson", OPENS, ['"<think>\\nhm</think>\\nbob"</s>', '"bob"</s>']),
+        ("m.content.replace('b', '[b]')", OPENS, ["<think>\nhm</think>\n[b]o[b]</s>", "[b]o[b]</s>"]),
+        ("m.content | upper", OPENS, ["<THINK>\nHM</THINK>\nBOB</s>", "BOB</s>"]),
+        ("m.content.split('</think>')[-1]", OPENS, ["\nbob</s>", "bob</s>"]),
+        ("m.content.split('</think>')[-1]", OPENS.replace("|>'", "|><think>'"), ["\nbob</s>", "bob</s>"]),
+        ("'\\n' + m.content", OPENS, ["\n<think>\nhm</think>\nbob</s>", "\nbob</s>"]),
+    ],
+    ids=["quoted", "replaced", "capitals", "thinking lost", "thinking opened by the prompt", "newline unprompted"],
+)
+def test_templates_that_rewrite(content: str, opens: str, expected: list[str]) -> None:
+    tokenizer = byte_tokenizer(("<|user|>", "<|assistant|>"), BY_ROLE.replace("CONTENT", content) + opens)
+    talk = [user("bib"), assistant("<think>\nhm</think>\nbob"), user("bob"), assistant("bob")]
+    assert trained(tokenizer, talk) == expected
+
+
 def test_template_options_reach_the_template() -> None:
     template = "{{- tone | default('plain') }}\n" + tiny.CHATML
     tokenizer = of_bytes(template)

@@ -1,0 +1,262 @@
+"""SFT with values: what the losses are, what is reported, what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.trainer.helpers import chat_rows, sft, tiny
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.base import NonFiniteError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smol_path):
+    return AutoTokenizer.from_pretrained(smol_path)
+
+
+def lora(**settings):
+    import peft
+
+    return peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+
+
+def naive_losses(model, prepared):
+    """Sum of the negative log-likelihood and count of trained tokens, from plain full logits, row by row."""
+    total, count = 0.0, 0
+    for row in prepared:
+        ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"]).bool()
+        logits = model(input_ids=ids[None]).logits[0, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[mask[1:]]
+        total, count = total + nll.sum().item(), count + len(nll)
+    return total, count
+
+
+def test_the_logged_loss_is_the_mean_over_trained_tokens(tmp_path, tokenizer):
+    model = tiny(tokenizer)
+    trainer = sft(tmp_path, model, tokenizer, chat_rows(6), eval_rows=chat_rows(5, seed=1), max_steps=1,
+                  per_device_train_batch_size=6, per_device_eval_batch_size=2)  # fmt: skip
+    with torch.no_grad():
+        total, count = naive_losses(model, trainer.train_dataset)
+        eval_total, eval_count = naive_losses(model, trainer.eval_dataset)
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(eval_total / eval_count, rel=1e-5)
+    assert 0 < found["eval_entropy"] < 11 and 0 <= found["eval_mean_token_accuracy"] <= 1
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_the_batch_and_takes_raw_rows(tmp_path, tokenizer):
+    model = tiny(tokenizer)
+    found = []
+    for size in (1, 3, 16):
+        trainer = sft(tmp_path, model, tokenizer, chat_rows(2), per_device_eval_batch_size=size)
+        found.append(trainer.evaluate(chat_rows(7, seed=3))["eval_loss"])
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+
+
+def test_several_evaluation_sets(tmp_path, tokenizer):
+    trainer = sft(
+        tmp_path, tiny(tokenizer), tokenizer, chat_rows(2), eval_rows={"a": chat_rows(2, 1), "b": chat_rows(3, 2)}
+    )
+    found = trainer.evaluate()
+    assert {"eval_a_loss", "eval_b_loss"} <= set(found) and found["eval_a_loss"] != found["eval_b_loss"]
+
+
+def test_a_few_steps_learn_the_rows(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), max_steps=30, per_device_train_batch_size=4)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] > 10 and losses[-1] < 3
+
+
+def test_dft_weighs_by_the_likelihood(tmp_path, tokenizer):
+    model = tiny(tokenizer)
+    trainer = sft(tmp_path, model, tokenizer, chat_rows(3), loss_type="dft", max_steps=1, per_device_train_batch_size=3)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    total, _ = trainer.loss(model, batch)
+    from trl.engine.score import score
+
+    logp_N = score(model, batch).logp_N
+    assert total.item() == pytest.approx(-(logp_N.exp() * logp_N).sum().item(), rel=1e-5)
+
+
+def test_an_adapter_is_saved_and_opens_in_plain_peft(tmp_path, tokenizer, tiny_path):
+    import peft
+
+    trainer = sft(tmp_path, tiny_path, None, chat_rows(4), peft_config=lora(), max_steps=3)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_path), tmp_path / "final")
+    ids = torch.tensor([trainer.train_dataset[0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template
+
+
+def test_an_adapter_folder_is_a_model_and_trains_on(tmp_path, tiny_path):
+    trainer = sft(tmp_path, tiny_path, None, chat_rows(4), peft_config=lora(), max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "first"))
+    second = sft(tmp_path / "run", str(tmp_path / "first"), None, chat_rows(4), max_steps=2)
+    before = {name: p.detach().clone() for name, p in second.model.named_parameters() if p.requires_grad}
+    assert before and all("lora" in name for name in before)
+    second.train()
+    assert all(not torch.equal(p, before[name]) for name, p in second.model.named_parameters() if name in before)
+
+
+def test_nothing_to_train_is_an_error(tmp_path, tokenizer, tiny_path):
+    with pytest.raises(ValueError, match="0 of .* parameters would train. Set requires_grad"):
+        sft(tmp_path, tiny(tokenizer).requires_grad_(False), tokenizer, chat_rows(2))
+    trainer = sft(tmp_path, tiny_path, None, chat_rows(2), peft_config=lora(), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    injected = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    injected.requires_grad_(False)
+    with pytest.raises(ValueError, match="an adapter that was loaded for inference: pass the adapter's folder"):
+        sft(tmp_path, injected, tokenizer, chat_rows(2))
+
+
+def test_a_loss_that_is_not_finite_names_the_row_and_spares_the_weights(tmp_path, tokenizer):
+    model = tiny(tokenizer)
+    trainer = sft(tmp_path, model, tokenizer, chat_rows(5), max_steps=3, per_device_train_batch_size=5)
+    poisoned = trainer.train_dataset[3]["input_ids"][-2]
+    before = model.lm_head.weight.detach().clone()
+    rare = "zygote"  # a token that only row 3 has
+    rows = chat_rows(5)
+    rows[3]["messages"][1]["content"] = rare
+    trainer = sft(tmp_path, model, tokenizer, rows, max_steps=3, per_device_train_batch_size=5)
+    token = tokenizer(rare)["input_ids"][0]
+    assert poisoned != token
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"step 1: the log-probs of row 3 are not finite. Lower the learning rate"):
+        trainer.train()
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path, tokenizer):
+    model = tiny(tokenizer)
+    trainer = sft(tmp_path, model, tokenizer, chat_rows(2), max_steps=3, per_device_train_batch_size=2)
+    model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"the gradient of model.norm.weight \(and 0 more\) is not finite"):
+        trainer.train()
+
+
+def test_data_parallel_is_never_entered(tmp_path, tokenizer, monkeypatch, capsys):
+    config = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    config._n_gpu = 2
+    monkeypatch.setattr("trl.config._said", set())
+    trainer = SFTTrainer(tiny(tokenizer), config, train_dataset=chat_rows(2), processing_class=tokenizer)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == config.per_device_train_batch_size
+    assert "accelerate launch" in capsys.readouterr().out
+
+
+def test_bf16_runs_on_the_cpu_and_is_said_once(tmp_path, tokenizer, monkeypatch, capsys):
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator here")
+    monkeypatch.setattr("trl.config._said", set())
+    first, second = (SFTConfig(output_dir=str(tmp_path), bf16=True, report_to="none", max_steps=2) for _ in range(2))
+    assert capsys.readouterr().out.count("bf16=True runs on the CPU") == 1
+    assert first.use_cpu and second.mixed_precision == "bf16"
+    trainer = SFTTrainer(tiny(tokenizer), first, train_dataset=chat_rows(4), processing_class=tokenizer)
+    dtypes = set()
+    trainer.model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, i, out: dtypes.add(out.dtype))
+    dtypes.clear()
+    trainer.train()
+    assert dtypes == {torch.bfloat16} and trainer.model.lm_head.weight.dtype == torch.float32
+
+
+def test_the_report_comes_before_the_first_step_and_is_kept(tmp_path, tokenizer, capsys):
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(6), peft_config=lora(), max_steps=2, logging_steps=1)
+    capsys.readouterr()
+    trainer.train()
+    out = capsys.readouterr().out
+    report = out[: out.index("{'loss'")]
+    assert "6 rows read" in report and "end of turn" in report
+    assert "parameters train" in report and "flat rows, no padding" in report
+    assert "steps: 2, each on 8 rows (8 a batch × 1 accumulated × 1 process)" in report
+    kept = json.loads((tmp_path / "data_report.json").read_text())
+    assert kept["train"]["rows_read"] == 6
+
+
+def test_half_precision_weights_are_cautioned_about(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tiny(tokenizer).bfloat16(), tokenizer, chat_rows(2))
+    assert any("half-precision weights drop updates" in line for line in trainer.report())
+    trainer = sft(tmp_path, tiny(tokenizer).bfloat16(), tokenizer, chat_rows(2), peft_config=lora())
+    assert not any("half-precision" in line for line in trainer.report())
+
+
+def test_a_users_collator_is_laid_out_flat(tmp_path, tokenizer):
+    """`input_ids`, `labels` and `attention_mask` as collators of transformers make them."""
+
+    def collator(rows):
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[number, :length], mask[number, :length] = torch.tensor(row["input_ids"]), 1
+            keep = torch.tensor(row["loss_mask"]).bool()
+            labels[number, :length][keep] = ids[number, :length][keep]
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    settings = {"max_steps": 2, "per_device_train_batch_size": 3}
+    ours = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(6), **settings)
+    config = ours.args
+    ours.train()
+    theirs = SFTTrainer(
+        tiny(tokenizer), config, data_collator=collator, train_dataset=chat_rows(6), processing_class=tokenizer
+    )
+    theirs.train()
+    assert [line.get("loss") for line in theirs.state.log_history] == [
+        line.get("loss") for line in ours.state.log_history
+    ]
+
+
+def test_workers_that_prepare_batches(tmp_path, tokenizer):
+    def run(workers):
+        trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(8), max_steps=3, dataloader_num_workers=workers)
+        trainer.train()
+        return [line.get("loss") for line in trainer.state.log_history]
+
+    assert run(2) == run(0)
+
+
+def test_a_longer_row_is_cut_and_counted(tmp_path, tokenizer):
+    rows = chat_rows(3)
+    rows.append({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cat " * 100}]})
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, rows, max_length=80)
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 80
+    assert trainer.reports["train"].rows_cut == 1 and trainer.reports["train"].tokens_cut > 0
+    whole = sft(tmp_path, tiny(tokenizer, max_position_embeddings=90), tokenizer, rows)
+    assert whole.window() == 90 and whole.reports["train"].rows_cut == 1
+
+
+def test_the_epoch_order_is_a_permutation_and_changes(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(7), per_device_train_batch_size=3)
+    loader = trainer.get_train_dataloader()
+    first = [row for batch in loader for row in batch["row_S"].tolist()]
+    loader.batch_sampler.set_epoch(1)
+    second = [row for batch in loader for row in batch["row_S"].tolist()]
+    assert sorted(first) == sorted(second) == list(range(7)) and first != second
+    assert [len(batch["row_S"]) for batch in loader] == [3, 3, 1]
+
+
+def test_an_unknown_token_name_is_refused(tmp_path, tokenizer, smol_path):
+    own = AutoTokenizer.from_pretrained(smol_path)
+    with pytest.raises(ValueError, match="eos_token='<nowhere>' is not in the tokenizer's vocabulary"):
+        sft(tmp_path, tiny(tokenizer), own, chat_rows(2), eos_token="<nowhere>")
+
+
+def test_a_model_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no model folder at ./nowhere"):
+        sft(tmp_path, "./nowhere", None, chat_rows(2))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="not a saved model"):
+        sft(tmp_path, str(tmp_path / "empty"), None, chat_rows(2))
+
+
+def test_an_unknown_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="loss_type='nlll' is not one of nll, dft"):
+        SFTConfig(output_dir=str(tmp_path), loss_type="nlll")
