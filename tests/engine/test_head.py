@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from trl.engine import head
 from trl.engine.head import Readout, plain_linear, token_stats
 
-ALL = ("entropy", "top1", "mean_logit", "sum_sq")
+ALL = ("entropy", "mean_logp", "top1", "mean_logit", "sum_sq")
+BOTH = ("entropy", "mean_logp")
 
 
 def naive(raw_NV, target_N, readout):
@@ -21,6 +22,7 @@ def naive(raw_NV, target_N, readout):
     return [
         logp_NV.gather(1, target_N[:, None])[:, 0],
         -(p_NV * logp_NV).sum(-1),
+        logp_NV.mean(-1),
         (logits_NV.argmax(-1) == target_N).float(),
         logits_NV.mean(-1),
         (p_NV**2).sum(-1),
@@ -35,8 +37,8 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("trains", ["hidden", "head", "both"])
 @pytest.mark.parametrize("readout", [
-    Readout(extras=ALL, entropy_grad=True),
-    Readout(extras=ALL, entropy_grad=True, scale=0.5, softcap=2.0, temperature=0.7),
+    Readout(extras=ALL, grads=BOTH),
+    Readout(extras=ALL, grads=BOTH, scale=0.5, softcap=2.0, temperature=0.7),
     Readout(),
 ])  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
@@ -46,12 +48,12 @@ def test_values_and_gradients_equal_full_logits(readout, bias, trains):
     layer.requires_grad_(trains != "hidden")
     hidden_NH = torch.randn(23, 12, requires_grad=trains != "head")
     target_N = torch.randint(0, 50, (23,))
-    weights = torch.randn(2, 23)
+    weights = torch.randn(3, 23)
 
     def run(columns):
         total = (columns[0] * weights[0]).sum()
-        if readout.entropy_grad:
-            total = total + (columns[1] * weights[1]).sum()
+        if readout.grads:
+            total = total + (columns[1] * weights[1]).sum() + (columns[2] * weights[2]).sum()
         wanted = [tensor for tensor in (hidden_NH, *layer.parameters()) if tensor.requires_grad]
         return torch.autograd.grad(total, wanted)
 
@@ -90,14 +92,14 @@ def test_a_head_under_an_adapter(kind):
     target_N = torch.randint(0, 50, (23,))
     if kind == "disabled":
         model.base_model.disable_adapter_layers()
-    readout = Readout(extras=ALL, entropy_grad=True, softcap=3.0)
+    readout = Readout(extras=ALL, grads=BOTH, softcap=3.0)
     ours, theirs = token_stats(layer, hidden_NH, target_N, readout, 50), naive(layer(hidden_NH), target_N, readout)
     wanted = [hidden_NH, *(p for p in layer.parameters() if p.requires_grad)]
     for mine, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
     for mine, expected in zip(
-        torch.autograd.grad(ours[0].sum() + ours[1].sum(), wanted, allow_unused=True),
-        torch.autograd.grad(theirs[0].sum() + theirs[1].sum(), wanted, allow_unused=True),
+        torch.autograd.grad(ours[0].sum() + ours[1].sum() + ours[2].sum(), wanted, allow_unused=True),
+        torch.autograd.grad(theirs[0].sum() + theirs[1].sum() + theirs[2].sum(), wanted, allow_unused=True),
         strict=True,
     ):
         assert (mine is None) == (expected is None)
@@ -148,7 +150,9 @@ def test_autocast_computes_in_half_precision_and_sums_in_full():
     layer = nn.Linear(64, 50, bias=False)
     hidden_NH, target_N = torch.randn(9, 64, requires_grad=True), torch.randint(0, 50, (9,))
     with torch.autocast("cpu", torch.bfloat16):
-        logp_N, entropy_N = token_stats(layer, hidden_NH, target_N, Readout(extras=("entropy",), entropy_grad=True), 50)
+        logp_N, entropy_N = token_stats(
+            layer, hidden_NH, target_N, Readout(extras=("entropy",), grads=("entropy",)), 50
+        )
     expected = naive(F.linear(hidden_NH.bfloat16(), layer.weight.bfloat16()), target_N, Readout())
     assert logp_N.dtype == torch.float32
     torch.testing.assert_close(logp_N, expected[0])
@@ -168,7 +172,7 @@ def test_impossible_tokens_do_not_poison_the_entropy():
     layer.bias.data[7] = -torch.inf
     hidden_NH = torch.randn(3, 4, requires_grad=True)
     logp_N, entropy_N = token_stats(
-        layer, hidden_NH, torch.tensor([1, 2, 3]), Readout(extras=("entropy",), entropy_grad=True), 50
+        layer, hidden_NH, torch.tensor([1, 2, 3]), Readout(extras=("entropy",), grads=("entropy",)), 50
     )
     (logp_N.sum() + entropy_N.sum()).backward()
     assert torch.isfinite(entropy_N).all() and torch.isfinite(hidden_NH.grad).all()
@@ -184,7 +188,7 @@ layer = nn.Linear(64, 8192, bias=False).requires_grad_(not frozen)
 layer.weight.grad = None if frozen else torch.zeros_like(layer.weight)
 def run(count):
     hidden = torch.randn(count, 64, requires_grad=True)
-    readout = Readout(extras=("entropy",), entropy_grad=True)
+    readout = Readout(extras=("entropy",), grads=("entropy",))
     out = token_stats(layer, hidden, torch.randint(0, 8192, (count,)), readout, 8192)
     (out[0].sum() + out[1].sum()).backward()
 run(256)

@@ -235,3 +235,26 @@ def test_a_head_that_is_not_linear_is_found_out():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
         attach(families.build("llama").model)
+
+
+@pytest.mark.parametrize("build", [flat, padded])
+def test_embedding_noise_goes_by_each_sequences_own_length(build):
+    """NEFTune: alpha / sqrt(length * H), the same in a shared row as alone."""
+    model = families.build("llama")
+    attach(model)
+    seen = []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    trees = families.forest()
+    torch.manual_seed(0)
+    score(model, build(trees), embedding_noise=5.0)
+    batch = build(trees)
+    noise = (seen[0]["inputs_embeds"] - model.model.embed_tokens(batch["input_ids"])).abs()
+    if build is flat:
+        lengths = [13, 9, 16, 13, 10, 2, 13, 2]  # a root by its own length, a branch with its root's
+        sizes = [part.max().item() for part in noise[0].split([13, 9, 7, 4, 1, 2, 11, 2])]
+    else:
+        lengths = [13, 16, 13, 10, 13, 2]
+        sizes = [row[:length].max().item() for row, length in zip(noise, lengths, strict=True)]
+    for size, length in zip(sizes, lengths, strict=True):
+        bound = 5.0 / (length * 32) ** 0.5
+        assert 0.85 * bound < size <= bound * 1.0001

@@ -15,3 +15,10 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
     matches = get_close_matches(word, list(words), n=1)
     return f"; did you mean {matches[0]}?" if matches else "."
+
+
+def hide_library_notes() -> None:
+    """Deprecations that libraries announce to one another are nothing a user of a command can act on."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

@@ -10,11 +10,12 @@ import argparse
 import json
 import random
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trl.cli import hide_library_notes
 
 COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {"small": "S", "medium": "M", "large": "L"}
@@ -85,6 +86,7 @@ def run(argv: Sequence[str], command: str) -> int:
         f"This teaches a language model of 135 million parameters to write orders as tickets, in {size.steps} steps.\n"
         f"About {size.minutes} on two idle processor cores; nothing is downloaded.\n"
     )
+    hide_library_notes()
     quiet()
     learned = sft(size, Path(options.output_dir), options.seed)
     print(f"\nTook {time.perf_counter() - started:.0f} seconds.")
@@ -93,11 +95,13 @@ def run(argv: Sequence[str], command: str) -> int:
 
 def sft(size: Size, folder: Path, seed: int) -> bool:
     """Supervised fine-tuning: train, judge before and after, save, merge, reload. Whether the skill was learned."""
-    from peft import AutoPeftModelForCausalLM, LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from trl import SFTConfig, SFTTrainer
+    from trl.models.adapters import require_peft
     from trl.models.gguf import demo_model
+
+    peft = require_peft("the demo trains a LoRA adapter")
 
     train_rows, held_out = order_rows(size.steps * BATCH, size.held_out, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,7 @@ def sft(size: Size, folder: Path, seed: int) -> bool:
         train_dataset=train_rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
+        peft_config=peft.LoraConfig(
             r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
     )
@@ -157,7 +161,7 @@ def sft(size: Size, folder: Path, seed: int) -> bool:
 
     say("Saved, merged, reloaded")
     trainer.save_model()
-    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype="float32").merge_and_unload()
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype="float32").merge_and_unload()
     model.save_pretrained(folder / "merged")
     tokenizer.save_pretrained(folder / "merged")
     del model
@@ -280,10 +284,9 @@ def say(heading: str) -> None:
 
 
 def quiet() -> None:
-    """One progress bar, that of training, and no notes that libraries write for each other."""
+    """One progress bar, that of training."""
     import datasets
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

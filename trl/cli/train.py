@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from trl.cli import UsageError
+from trl.cli import UsageError, hide_library_notes
 from trl.cli.parser import Parser
 
 
@@ -24,6 +24,7 @@ METHODS = {
 def run(argv: Sequence[str], command: str) -> int:
     import trl
 
+    hide_library_notes()
     method = METHODS[command]
     config_class, trainer_class = getattr(trl, method.config), getattr(trl, method.trainer)
     parser = Parser(

@@ -6,7 +6,8 @@ of their gradient. Peak memory does not depend on the number of tokens.
 `N` trained tokens, `C` tokens of a chunk, `V` vocabulary, `H` hidden size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 # Logits computed at once: about what keeps a matrix product busy, and no more memory than that.
 CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
 
-# What can be asked for beside the log-prob, in the order in which the head returns it.
-EXTRAS = ("entropy", "top1", "mean_logit", "sum_sq")
+# What can be asked for beside the log-prob, in the order in which the head returns it. The first two have gradients.
+EXTRAS = ("entropy", "mean_logp", "top1", "mean_logit", "sum_sq")
+DIFFERENTIABLE = EXTRAS[:2]
 
 
 class TokenStats(NamedTuple):
@@ -28,6 +30,7 @@ class TokenStats(NamedTuple):
     seq_N: Tensor  # which sequence it belongs to
     sequences: int  # how many sequences the batch has (S)
     entropy_N: Tensor | None = None  # entropy of the predicted distribution, in nats
+    mean_logp_N: Tensor | None = None  # mean over the vocabulary of log-probs (label smoothing)
     top1_N: Tensor | None = None  # 1.0 where the trained token is the most likely one
     mean_logit_N: Tensor | None = None  # mean over the vocabulary of the (scaled) logits
     sum_sq_N: Tensor | None = None  # sum over the vocabulary of squared probabilities
@@ -39,13 +42,14 @@ class Readout:
     """How raw head outputs become logits, and what to measure on them.
 
     logits = scale * raw, bounded to softcap * tanh(logits / softcap) when there is a softcap, divided by temperature.
+    `extras` come in the order of `EXTRAS`; `grads` names those of them that carry a gradient.
     """
 
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
     extras: tuple[str, ...] = ()
-    entropy_grad: bool = False
+    grads: tuple[str, ...] = ()
 
     def logits(self, raw_CV: Tensor) -> Tensor:
         logits_CV = raw_CV.float()
@@ -67,6 +71,7 @@ class Readout:
 
 class _Measured(NamedTuple):
     logp_CV: Tensor
+    p_CV: Tensor | None  # where somebody needed it
     columns: list[Tensor]  # the log-prob of the target, then the extras asked for; each [C]
     entropy_C: Tensor | None
 
@@ -89,19 +94,21 @@ def _measure(logits_CV: Tensor, target_C: Tensor, readout: Readout) -> _Measured
             finite_CV = logp_CV.clamp(min=torch.finfo(logp_CV.dtype).min)
             entropy_C = -torch.linalg.vecdot(p_CV, finite_CV)
             columns.append(entropy_C)
+        elif extra == "mean_logp":
+            columns.append(logp_CV.mean(-1))
         elif extra == "top1":
-            columns.append((logp_CV.argmax(-1) == target_C).float())
+            columns.append((logp_C >= logp_CV.amax(-1)).float())
         elif extra == "mean_logit":
             columns.append(logits_CV.mean(-1))
         elif extra == "sum_sq":
             assert p_CV is not None
             columns.append(torch.linalg.vecdot(p_CV, p_CV))
-    return _Measured(logp_CV, columns, entropy_C)
+    return _Measured(logp_CV, p_CV, columns, entropy_C)
 
 
 def _logp_slope(measured: _Measured, target_C: Tensor) -> Tensor:
     """d logp / d logits = onehot(target) - p, [C, V]."""
-    slope_CV = measured.logp_CV.exp().neg_()
+    slope_CV = measured.logp_CV.exp().neg_() if measured.p_CV is None else -measured.p_CV
     slope_CV.scatter_add_(1, target_C[:, None], torch.ones_like(slope_CV[:, :1]))
     return slope_CV
 
@@ -113,13 +120,27 @@ def _entropy_slope(measured: _Measured) -> Tensor:
     return measured.logp_CV.exp() * -(finite_CV + measured.entropy_C[:, None])
 
 
-def _logits_grad(raw_CV: Tensor, target_C: Tensor, readout: Readout, grads: list[Tensor | None]) -> Tensor:
-    """Gradient with respect to the raw outputs, for the gradients of the log-prob and (maybe) the entropy, each [C]."""
+def _mean_logp_slope(measured: _Measured) -> Tensor:
+    """d mean(log p) / d logits = 1/V - p, [C, V]."""
+    p_CV = measured.logp_CV.exp() if measured.p_CV is None else measured.p_CV
+    return 1.0 / p_CV.shape[1] - p_CV
+
+
+def _slopes(measured: _Measured, target_C: Tensor, readout: Readout) -> Iterator[Tensor]:
+    """The gradients with respect to the logits of the differentiable columns, in their order, one at a time."""
+    yield _logp_slope(measured, target_C)
+    for name in readout.grads:
+        yield _entropy_slope(measured) if name == "entropy" else _mean_logp_slope(measured)
+
+
+def _logits_grad(raw_CV: Tensor, target_C: Tensor, readout: Readout, grads: Sequence[Tensor | None]) -> Tensor:
+    """Gradient with respect to the raw outputs, for the gradients of the differentiable columns, each [C]."""
     logits_CV = readout.logits(raw_CV)
-    measured = _measure(logits_CV, target_C, Readout(extras=("entropy",) if readout.entropy_grad else ()))
-    grad_CV = torch.zeros_like(logits_CV) if grads[0] is None else _logp_slope(measured, target_C) * grads[0][:, None]
-    if readout.entropy_grad and grads[1] is not None:
-        grad_CV += _entropy_slope(measured) * grads[1][:, None]
+    measured = _measure(logits_CV, target_C, replace(readout, extras=readout.grads))
+    grad_CV = torch.zeros_like(logits_CV)
+    for slope_CV, grad_C in zip(_slopes(measured, target_C, readout), grads, strict=False):
+        if grad_C is not None:
+            grad_CV += slope_CV.mul_(grad_C[:, None])
     return readout.through(grad_CV, logits_CV)
 
 
@@ -128,8 +149,7 @@ def _outputs(readout: Readout, count: int, device: torch.device) -> list[Tensor]
 
 
 def _mark(ctx: Any, readout: Readout, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-    differentiable = 2 if readout.entropy_grad else 1
-    ctx.mark_non_differentiable(*outputs[differentiable:])
+    ctx.mark_non_differentiable(*outputs[1 + len(readout.grads) :])
     return tuple(outputs)
 
 
@@ -148,7 +168,7 @@ class _LinearHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor,
                 readout: Readout, dtype: torch.dtype) -> tuple[Tensor, ...]:  # fmt: skip
         head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        slopes = 0 if head_trains or not ctx.needs_input_grad[0] else 1 + readout.entropy_grad
+        slopes = 0 if head_trains or not ctx.needs_input_grad[0] else 1 + len(readout.grads)
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         outputs = _outputs(readout, hidden_NH.shape[0], hidden_NH.device)
         slopes_NH = [torch.empty_like(hidden_NH) for _ in range(slopes)]
@@ -160,11 +180,8 @@ class _LinearHead(torch.autograd.Function):
                 for output_N, column_C in zip(outputs, measured.columns, strict=True):
                     output_N[span] = column_C
                 if slopes:
-                    slope_CV = readout.through(_logp_slope(measured, target_C), logits_CV)
-                    slopes_NH[0][span] = slope_CV.to(dtype) @ weight
-                if slopes > 1:
-                    slope_CV = readout.through(_entropy_slope(measured), logits_CV)
-                    slopes_NH[1][span] = slope_CV.to(dtype) @ weight
+                    for slope_NH, slope_CV in zip(slopes_NH, _slopes(measured, target_C, readout), strict=True):
+                        slope_NH[span] = readout.through(slope_CV, logits_CV).to(dtype) @ weight
         ctx.readout, ctx.dtype, ctx.slopes = readout, dtype, slopes
         if slopes:
             ctx.save_for_backward(*slopes_NH)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from trl.data.collate import Branch, Tree
 
 from . import attention
 from .forest import Batch, flat, padded
-from .head import EXTRAS, Readout, TokenStats, _Logits, token_stats
+from .head import DIFFERENTIABLE, EXTRAS, Readout, TokenStats, _Logits, token_stats
 
 _REQUEST = "trl_request"
 _LAYOUT_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
@@ -60,25 +60,37 @@ def score(
     *,
     entropy: bool = False,
     entropy_grad: bool = False,
+    mean_logp: bool = False,
     top1: bool = False,
     mean_logit: bool = False,
     sum_sq: bool = False,
     temperature: float = 1.0,
+    embedding_noise: float | None = None,
 ) -> TokenStats:
     """Log-probs of the trained tokens of a batch, and what else is asked for.
 
     The model must have been attached, the batch laid out by its `Attachment.batch`. Log-probs carry gradients; so does
-    the entropy with `entropy_grad`; the other extras do not. `temperature` divides the logits first.
+    the entropy with `entropy_grad`, and `mean_logp`; the other extras do not. `temperature` divides the logits first.
+    `embedding_noise` is NEFTune's alpha: uniform noise of size alpha / sqrt(length * H) on the embeddings of each
+    sequence (Jain et al. 2023, arXiv:2310.05914).
     """
-    wanted = {"entropy": entropy or entropy_grad, "top1": top1, "mean_logit": mean_logit, "sum_sq": sum_sq}
+    wanted = {
+        "entropy": entropy or entropy_grad,
+        "mean_logp": mean_logp,
+        "top1": top1,
+        "mean_logit": mean_logit,
+        "sum_sq": sum_sq,
+    }
     extras = tuple(name for name in EXTRAS if wanted[name])
+    without = () if entropy_grad else ("entropy",)
     request = {
         "predict_N": batch["predict_N"],
         "target_N": batch["target_N"],
         "columns": batch["input_ids"].shape[1],
         "extras": extras,
-        "entropy_grad": entropy_grad,
+        "grads": tuple(name for name in extras if name in DIFFERENTIABLE and name not in without),
         "temperature": temperature,
+        "embedding_noise": embedding_noise,
     }
     inputs = {key: batch[key] for key in _LAYOUT_KEYS if key in batch}
     outputs = model(**inputs, use_cache=False, **{_REQUEST: request})
@@ -153,17 +165,18 @@ def _plain_forward(base: Any, *args: Any, **kwargs: Any) -> Any:
 def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     attachment: Attachment = base._trl_attachment
     known = attachment.readout
-    readout = Readout(
-        known.scale, known.softcap, request["temperature"], tuple(request["extras"]), request["entropy_grad"]
+    readout = replace(
+        known, temperature=request["temperature"], extras=tuple(request["extras"]), grads=tuple(request["grads"])
     )
     for name in ("labels", "output_hidden_states", "output_attentions", "return_dict"):
         kwargs.pop(name, None)
+    if request.get("embedding_noise"):
+        kwargs = _with_noise(base, request["embedding_noise"], kwargs)
     if attachment.head_reason is not None:
         raw = _plain_forward(base, *args, **kwargs).logits
         raw_NV = _predicting(raw, request)
         target_N = request["target_N"].to(raw_NV.device)
-        columns = _Logits.apply(raw_NV, target_N, Readout(1.0, None, readout.temperature, readout.extras,
-                                                          readout.entropy_grad))  # fmt: skip
+        columns = _Logits.apply(raw_NV, target_N, replace(readout, scale=1.0, softcap=None))
     else:
         hidden = _backbone(base)(*args, **kwargs)[0]
         hidden_NH = _predicting(hidden, request)
@@ -173,6 +186,24 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         vocabulary = base.config.get_text_config().vocab_size
         columns = token_stats(head, hidden_NH, request["target_N"], readout, vocabulary)
     return dict(zip(("logp", *readout.extras), columns, strict=True))
+
+
+def _with_noise(base: Any, alpha: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Embeddings instead of ids, with noise by the length of each token's own sequence, as if it stood alone."""
+    kwargs = dict(kwargs)
+    ids = kwargs.pop("input_ids")
+    embeds = kwargs.pop("inputs_embeds", None) if ids is None else base.get_input_embeddings()(ids)
+    if kwargs.get("segments") is not None:
+        spans = kwargs["segments"]["spans"]
+        lengths = [length + (spans[root][0] if root >= 0 else 0) for length, root in spans]
+        length_T = torch.tensor(lengths, device=embeds.device).repeat_interleave(
+            torch.tensor([length for length, _ in spans], device=embeds.device)
+        )[None]
+    else:
+        length_T = kwargs["attention_mask"].sum(-1, keepdim=True).to(embeds.device)
+    size_T = alpha / (length_T * embeds.shape[-1]).sqrt()
+    noise = torch.empty_like(embeds).uniform_(-1, 1) * size_T[..., None].to(embeds.dtype)
+    return {**kwargs, "inputs_embeds": embeds + noise}
 
 
 def _predicting(grid: Tensor, request: dict[str, Any]) -> Tensor:
@@ -255,7 +286,7 @@ def _hidden(model: nn.Module, batch: Batch) -> Tensor:
         "target_N": batch["target_N"],
         "columns": batch["input_ids"].shape[1],
         "extras": (),
-        "entropy_grad": False,
+        "grads": (),
         "temperature": 1.0,
         "hidden": True,
     }

@@ -99,6 +99,8 @@ def demo_model(on_convert: Callable[[], None] = lambda: None) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             on_convert()
+            for leftover in folder.parent.glob(f".{folder.name}.*"):
+                shutil.rmtree(leftover)  # of a conversion that was killed
             convert(Path(spec.submodule_search_locations[0]) / DEMO_FILE, folder)
     return folder
 
