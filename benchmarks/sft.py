@@ -147,6 +147,10 @@ class Side:
         self.ask("round")
         return self.answer("round")
 
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
 
 def needed_work(ready: dict[str, Any], tokens: list[int], trained: list[int], checkpointing: bool) -> float:
     """Floating-point operations that these rows need, see the top."""
@@ -194,8 +198,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             return run(sides, settings, options, per_step, folder)
         finally:
             for side in sides.values():
-                side.process.kill()
-                side.process.wait()
+                side.end()
 
 
 def run(
@@ -213,13 +216,14 @@ def run(
     per_round = per_step * options.steps
     spans = [slice(at * per_round, (at + 1) * per_round) for at in range(options.rounds + 1)]
     batches = len(data["tokens"]) // options.batch_size
-    request = f"matmul {sum(data['tokens']) // batches} {sum(data['trained']) // batches}"
+    shapes = [(sum(data["tokens"]) // batches, *shape) for shape in ready["ours"]["layer_shapes"]]
+    shapes.append((sum(data["trained"]) // batches, *ready["ours"]["head_shape"]))
+    products = Side("products", sys.executable, {**settings, "shapes": shapes}, folder, True)
 
     rates = []
     for number in range(options.rounds + 1):
-        if number:
-            sides["ours"].ask(request)
-            rates.append(sides["ours"].answer("matmul")["rate"])
+        products.ask("again")
+        rates.append(products.answer("products")["rate"])
         names = list(sides) if number % 2 else list(sides)[::-1]
         for name in names:
             found = sides[name].round()
@@ -228,6 +232,7 @@ def run(
         if number and not options.quiet:
             print(f"round {number}: " + ", ".join(f"{name} {side.rounds[-1]['seconds']:.2f} s"
                   for name, side in sides.items()), file=sys.stderr, flush=True)  # fmt: skip
+    products.end()
     # One at a time: the last step may be profiled.
     ends = {}
     for name, side in sides.items():

@@ -6,8 +6,9 @@ standard input, answers leave as JSON lines on the standard output; what librari
     (start)   -> ready     the model is loaded, the data tokenised, the trainer built
     labels    -> labels    the tokens and labels to train on: written to a file, or compared with one and taken from it
     round     -> round     so many optimizer steps: wall time, processor time, positions computed
-    matmul    -> matmul    rate of this machine's matrix products at the model's shapes, now
     finish    -> finish    losses, peak memory, maybe a profile
+
+With `shapes` in its settings it trains nothing, and measures matrix products, see `products`.
 
 Only torch, transformers and `trl` are imported, so that the same file serves both environments.
 """
@@ -233,8 +234,6 @@ class Worker:
             if request[0] == "labels":
                 self.labels(request[1], Path(request[2]))
                 return
-            elif request[0] == "matmul":
-                self.say("matmul", rate=self.matmul(int(request[1]), int(request[2])))
             elif request[0] == "round":
                 self.positions = 0
                 self.started, self.cpu_started = time.perf_counter(), time.process_time()
@@ -269,6 +268,7 @@ class Worker:
             built_in=self.built_in,
             trained_parameters=trained,
             adapter_parameters=trained if self.settings["lora"] else 0,
+            layer_shapes=[shape for name, shape in self.layers if ".0." in name],
             linear_shapes=[shape for name, shape in self.layers if "lm_head" not in name],
             head_shape=tuple(head.shape),
             head_trains=head.requires_grad,
@@ -283,35 +283,7 @@ class Worker:
         losses = [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
         self.say("finish", losses=losses, growth=self.memory.growth(), how=self.memory.how, profile=self.profile_table)
 
-    # --- measurements beside training -----------------------------------------------------------------------------
-
-    def matmul(self, tokens: int, trained: int) -> float:
-        """FLOP/s of one step's products (output, gradients of input and weight) on the first layer and the head."""
-        dtype = torch.bfloat16 if self.settings["precision"] == "bf16" else torch.float32
-        seen = len(self.layers) // max(1, self.model.config.num_hidden_layers)
-        work = [(tokens, shape) for _, shape in self.layers[:seen]]
-        vocabulary, width = tuple(self.model.get_output_embeddings().weight.shape)
-        work.append((max(1, trained // 30), (vocabulary, width)))
-        flops, seconds, repeats = 0.0, 0.0, 0
-        with torch.no_grad():
-            tensors = [(torch.randn(count, columns, dtype=dtype, device=self.device),
-                        torch.randn(rows, columns, dtype=dtype, device=self.device),
-                        torch.randn(count, rows, dtype=dtype, device=self.device))
-                       for count, (rows, columns) in work]  # fmt: skip
-            while seconds < 0.5 or repeats < 2:
-                began = time.perf_counter()
-                for inputs, weight, slope in tensors:
-                    inputs @ weight.T
-                    slope @ weight
-                    slope.T @ inputs
-                if self.device == "cuda":
-                    torch.cuda.synchronize()
-                elapsed = time.perf_counter() - began
-                repeats += 1
-                if repeats > 1:  # the first warms up
-                    seconds += elapsed
-                    flops += sum(6.0 * count * rows * columns for count, (rows, columns) in work)
-        return flops / seconds
+    # --- beside training ---------------------------------------------------------------------------------------------
 
     def profile_starts(self) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -334,12 +306,53 @@ class Worker:
         self.profiler = None
 
 
+def products(settings: dict, answers) -> None:
+    """Answer each line with the rate, in FLOP/s, of the matrix products of a step: output and both gradients.
+
+    `shapes` lists (rows of the batch, rows and columns of the weight). A process of its own, so that its memory is not
+    taken for a side's.
+    """
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+    device = settings["device"]
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    # Results go where there is memory already: what allocation costs is not the processor's rate.
+    tensors = [(made(count, columns), made(rows, columns), made(count, rows), made(count, rows), made(count, columns),
+                made(rows, columns)) for count, rows, columns in settings["shapes"]]  # fmt: skip
+    work = sum(6.0 * count * rows * columns for count, rows, columns in settings["shapes"])
+
+    def once() -> float:
+        began = time.perf_counter()
+        for inputs, weight, slope, output, input_slope, weight_slope in tensors:
+            torch.mm(inputs, weight.T, out=output)
+            torch.mm(slope, weight, out=input_slope)
+            torch.mm(slope.T, inputs, out=weight_slope)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for _ in sys.stdin:
+        once()
+        seconds: list[float] = []
+        while sum(seconds) < 0.5:
+            seconds.append(once())
+        answers.write(json.dumps({"kind": "products", "rate": work * len(seconds) / sum(seconds)}) + "\n")
+        answers.flush()
+
+
 def main() -> None:
     # The answers keep the standard output to themselves.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Worker(settings, answers).run()
+    if "shapes" in settings:
+        products(settings, answers)
+    else:
+        Worker(settings, answers).run()
 
 
 if __name__ == "__main__":

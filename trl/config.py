@@ -58,12 +58,31 @@ class ModelConfig:
         default=None,
         metadata={"help": "Names of the layers to adapt, or `all-linear`. Default: PEFT's for the family."},
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of bare weights to adapt, as mixtures of experts keep them: `mlp.experts.gate_up_proj`."
+        },
+    )
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Names of layers to train and save in full beside the adapter."}
     )
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type written into the adapter's config."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by 1/sqrt(r) (rank-stabilised LoRA)."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise frozen weights to 8 bits as they load."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise frozen weights to 4 bits as they load; with --use_peft: QLoRA."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Four-bit code: normal float or float.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the scales of the 4-bit blocks too: 0.4 bits a weight less."}
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "Type that 4-bit weights are stored as; FSDP wants that of the other weights."}
+    )
 
 
 @dataclass
@@ -95,6 +114,9 @@ class BaseConfig(TrainingArguments):
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of `from_pretrained` when the model is given by name or path."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with a checkpoint given by name or path."}
     )
     disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the model to zero."})
     share_prompt: bool = field(

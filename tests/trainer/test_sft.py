@@ -260,3 +260,135 @@ def test_a_model_folder_that_is_not_there(tmp_path):
 def test_an_unknown_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="loss_type='nlll' is not one of nll, dft"):
         SFTConfig(output_dir=str(tmp_path), loss_type="nlll")
+
+
+def test_label_smoothing_is_the_one_of_transformers(tmp_path, tokenizer):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    from trl.engine.forest import padded, with_labels
+
+    model = tiny(tokenizer)
+    trainer = sft(tmp_path, model, tokenizer, chat_rows(4), label_smoothing_factor=0.2)
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    ours, _ = trainer.loss(model, trainer.data_collator(rows))
+    batch = with_labels(padded(trainer.trees(rows)))
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    theirs = LabelSmoother(epsilon=0.2)(outputs, batch["labels"], shift_labels=True) * (batch["labels"] != -100).sum()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    wanted = list(model.parameters())
+    for mine, expected in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(mine / scale, expected / scale, atol=1e-4, rtol=0)
+
+
+def test_neftune_noise_in_training_alone(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), neftune_noise_alpha=5.0, max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    evaluated = [trainer.loss(trainer.model.eval(), batch)[0].item() for _ in range(2)]
+    trained = [trainer.loss(trainer.model.train(), batch)[0].item() for _ in range(2)]
+    assert evaluated[0] == evaluated[1] and len({*trained, evaluated[0]}) == 3
+    trainer.train()
+
+
+def test_the_load_balancing_term_of_a_mixture_of_experts(tmp_path, tokenizer):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=len(tokenizer), hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+                       pad_token_id=2)
+    )  # fmt: skip
+    trainer = sft(tmp_path, model, tokenizer, chat_rows(3), router_aux_loss_coef=0.5, max_steps=1,
+                  per_device_train_batch_size=3)  # fmt: skip
+    rows = [trainer.train_dataset[index] for index in range(3)]
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        total, metrics = trainer.loss(model, batch)
+        trainer.args.router_aux_loss_coef = 0.0
+        plain, _ = trainer.loss(model, batch)
+        routed = [
+            model(input_ids=torch.tensor([row["input_ids"]]), output_router_logits=True).router_logits for row in rows
+        ]
+    expected = load_balancing_loss_func(tuple(torch.cat(layer) for layer in zip(*routed, strict=True)), 4, 2)
+    assert metrics["aux_loss"].total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert total.item() == pytest.approx(plain.item() + 0.5 * expected.item() * trainer.items(batch), rel=1e-5)
+    trainer.args.router_aux_loss_coef = 0.5
+    trainer.train()
+    assert "aux_loss" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_compute_metrics_gets_predictions_of_every_row(tmp_path, tokenizer, batch_size):
+    seen = []
+
+    def metrics(prediction):
+        seen.append((prediction.predictions.shape, prediction.label_ids.shape))
+        keep = prediction.label_ids[:, 1:] != -100
+        right = prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]
+        return {"accuracy": float(right[keep].mean())}
+
+    trainer = sft(
+        tmp_path, tiny(tokenizer), tokenizer, chat_rows(5), max_steps=25, per_device_eval_batch_size=batch_size
+    )
+    trainer.train()
+    config = trainer.args
+    trainer = SFTTrainer(
+        trainer.model, config, train_dataset=chat_rows(5), eval_dataset=chat_rows(5), processing_class=tokenizer,
+        compute_metrics=metrics, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )  # fmt: skip
+    found = trainer.evaluate()
+    assert found["eval_accuracy"] == pytest.approx(found["eval_mean_token_accuracy"], abs=1e-6)
+    assert seen[0][0] == seen[0][1] and seen[0][0][0] == 5
+
+
+def test_compute_metrics_never_hoards_logits(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("trl.trainer.base.LARGEST_KEPT_LOGITS", 1000)
+    trainer = SFTTrainer(
+        tiny(tokenizer), sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(2)).args, eval_dataset=chat_rows(3),
+        processing_class=tokenizer, compute_metrics=lambda prediction: {},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="would keep .* GiB of logits .* preprocess_logits_for_metrics"):
+        trainer.evaluate()
+
+
+def test_a_loss_function_of_the_users_own(tmp_path, tokenizer):
+    """It sees the logits and labels that transformers would give it, and trains as the built-in loss does."""
+
+    def own(outputs, labels, num_items_in_batch):
+        logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return (
+            torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / num_items_in_batch
+        )
+
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    plain = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(8), **settings)
+    custom = SFTTrainer(
+        tiny(tokenizer), plain.args, train_dataset=chat_rows(8), processing_class=tokenizer, compute_loss_func=own
+    )
+    assert any("compute_loss_func" in line for line in custom.report())
+    plain.train()
+    custom.train()
+    losses = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in (plain, custom)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_selective_checkpointing_and_offloading_change_no_value(tmp_path, tokenizer):
+    from tests.trainer.helpers import first_gradient
+
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4}
+    expected = first_gradient(sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), **settings))
+    for change in ({"gradient_checkpointing_kwargs": {"selective": True}}, {"activation_offloading": True}):
+        gradient = first_gradient(sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), **settings, **change))
+        for name, value in expected.items():
+            torch.testing.assert_close(gradient[name], value, atol=1e-6, rtol=1e-5, msg=f"{change} {name}")
+
+
+def test_the_model_card_says_what_was_done(tmp_path, tokenizer, tiny_path):
+    trainer = sft(tmp_path, tiny_path, None, chat_rows(4), peft_config=lora(), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert "library_name: peft" in card and "4 rows read" in card and "| learning rate | 0.01 |" in card
+    assert "AutoPeftModelForCausalLM" in card

@@ -1,229 +1,16 @@
-"""What a row is: where data comes from, which shape it has, and what is wrong with a row that cannot be read."""
+"""What a row is: which shape the rows of a data set have, and what is wrong with a row that cannot be read."""
 
+import difflib
 import json
-import logging
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import datasets
 
-logger = logging.getLogger(__name__)
+from .sources import DataError, load
 
-BUILDERS = {  # file name ending -> the reader of `datasets` for it
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-
-
-class DataError(ValueError):
-    """A mistake in the data or in how it is described. The message says where it is and what to do about it."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def load(source: Any, split: str = "train", config: str | None = None) -> datasets.Dataset:
-    """Opens `source` as a data set.
-
-    `source` is a list of dicts, a dict of columns, a `datasets.Dataset` (returned as it is) or `DatasetDict`, a path
-    to a .jsonl, .json, .csv, .parquet or .txt file, a folder written by `save_to_disk`, a folder of such files, or
-    else a name on the Hugging Face Hub (`config` is the configuration there). `split` may be a slice, such as
-    `"train[:10%]"`. When the split is missing and there is only one, that one is read and a log line says so.
-
-    Raises `DataError` when there is nothing to read.
-    """
-    dataset = _open(source, split, config)
-    if len(dataset) == 0:
-        raise DataError(f"The data set {_name(source)} has no rows (split {split!r}): check the file or the split.")
-    return dataset
-
-
-def _open(source: Any, split: str, config: str | None) -> datasets.Dataset:
-    if isinstance(source, datasets.Dataset):
-        return source
-    if isinstance(source, datasets.DatasetDict):
-        return _take(source, split, "the DatasetDict")
-    if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise DataError("A streaming data set has no length and cannot be counted; load it without `streaming=True`.")
-    if isinstance(source, Mapping):
-        return _from_columns(source)
-    if isinstance(source, str | os.PathLike):
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return _from_folder(path, split)
-        if path.exists():
-            return _from_file(path, split)
-        if not isinstance(source, str) or _looks_like_a_path(source):
-            raise DataError(f"There is no file or folder {str(source)!r} (that is {path.absolute()}): check it.")
-        return _from_hub(source, split, config)
-    if isinstance(source, Iterable):
-        return _from_rows(list(source))
-    raise DataError(
-        f"Cannot read data from a {type(source).__name__}: give a list of dicts, a dict of columns, a path, "
-        "a datasets.Dataset or a name on the Hub."
-    )
-
-
-def _name(source: Any) -> str:
-    return repr(str(source)) if isinstance(source, str | os.PathLike) else f"(a {type(source).__name__})"
-
-
-def _looks_like_a_path(name: str) -> bool:
-    # A name on the Hub is `name` or `owner/name`, and may contain dots.
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS or "\\" in name
-
-
-def _from_rows(rows: list[Any]) -> datasets.Dataset:
-    columns: dict[str, None] = {}
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"row {index}: a {type(row).__name__}, not a dict of fields such as {{'text': ...}}.")
-        columns.update(dict.fromkeys(row))
-    # Not `Dataset.from_list`, which keeps only the columns of the first row.
-    return _from_columns({column: [row.get(column) for row in rows] for column in columns})
-
-
-def _from_columns(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
-    lengths = {column: len(values) for column, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise DataError(f"The columns have different lengths: {lengths}. Every row needs a value (or None) in each.")
-    try:
-        return datasets.Dataset.from_dict(dict(columns))
-    except (TypeError, ValueError) as error:  # Arrow's errors are kinds of these
-        column, row = _first_odd_value(columns)
-        raise DataError(
-            f"row {row}: `{column}` is not of the same type as in the rows before it ({error}). "
-            "Give one type to every row of a column."
-        ) from error
-
-
-def _first_odd_value(columns: Mapping[str, Sequence[Any]]) -> tuple[str, int]:
-    """The column that cannot be made, and the first row at which it cannot (by bisection)."""
-
-    def readable(values: Sequence[Any]) -> bool:
-        try:
-            datasets.Dataset.from_dict({"column": values})
-        except (TypeError, ValueError):
-            return False
-        return True
-
-    column = next(column for column, values in columns.items() if not readable(values))
-    good, bad = 0, len(columns[column])
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if readable(columns[column][:middle]) else (good, middle)
-    return column, bad - 1
-
-
-def _from_file(path: Path, split: str) -> datasets.Dataset:
-    builder = BUILDERS.get(path.suffix.lower())
-    if builder is None:
-        raise DataError(f"Cannot tell the format of {str(path)!r} by its ending; known are {', '.join(BUILDERS)}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"The file {str(path)!r} is empty.")
-    try:
-        loaded = datasets.load_dataset(builder, data_files={"train": str(path)})
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
-        raise DataError(f"Cannot read {str(path)!r}: {_why_unreadable(path) or _root_cause(error)}") from error
-    return _take(loaded, split, repr(str(path)))
-
-
-def _why_unreadable(path: Path) -> str | None:
-    """Names the line of a broken .jsonl file; None for other formats."""
-    if path.suffix.lower() != ".jsonl":
-        return None
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is not a JSON object."
-            except json.JSONDecodeError as error:
-                return f"line {number} is not valid JSON ({error.msg}). Correct or remove the line."
-    return "the lines do not agree on the type of a field. Give every field one type in all lines."
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)
-
-
-def _from_folder(path: Path, split: str) -> datasets.Dataset:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        loaded = datasets.load_from_disk(str(path))
-        # A lone Dataset on disk has no split name of its own: the request for a part of it still holds.
-        if isinstance(loaded, datasets.Dataset):
-            loaded = datasets.DatasetDict({_split_name(split): loaded})
-        return _take(loaded, split, repr(str(path)))
-    if not any(file.suffix.lower() in BUILDERS for file in path.rglob("*")):
-        raise DataError(
-            f"The folder {str(path)!r} holds neither a data set written by `save_to_disk` nor any file ending in "
-            f"{', '.join(BUILDERS)}."
-        )
-    try:
-        loaded = datasets.load_dataset(str(path))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError) as error:
-        raise DataError(f"Cannot read the files of the folder {str(path)!r}: {_root_cause(error)}") from error
-    return _take(loaded, split, repr(str(path)))
-
-
-def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        try:
-            there = datasets.get_dataset_split_names(name, config)
-        except (datasets.exceptions.DatasetsError, OSError, ValueError):
-            there = []
-        if there and _split_name(split) not in there:
-            return datasets.load_dataset(name, config, split=_other_split(there, split, repr(name)))
-        raise DataError(
-            f"Cannot load {name!r}: it is neither a file nor a folder here, and as a data set on the Hub it failed "
-            f"with: {_root_cause(error)}. Check the name, the network, or give a path."
-        ) from error
-
-
-def _split_name(split: str) -> str:
-    return re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
-
-
-def _other_split(there: Sequence[str], split: str, what: str) -> str:
-    """`split` with its name replaced by that of the only split there is."""
-    if len(there) != 1:
-        names = ", ".join(map(repr, there))
-        raise DataError(f"{what} has no split {_split_name(split)!r}; it has {names}: name one of them.")
-    logger.warning("%s has no split %r; its only split %r is read.", what, _split_name(split), there[0])
-    return there[0] + split[len(_split_name(split)) :]
-
-
-def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str) -> datasets.Dataset:
-    if not splits:
-        raise DataError(f"{what} has no splits at all.")
-    if _split_name(split) not in splits:
-        split = _other_split(list(splits), split, what)
-    try:
-        lengths = {name: len(part) for name, part in splits.items()}
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    except (ValueError, AssertionError) as error:
-        raise DataError(f"Cannot understand the split {split!r}: {error}") from error
-    taken = []
-    for part in parts:
-        rows = splits[part.splitname]
-        start, stop = part.from_ or 0, len(rows) if part.to is None else part.to
-        taken.append(rows if (start, stop) == (0, len(rows)) else rows.select(range(start, stop)))
-    return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes
+__all__ = ["DataError", "Shape", "detect", "load", "messages_of", "place", "text_of", "without_none"]
 
 
 @dataclass(frozen=True)
@@ -231,14 +18,23 @@ class Shape:
     """How the rows of a data set are read.
 
     `kind` is a kind of `READINGS`; `columns` maps each part of that reading to the column that holds it (absent
-    optional parts are left out); `conversational` says that some part is a list of messages; `sentence` is one line
-    for people: what was seen and how it is read.
+    optional parts are left out); `conversational` says that the chat template is applied; `sentence` is one line for
+    people: what was seen and how it is read. `formatting` is '' or says how a `formatting_func` is called: with a
+    `row`, or with a `batch` of them.
     """
 
     kind: str
     columns: dict[str, str]
     conversational: bool
     sentence: str
+    formatting: str = ""
+
+    def with_template(self, there_is_one: bool) -> "Shape":
+        """Two strings, a question and its answer, are a conversation where the tokenizer has a chat template."""
+        if self.kind != "dialogue":
+            return self
+        how = "a conversation of two turns" if there_is_one else "text under headings: the tokenizer has no template"
+        return replace(self, conversational=there_is_one, sentence=f"{self.sentence}, each row as {how}")
 
 
 class Part(NamedTuple):
@@ -261,11 +57,26 @@ class Reading(NamedTuple):
 NAMED = "\0named"  # stands for the column that the user named with `dataset_text_field`
 TEXT = "\0text"  # the same, also when it is the default
 
+_SYSTEM = Part("system", ("system", "system_prompt"), ("text",), optional=True)
 _TOOLS = (
     Part("tools", ("tools",), ("text", "structs", "other"), optional=True),
     Part("chat_template_kwargs", ("chat_template_kwargs",), ("struct", "other"), optional=True),
 )
 _MASK = ("integers", "booleans", "empty")
+_TALK = ("messages", "from_value")
+
+
+def _conversations(*names: str) -> Reading:
+    return Reading("messages", "conversations in {messages}", (Part("messages", names, _TALK), _SYSTEM, *_TOOLS))
+
+
+def _dialogue(says: str, prompt: Sequence[str], further: Sequence[str], completion: Sequence[str]) -> Reading:
+    """Two strings: what is asked, maybe with more to it, and what is answered."""
+    parts = [Part("prompt", tuple(prompt), ("text",)), Part("completion", tuple(completion), ("text", "texts"))]
+    if further:
+        parts.insert(1, Part("input", tuple(further), ("text",), optional=True))
+    return Reading("dialogue", says, (*parts, _SYSTEM))
+
 
 # The first reading whose columns are all there is taken. A further shape is one more entry here, and a function in
 # `tokens` that turns its rows into text.
@@ -282,7 +93,7 @@ READINGS: tuple[Reading, ...] = (
         ),
     ),
     Reading("text", "plain text in {text}", (Part("text", (NAMED,), ("text",)),)),
-    Reading("messages", "conversations in {messages}", (Part("messages", (NAMED,), ("messages",)), *_TOOLS)),
+    _conversations(NAMED),
     Reading(
         "prompt_completion",
         "prompts in {prompt} and their completions in {completion}",
@@ -292,45 +103,94 @@ READINGS: tuple[Reading, ...] = (
             *_TOOLS,
         ),
     ),
-    Reading("messages", "conversations in {messages}", (Part("messages", ("messages",), ("messages",)), *_TOOLS)),
+    _conversations("messages"),
+    _conversations("conversations"),
     Reading("text", "plain text in {text}", (Part("text", (TEXT,), ("text",)),)),
-    Reading("messages", "conversations in {messages}", (Part("messages", (), ("messages",)), *_TOOLS)),
+    _conversations(),
+    _dialogue(
+        "instructions in {prompt} and what follows them in {completion}",
+        ("instruction",),
+        ("input", "context"),
+        ("output", "response", "answer"),
+    ),
+    _dialogue(
+        "questions in {prompt} and their answers in {completion}",
+        ("question", "query"),
+        ("context",),
+        ("answer", "answers", "response", "output"),
+    ),
+    _dialogue(
+        "prompts in {prompt} and the replies to them in {completion}",
+        ("prompt", "input"),
+        (),
+        ("response", "output", "answer", "answers"),
+    ),
 )
 
 UNDERSTOOD = (
-    "`text` (a string), `messages` (a list of {role, content}), `prompt` and `completion` (strings or such lists), "
-    "or `input_ids` (with `labels` or a mask)"
+    "`text` (a string), `messages` or `conversations` (a list of {role, content} or {from, value}), `prompt` and "
+    "`completion` (strings or such lists), `instruction` and `output`, `question` and `answer`, or `input_ids` (with "
+    "`labels` or a mask)"
 )
+IMAGE_COLUMNS = ("image", "images")
+NO_IMAGES = "images are not supported yet"
 
 
-def detect(dataset: datasets.Dataset, text_field: str = "text") -> Shape:
+def detect(
+    dataset: datasets.Dataset,
+    text_field: str = "text",
+    columns: Mapping[str, str] | None = None,
+    formatting_func: Callable[[Any], Any] | None = None,
+) -> Shape:
     """Finds how the rows of `dataset` are to be read. `text_field` names the column of text, or of conversations.
+
+    `columns` says which column holds which part, as in `{"prompt": "question", "completion": "answer"}`; parts have the
+    names that such a column is known by. `formatting_func` makes of a row a text or a list of messages, or of a batch
+    of rows (a dict of lists) a list of texts; it is called on the first rows to see which. Either overrides what would
+    have been found.
 
     Raises `DataError`, which lists the columns seen and the shapes understood, when no reading fits.
     """
+    if formatting_func is not None:
+        return _detect_formatting(dataset, formatting_func)
     contents = {column: _contents(dataset, column) for column in dataset.column_names}
+    if columns:
+        return _detect_named(contents, columns)
+    for column, content in contents.items():
+        if content == "images" or (column in IMAGE_COLUMNS and content != "empty"):
+            raise DataError(
+                f"The column `{column}` holds images, and {NO_IMAGES}. To train on the text alone, remove it with "
+                f"`dataset.remove_columns({column!r})`."
+            )
     for reading in READINGS:
-        columns = _match(reading, contents, text_field)
-        if columns is not None:
-            conversational = any(contents[column] == "messages" for column in columns.values())
-            sentence = _sentence(reading, columns, list(contents), text_field)
-            return Shape(reading.kind, columns, conversational, sentence)
-    seen = ", ".join(f"`{column}` ({_CONTENTS_IN_WORDS[content]})" for column, content in contents.items())
+        found = _match(reading, contents, text_field)
+        if found is not None:
+            sentence = _sentence(reading, found, list(contents), text_field)
+            return Shape(reading.kind, found, _conversational(found, contents), sentence)
     raise DataError(
-        f"Cannot read the rows: the columns are {seen or 'none'}. Understood are {UNDERSTOOD}. Rename a column, or "
-        f"name the column of text or conversations with `dataset_text_field` (now {text_field!r})."
+        f"Cannot read the rows: the columns are {_columns_in_words(contents)}. Understood are {UNDERSTOOD}. Say which "
+        "column is which with `columns`, as in columns={'prompt': ..., 'completion': ...}, or name the column of text "
+        f"or conversations with `dataset_text_field` (now {text_field!r})."
     )
 
 
+def _conversational(columns: Mapping[str, str], contents: Mapping[str, str]) -> bool:
+    return any(contents[column] in _TALK for column in columns.values())
+
+
+def _columns_in_words(contents: Mapping[str, str]) -> str:
+    return ", ".join(f"`{column}` ({_CONTENTS_IN_WORDS[what]})" for column, what in contents.items()) or "none"
+
+
 def _match(reading: Reading, contents: Mapping[str, str], text_field: str) -> dict[str, str] | None:
-    columns = {}
+    columns: dict[str, str] = {}
     for part in reading.parts:
         names: list[str] = list(part.columns) or list(contents)
         if part.columns == (TEXT,):
             names = [text_field]
         elif part.columns == (NAMED,):
             names = [text_field] if text_field != "text" else []
-        fitting = [name for name in names if contents.get(name) in part.contents]
+        fitting = [name for name in names if contents.get(name) in part.contents and name not in columns.values()]
         if not part.columns and len(fitting) > 1:
             which = ", ".join(f"`{name}`" for name in fitting)
             raise DataError(
@@ -344,16 +204,66 @@ def _match(reading: Reading, contents: Mapping[str, str], text_field: str) -> di
 
 
 def _sentence(reading: Reading, columns: Mapping[str, str], seen: Sequence[str], text_field: str) -> str:
+    sentence, notes = _reads_as(reading, columns, seen)
+    if text_field != "text" and text_field not in columns.values():
+        why = "there is no such column" if text_field not in seen else "it cannot be read as text or conversations"
+        notes.append(f"`dataset_text_field` {text_field!r} not used: {why}")
+    return sentence + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _reads_as(reading: Reading, columns: Mapping[str, str], seen: Sequence[str]) -> tuple[str, list[str]]:
     says = reading.says.format(**{part: f"`{column}`" for part, column in columns.items()})
     used = [part.name for part in reading.parts if part.optional and part.name in columns]
     if used:
         says += " with " + ", ".join(f"`{columns[part]}`" for part in used)
     ignored = [column for column in seen if column not in columns.values()]
-    notes = [f"{', '.join(ignored)} ignored"] if ignored else []
-    if text_field != "text" and text_field not in columns.values():
-        why = "there is no such column" if text_field not in seen else "it cannot be read as text or conversations"
-        notes.append(f"`dataset_text_field` {text_field!r} not used: {why}")
-    return f"columns {', '.join(seen)}: read as {says}" + (f" ({'; '.join(notes)})" if notes else "")
+    return f"columns {', '.join(seen)}: read as {says}", [f"{', '.join(ignored)} ignored"] if ignored else []
+
+
+def _detect_named(contents: Mapping[str, str], named: Mapping[str, str]) -> Shape:
+    """The reading of which `named` (part -> column) names parts, all of those that it cannot do without."""
+    for column in named.values():
+        if column not in contents:
+            near = difflib.get_close_matches(str(column), list(contents), n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            there = _columns_in_words(contents)
+            raise DataError(f"columns={dict(named)} names `{column}`, but the columns are {there}.{meant}")
+    wrong = ""
+    for reading in READINGS:
+        parts = {name: part for part in reading.parts for name in (*_names(part), part.name)}
+        if any(key not in parts for key in named):
+            continue
+        found = {parts[key].name: column for key, column in named.items()}
+        for part in reading.parts:  # what is not named may be there under its own name
+            for name in _names(part):
+                if part.name not in found and contents.get(name) in part.contents and name not in found.values():
+                    found[part.name] = name
+        if any(part.name not in found and not part.optional for part in reading.parts):
+            continue
+        bad = [part for part in reading.parts if part.name in found and contents[found[part.name]] not in part.contents]
+        if bad:
+            column = found[bad[0].name]
+            may = " or ".join(_CONTENTS_IN_WORDS[content] for content in bad[0].contents)
+            wrong = wrong or f"`{column}` holds {_CONTENTS_IN_WORDS[contents[column]]}, and what is wanted is {may}"
+            continue
+        # Not in the order in which the user happened to name them.
+        found = {part.name: found[part.name] for part in reading.parts if part.name in found}
+        sentence, notes = _reads_as(reading, found, list(contents))
+        notes.insert(0, f"as `columns` says: {', '.join(f'{key} is {column}' for key, column in named.items())}")
+        return Shape(reading.kind, found, _conversational(found, contents), f"{sentence} ({'; '.join(notes)})")
+    if wrong:
+        raise DataError(f"columns={dict(named)} does not fit the data: {wrong}.")
+    known = sorted({name for reading in READINGS for part in reading.parts for name in (*_names(part), part.name)})
+    for key in named:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"columns={dict(named)}: no row has a part {key!r}; parts are {', '.join(known)}.{meant}")
+    raise DataError(f"columns={dict(named)} does not describe a whole row. Understood are {UNDERSTOOD}.")
+
+
+def _names(part: Part) -> tuple[str, ...]:
+    return tuple(name for name in part.columns if not name.startswith("\0"))
 
 
 _CONTENTS_IN_WORDS = {
@@ -362,6 +272,8 @@ _CONTENTS_IN_WORDS = {
     "from_value": "turns of {from, value}",
     "integers": "lists of numbers",
     "booleans": "lists of true and false",
+    "texts": "lists of texts",
+    "images": "images",
     "structs": "lists of records",
     "struct": "records",
     "number": "numbers",
@@ -373,27 +285,44 @@ _CONTENTS_IN_WORDS = {
 def _contents(dataset: datasets.Dataset, column: str) -> str:
     """A key of `_CONTENTS_IN_WORDS`: what the column holds, by its feature, or else by its first value."""
     feature = dataset.features[column]
+    if isinstance(feature, datasets.Image):
+        return "images"
     if isinstance(feature, datasets.Value):
         if feature.dtype in ("string", "large_string"):
             return "text"
         return "empty" if feature.dtype == "null" else "number"
     if isinstance(feature, dict):
-        return "struct"
+        return _contents_of_record(feature)
     if isinstance(feature, datasets.List | datasets.LargeList):
         item = feature.feature
+        if isinstance(item, datasets.Image):
+            return "images"
         if isinstance(item, dict):
             return _contents_of_records(item)
         if isinstance(item, datasets.Value) and item.dtype != "null":
             if item.dtype == "bool":
                 return "booleans"
+            if item.dtype in ("string", "large_string"):
+                return "texts"
             return "integers" if item.dtype.startswith(("int", "uint")) else "other"
-    return _contents_of_value(next((value for value in dataset[:100][column] if value), None))
+    first = dataset.with_format(None).select_columns([column])[:100][column]
+    return _contents_of_value(next((value for value in first if value), None))
+
+
+def _contents_of_record(record: Mapping[str, Any]) -> str:
+    if set(record) == {"bytes", "path"}:
+        return "images"
+    if isinstance(record.get("text"), datasets.List):  # {text: [...], answer_start: [...]}, as in SQuAD
+        return "texts"
+    return "struct"
 
 
 def _contents_of_records(record: Iterable[str]) -> str:
     keys = set(record)
     if "role" in keys and keys & {"content", "tool_calls"}:
         return "messages"
+    if keys == {"bytes", "path"}:
+        return "images"
     return "from_value" if {"from", "value"} <= keys else "structs"
 
 
@@ -407,6 +336,62 @@ def _contents_of_value(value: Any) -> str:
     if isinstance(value, list) and isinstance(value[0], Mapping):
         return _contents_of_records(value[0])
     return "other"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A function of the user's
+
+
+def _detect_formatting(dataset: datasets.Dataset, function: Callable[[Any], Any]) -> Shape:
+    plain = dataset.with_format(None)
+    calling, value = "row", None
+    try:
+        value = function(plain[0])
+        by_row = isinstance(value, str) or is_talk(value)
+    except Exception:  # it may expect a batch
+        by_row = False
+    if not by_row:
+        size = min(2, len(plain))
+        try:
+            batch = function(plain[:size])
+        except Exception:
+            batch = None
+        if isinstance(batch, list | tuple) and len(batch) == size and all(isinstance(text, str) for text in batch):
+            calling, value = "batch", batch[0]
+        else:
+            value = call_formatting(function, plain[0], 0)  # raises, and says why, if it was this that failed
+            check_formatted(value, 0)
+    name = getattr(function, "__name__", type(function).__name__)
+    talk = not isinstance(value, str)
+    what = "conversations" if talk else "texts"
+    sentence = f"columns {', '.join(dataset.column_names)}: read as the {what} that formatting_func `{name}` makes"
+    return Shape("messages" if talk else "text", {}, talk, sentence, calling)
+
+
+def is_talk(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
+
+
+def call_formatting(function: Callable[[Any], Any], argument: Any, row: int) -> Any:
+    """`function(argument)`; its own mistakes become a sentence that names the row."""
+    try:
+        return function(argument)
+    except Exception as error:
+        raise DataError(
+            f"row {row}: formatting_func fails with {type(error).__name__}: {error}. The row has the fields "
+            f"{', '.join(argument)}."
+        ) from error
+
+
+def check_formatted(value: Any, row: int) -> Any:
+    if isinstance(value, str) or is_talk(value):
+        return value
+    what = f"a list of {len(value)}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+    what = "None" if value is None else what
+    raise DataError(
+        f"row {row}: formatting_func returned {what}. It must return a string or a list of messages for a row, or a "
+        "list of strings, one for each row, for a dict of columns."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,11 +412,54 @@ def text_of(value: Any, where: str) -> str:
     raise DataError(f"{where} is a {type(value).__name__}, not a string. Convert the column to strings.")
 
 
+def answer_of(value: Any, where: str) -> str:
+    """The answer to a question: a string, the first of several, or what is under `text` in a record of them."""
+    if isinstance(value, Mapping) and "text" in value:
+        value = value["text"]
+    if isinstance(value, list | tuple):
+        if not value:
+            raise DataError(f"{where} is an empty list: there is no answer. Remove such rows with `dataset.filter`.")
+        value = value[0]
+    return text_of(value, where)
+
+
+def dialogue_of(prompt: str, further: str | None, system: str | None) -> list[dict[str, Any]]:
+    """The messages before the answer, of a question that is a string with maybe more to it."""
+    asked = f"{prompt}\n\n{further}" if further and further.strip() else prompt
+    return with_system(system, [{"role": "user", "content": asked}])
+
+
+def headed_text(prompt: str, further: str | None, system: str | None) -> str:
+    """The same as text, for a tokenizer without a chat template."""
+    given = f"### Input:\n{further}\n\n" if further and further.strip() else ""
+    before = f"{system}\n\n" if system and system.strip() else ""
+    return f"{before}### Instruction:\n{prompt}\n\n{given}### Response:\n"
+
+
+def with_system(system: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` after a system message, unless there is none to say, or they begin with their own."""
+    if not system or not system.strip() or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+# The names that other data give to those who speak.
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "chatbot", "bing", "bard", "model", "ai", "bot"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response", "function"), "tool"),
+    "system": "system",
+    "developer": "developer",
+}
+
+
 def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
     """A list of messages as a chat template wants it: every role a string, every content a string.
 
-    Contents given as blocks of text are joined; fields that are None are left out, since a table gives every message
-    the fields of all others. Raises `DataError`, which begins with `where`, when a message cannot be read.
+    Turns of {from, value} become messages. Contents given as blocks of text are joined; the arguments of tool calls,
+    where they are JSON in a string, are read; fields that are None are left out, since a table gives every message the
+    fields of all others. Raises `DataError`, which begins with `where`, when a message cannot be read.
     """
     if value is None:
         raise DataError(f"{where} is None. Fill it in, or remove such rows with `dataset.filter`.")
@@ -441,25 +469,82 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
         raise DataError(f"{where} is an empty list. Remove such rows with `dataset.filter`.")
     # `place` ends in a backtick, so that the index goes inside it: `messages[3]`.
     field = where.removesuffix("`")
-    return [_message_of(message, f"{field}[{index}]") for index, message in enumerate(value)]
+    return [_message_of(message, field, index) for index, message in enumerate(value)]
 
 
-def _message_of(message: Any, where: str) -> dict[str, Any]:
+def _message_of(message: Any, field: str, index: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise DataError(f"{where}` is a {type(message).__name__}, not a message {{role, content}}.")
+        raise DataError(f"{field}[{index}]` is a {type(message).__name__}, not a message {{role, content}}.")
     role, content = message.get("role"), message.get("content")
+    if role is None and "from" in message:
+        return _message_of_turn(message, field, index)
     if not isinstance(role, str) or not role:
-        raise DataError(f"{where}` has no `role`. Every message needs one, such as 'user' or 'assistant'.")
+        raise DataError(f"{field}[{index}]` has no `role`. Every message needs one, such as 'user' or 'assistant'.")
+    if len(message) == 2 and isinstance(content, str):  # nothing to clean, as in most messages
+        return {"role": _role(role), "content": content}
+    where = f"{field}[{index}]"
     cleaned = {key: without_none(item) for key, item in message.items() if item is not None}
+    cleaned["role"] = _role(role)
     if isinstance(content, list) and all(isinstance(block, Mapping) and "text" in block for block in content):
+        if any("image" in str(block.get("type")) for block in content):
+            raise DataError(f"{where}.content` holds an image, and {NO_IMAGES}. Remove the row, or keep its text.")
         cleaned["content"] = "".join(block["text"] or "" for block in content)
     elif isinstance(content, list):
+        if any("image" in str(block.get("type")) for block in content if isinstance(block, Mapping)):
+            raise DataError(f"{where}.content` holds an image, and {NO_IMAGES}. Remove the row, or keep its text.")
         raise DataError(f"{where}.content` has blocks that are not text. Only text can be trained on here.")
     elif content is None and not message.get("tool_calls"):
         raise DataError(f"{where}.content` is None. Give the message a text, or remove the row with `dataset.filter`.")
     elif content is not None and not isinstance(content, str):
         raise DataError(f"{where}.content` is a {type(content).__name__}, not a string. Convert it to one.")
+    if cleaned.get("tool_calls"):
+        cleaned["tool_calls"] = [
+            _call_of(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(cleaned["tool_calls"])
+        ]
     return cleaned
+
+
+def _role(role: str) -> str:
+    # `function` is a role of its own to some templates; in turns of {from, value} it is a tool's answer.
+    return role if role == "function" else ROLES.get(role, role)
+
+
+def _message_of_turn(turn: Mapping[str, Any], field: str, index: int) -> dict[str, Any]:
+    where = f"{field}[{index}]"
+    speaker, value = turn["from"], turn.get("value")
+    role = ROLES.get(str(speaker).lower())
+    if role is None:
+        raise DataError(f"{where}.from` is {speaker!r}, who is not known. Known are {', '.join(ROLES)}.")
+    if not isinstance(value, str):
+        what = "None" if value is None else f"a {type(value).__name__}, not a string"
+        raise DataError(f"{where}.value` is {what}. Give the turn a text, or remove the row with `dataset.filter`.")
+    if speaker not in ("function_call", "tool_call"):
+        return {"role": role, "content": value}
+    try:
+        calls = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}.value` is a tool call, but not valid JSON ({error.msg}). Correct the row.") from error
+    calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    return {"role": role, "tool_calls": [_call_of(call, f"{where}.value") for call in calls]}
+
+
+def _call_of(call: Any, where: str) -> Any:
+    """A tool call whose arguments are a dict: OpenAI writes them as JSON in a string, and templates write JSON too."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise DataError(f"{where}` is a {type(call).__name__}, not a call {{function: {{name, arguments}}}}.")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        read = json.loads(arguments) if arguments.strip() else {}
+    except json.JSONDecodeError as error:
+        inner = ".function" if function is not call else ""
+        raise DataError(
+            f"{where}{inner}.arguments` is not valid JSON ({error.msg}). Correct it, or remove the row."
+        ) from error
+    function = {**function, "arguments": read}
+    return {**call, "function": function} if "function" in call else function
 
 
 def without_none(value: Any) -> Any:

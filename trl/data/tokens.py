@@ -6,7 +6,7 @@ Masks are made from positions, never from token ids: the end of a turn is traine
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -15,7 +15,22 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from . import chat
-from .formats import DataError, Shape, detect, messages_of, place, text_of, without_none
+from .formats import (
+    DataError,
+    Shape,
+    answer_of,
+    call_formatting,
+    check_formatted,
+    detect,
+    dialogue_of,
+    headed_text,
+    is_talk,
+    messages_of,
+    place,
+    text_of,
+    with_system,
+    without_none,
+)
 from .report import DataReport, Dropped, show
 
 RECIPE = 1  # raise it when the same options come to give other tokens, so that no stale cache is read
@@ -51,6 +66,8 @@ def prepare(
     *,
     shape: Shape | None = None,
     text_field: str = "text",
+    columns: Mapping[str, str] | None = None,
+    formatting_func: Callable[[Any], Any] | None = None,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     completion_only_loss: bool | None = None,
@@ -65,7 +82,7 @@ def prepare(
     whether the loss is taken on predicting this token; never true for the first) and `row` (index in `dataset`), and
     the report of what was done. Rows without a trained token, or with fewer than two tokens, are left out and counted.
 
-    `shape` is detected with `text_field` when it is not given. `max_length` is in tokens, special ones included;
+    `shape` is detected with `text_field`, `columns` and `formatting_func` when it is not given. `max_length` is in tokens, special ones included;
     `truncation_mode` says which end stays, `keep_start` or `keep_end`. `completion_only_loss` None means True where
     there are completions. `add_eos` appends the tokenizer's EOS to plain text and plain completions that lack it;
     a conversation is what its chat template makes of it.
@@ -75,12 +92,22 @@ def prepare(
     """
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")
-    shape = detect(dataset, text_field) if shape is None else shape
+    shape = detect(dataset, text_field, columns, formatting_func) if shape is None else shape
+    shape = shape.with_template(bool(tokenizer.chat_template))
     _check(shape, tokenizer, max_length, truncation_mode, completion_only_loss, assistant_only_loss)
     tokenise = _Tokenise(
-        tokenizer, shape, max_length, truncation_mode, completion_only_loss, assistant_only_loss, add_eos
+        tokenizer,
+        shape,
+        max_length,
+        truncation_mode,
+        completion_only_loss,
+        assistant_only_loss,
+        add_eos,
+        formatting_func,
     )
-    wanted = dataset.with_format(None).select_columns(list(dict.fromkeys(shape.columns.values())))
+    wanted = dataset.with_format(None)
+    if not shape.formatting:  # which may read any column
+        wanted = wanted.select_columns(list(dict.fromkeys(shape.columns.values())))
     table = wanted.map(
         tokenise,
         batched=True,
@@ -148,8 +175,10 @@ class _Tokenise:
         completion_only_loss: bool | None,
         assistant_only_loss: bool,
         add_eos: bool,
+        formatting_func: Callable[[Any], Any] | None = None,
     ):
         self.tokenizer = tokenizer
+        self.formatting_func = formatting_func
         self.shape = shape
         self.max_length = max_length
         self.truncation_mode = truncation_mode
@@ -163,13 +192,16 @@ class _Tokenise:
         vocabulary = (
             tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         )
-        options = {key: value for key, value in vars(self).items() if key != "tokenizer"}
+        options = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "formatting_func")}
+        options["formatting_func"] = datasets.fingerprint.Hasher.hash(self.formatting_func)
         special = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)
         parts = (RECIPE, dataset._fingerprint, transformers.__version__, vocabulary, special, sorted(options.items()))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        if self.shape.kind == "tokens":
+        if self.shape.formatting:
+            rows = self._format(batch, indices)
+        elif self.shape.kind == "tokens":
             rows = [self._read_tokens(batch, position, row) for position, row in enumerate(indices)]
         elif self.shape.kind == "text":
             column = self.shape.columns["text"]
@@ -185,30 +217,82 @@ class _Tokenise:
 
     # -- rows to text -------------------------------------------------------------------------------------------------
 
-    def _read_conversations(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[_Text]:
-        column = self.shape.columns["messages"]
-        values = zip(batch[column], indices, strict=True)
-        conversations = [messages_of(value, place(row, column)) for value, row in values]
+    def _format(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[_Row]:
+        """Rows by the user's own function."""
+        assert self.formatting_func is not None
+        column, talk = "formatting_func", self.shape.kind == "messages"
+        if self.shape.formatting == "batch":
+            values = call_formatting(self.formatting_func, dict(batch), indices[0])
+            if not isinstance(values, list | tuple) or len(values) != len(indices):
+                count = f"{len(values)} texts" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+                raise DataError(
+                    f"row {indices[0]}: formatting_func returned {count} for {len(indices)} rows. It must return a "
+                    "list with one string for each row."
+                )
+        else:
+            keys = list(batch)
+            rows = zip(*(batch[key] for key in keys), strict=True)
+            values = [
+                check_formatted(call_formatting(self.formatting_func, dict(zip(keys, row, strict=True)), index), index)
+                for row, index in zip(rows, indices, strict=True)
+            ]
+        for value, row in zip(values, indices, strict=True):
+            if is_talk(value) is not talk:
+                first, here = ("messages", "a string") if talk else ("a string", "something else")
+                raise DataError(
+                    f"row {row}: formatting_func returned {first} for row 0 and {here} for this one. Return one kind."
+                )
+        named = {**batch, column: values}
+        if talk:
+            return self._tokenise(self._read_conversations(named, indices, column), plain=False)
+        return self._tokenise([_Text(text) for text in values], plain=True)
+
+    def _read_conversations(
+        self, batch: Mapping[str, list[Any]], indices: list[int], column: str | None = None
+    ) -> list[_Text]:
+        column = column or self.shape.columns["messages"]
+        values = zip(batch[column], self._systems(batch, indices), indices, strict=True)
+        conversations = [with_system(system, messages_of(value, place(row, column))) for value, system, row in values]
         if self.assistant_only_loss:
             spans = self._assistant_spans(conversations, batch, indices, column)
             return [_Text(text, trained) for text, trained in spans]
         return [_Text(text) for text in self._render(conversations, batch, indices, column)]
 
+    def _systems(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[str | None]:
+        column = self.shape.columns.get("system")
+        return batch[column] if column else [None] * len(indices)
+
     def _read_completions(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[_Text]:
         texts = []
-        prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
-        for position, row in enumerate(indices):
-            prompt = text_of(batch[prompts][position], place(row, prompts))
-            completion = text_of(batch[completions][position], place(row, completions))
+        for prompt, completion in self._pairs(batch, indices):
             whole = prompt + completion
             texts.append(_Text(whole, [(len(prompt), len(whole))] if self.completion_only_loss else None))
         return texts
 
+    def _pairs(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[tuple[Any, Any]]:
+        """Prompt and completion of each row: as they are, or, of a dialogue, as two texts or lists of messages."""
+        prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
+        pairs: list[tuple[Any, Any]] = []
+        if self.shape.kind != "dialogue":
+            for prompt, completion, row in zip(batch[prompts], batch[completions], indices, strict=True):
+                if not self.shape.conversational:
+                    text_of(prompt, place(row, prompts))
+                    text_of(completion, place(row, completions))
+                pairs.append((prompt, completion))
+            return pairs
+        further = self.shape.columns.get("input")
+        systems = self._systems(batch, indices)
+        begin = dialogue_of if self.shape.conversational else headed_text
+        for position, row in enumerate(indices):
+            asked = text_of(batch[prompts][position], place(row, prompts))
+            answer = answer_of(batch[completions][position], place(row, completions))
+            pairs.append((begin(asked, batch[further][position] if further else None, systems[position]), answer))
+        return pairs
+
     def _read_conversational_completions(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[_Text]:
         prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
         wholes, tails = [], []
-        for position, row in enumerate(indices):
-            prompt, completion = batch[prompts][position], batch[completions][position]
+        for (prompt, completion), row in zip(self._pairs(batch, indices), indices, strict=True):
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             if isinstance(completion, str):
@@ -493,4 +577,4 @@ def _aggregate(
     )
 
 
-_MAIN_PARTS = ("input_ids", "text", "messages", "prompt", "completion")
+_MAIN_PARTS = ("input_ids", "text", "messages", "prompt", "input", "completion")

@@ -177,6 +177,13 @@ def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
     return _finish(batch, predict, target, seq, rows, tokens)
 
 
+def with_labels(batch: Batch) -> Batch:
+    """A padded batch with `labels` [B, L]: the token where it is trained, -100 elsewhere (not shifted)."""
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["predict_N"] + 1] = batch["target_N"]
+    return {**batch, "labels": labels}
+
+
 def unshared(trees: Iterable[Tree]) -> list[Tree]:
     """The same sequences with each prompt repeated before its branch: independent dropout draws, at full price."""
     out: list[Tree] = []

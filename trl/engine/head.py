@@ -18,9 +18,8 @@ from torch.utils.checkpoint import checkpoint
 # Logits computed at once: about what keeps a matrix product busy, and no more memory than that.
 CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
 
-# What can be asked for beside the log-prob, in the order in which the head returns it. The first two have gradients.
+# What can be asked for beside the log-prob. The first two have gradients.
 EXTRAS = ("entropy", "mean_logp", "top1", "mean_logit", "sum_sq")
-DIFFERENTIABLE = EXTRAS[:2]
 
 
 class TokenStats(NamedTuple):
@@ -42,7 +41,7 @@ class Readout:
     """How raw head outputs become logits, and what to measure on them.
 
     logits = scale * raw, bounded to softcap * tanh(logits / softcap) when there is a softcap, divided by temperature.
-    `extras` come in the order of `EXTRAS`; `grads` names those of them that carry a gradient.
+    `extras` are returned in their order; it begins with `grads`, those of them that carry a gradient.
     """
 
     scale: float = 1.0
@@ -50,6 +49,10 @@ class Readout:
     temperature: float = 1.0
     extras: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.extras[: len(self.grads)] != self.grads:
+            raise ValueError(f"extras {self.extras} must begin with those that carry a gradient, {self.grads}")
 
     def logits(self, raw_CV: Tensor) -> Tensor:
         logits_CV = raw_CV.float()

@@ -7,6 +7,7 @@ right; a model that fails runs padded, and the reason is kept and printed once b
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from trl.data.collate import Branch, Tree
 
 from . import attention
 from .forest import Batch, flat, padded
-from .head import DIFFERENTIABLE, EXTRAS, Readout, TokenStats, _Logits, token_stats
+from .head import EXTRAS, Readout, TokenStats, _Logits, token_stats
 
 _REQUEST = "trl_request"
 _LAYOUT_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
@@ -66,13 +67,14 @@ def score(
     sum_sq: bool = False,
     temperature: float = 1.0,
     embedding_noise: float | None = None,
+    router: bool = False,
 ) -> TokenStats:
     """Log-probs of the trained tokens of a batch, and what else is asked for.
 
     The model must have been attached, the batch laid out by its `Attachment.batch`. Log-probs carry gradients; so does
     the entropy with `entropy_grad`, and `mean_logp`; the other extras do not. `temperature` divides the logits first.
     `embedding_noise` is NEFTune's alpha: uniform noise of size alpha / sqrt(length * H) on the embeddings of each
-    sequence (Jain et al. 2023, arXiv:2310.05914).
+    sequence (Jain et al. 2023, arXiv:2310.05914). `router` adds a mixture of experts' load-balancing term, as `aux`.
     """
     wanted = {
         "entropy": entropy or entropy_grad,
@@ -81,22 +83,24 @@ def score(
         "mean_logit": mean_logit,
         "sum_sq": sum_sq,
     }
-    extras = tuple(name for name in EXTRAS if wanted[name])
-    without = () if entropy_grad else ("entropy",)
+    with_gradient = {"entropy": entropy_grad, "mean_logp": mean_logp}
+    grads = tuple(name for name in EXTRAS if with_gradient.get(name))
+    extras = (*grads, *(name for name in EXTRAS if wanted[name] and name not in grads))
     request = {
         "predict_N": batch["predict_N"],
         "target_N": batch["target_N"],
         "columns": batch["input_ids"].shape[1],
         "extras": extras,
-        "grads": tuple(name for name in extras if name in DIFFERENTIABLE and name not in without),
+        "grads": grads,
         "temperature": temperature,
         "embedding_noise": embedding_noise,
+        "router": router,
     }
     inputs = {key: batch[key] for key in _LAYOUT_KEYS if key in batch}
     outputs = model(**inputs, use_cache=False, **{_REQUEST: request})
     found = {f"{name}_N": outputs[name] for name in extras}
     seq_N = batch["seq_N"].to(outputs["logp"].device)
-    return TokenStats(outputs["logp"], seq_N, batch["row_S"].shape[0], **found)
+    return TokenStats(outputs["logp"], seq_N, batch["row_S"].shape[0], aux=outputs.get("aux"), **found)
 
 
 def attach(model: nn.Module) -> Attachment:
@@ -170,22 +174,37 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
     )
     for name in ("labels", "output_hidden_states", "output_attentions", "return_dict"):
         kwargs.pop(name, None)
+    if request.get("router"):
+        kwargs["output_router_logits"] = True
+    aux = {}
     if request.get("embedding_noise"):
         kwargs = _with_noise(base, request["embedding_noise"], kwargs)
     if attachment.head_reason is not None:
-        raw = _plain_forward(base, *args, **kwargs).logits
-        raw_NV = _predicting(raw, request)
+        outputs = _plain_forward(base, *args, **kwargs)
+        raw_NV = _predicting(outputs.logits, request)
         target_N = request["target_N"].to(raw_NV.device)
         columns = _Logits.apply(raw_NV, target_N, replace(readout, scale=1.0, softcap=None))
     else:
-        hidden = _backbone(base)(*args, **kwargs)[0]
-        hidden_NH = _predicting(hidden, request)
+        outputs = _backbone(base)(*args, **kwargs)
+        hidden_NH = _predicting(outputs[0], request)
         if request.get("hidden"):
             return {"hidden": hidden_NH}
         head = base.get_output_embeddings()
         vocabulary = base.config.get_text_config().vocab_size
         columns = token_stats(head, hidden_NH, request["target_N"], readout, vocabulary)
-    return dict(zip(("logp", *readout.extras), columns, strict=True))
+    if request.get("router"):
+        aux["aux"] = _load_balance(base, outputs, kwargs.get("attention_mask"))
+    return {**dict(zip(("logp", *readout.extras), columns, strict=True)), **aux}
+
+
+def _load_balance(base: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    """The family's own load-balancing term on this batch's router logits."""
+    family = sys.modules[type(base).__module__]
+    if not hasattr(family, "load_balancing_loss_func") or getattr(outputs, "router_logits", None) is None:
+        raise ValueError(f"router_aux_loss_coef is set, but {type(base).__name__} has no load-balancing loss")
+    config = base.config.get_text_config()
+    experts = getattr(base, "num_experts", None) or config.num_local_experts
+    return family.load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, attention_mask)
 
 
 def _with_noise(base: Any, alpha: float, kwargs: dict[str, Any]) -> dict[str, Any]:

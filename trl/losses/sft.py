@@ -19,4 +19,11 @@ def dft(*, logp_N: Tensor) -> Tensor:
     return -logp_N.detach().exp() * logp_N
 
 
+def label_smoothing(loss_N: Tensor, *, mean_logp_N: Tensor, label_smoothing_factor: float) -> Tensor:
+    """Cross-entropy against a target that gives the whole vocabulary equal parts of `e = label_smoothing_factor`:
+    `(1 - e) loss + e mean_v(-log p(v))`, [N] -> [N]. Szegedy et al. 2016, arXiv:1512.00567, section 7.
+    """
+    return (1 - label_smoothing_factor) * loss_N - label_smoothing_factor * mean_logp_N
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {"nll": nll, "dft": dft}

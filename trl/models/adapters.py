@@ -1,9 +1,14 @@
-"""Adapters: putting one on, and what of a model trains."""
+"""Adapters: putting one on, waking one up, what quantised weights need beneath one, and what of a model trains."""
 
 import importlib
+import logging
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from trl.config import say_once
 
 
 def require_peft(why: str) -> Any:
@@ -20,11 +25,19 @@ def lora_config(settings: Any) -> Any:
         return None
     peft = require_peft("--use_peft trains a LoRA adapter")
     targets = settings.lora_target_modules
+    dropout, parameters = settings.lora_dropout, settings.lora_target_parameters
+    if parameters and dropout:
+        say_once(
+            f"lora_dropout={dropout} is left out: the adapter of a bare weight (lora_target_parameters) is added to "
+            "the weight itself, where there is no input to drop"
+        )
+        dropout = 0.0
     return peft.LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        lora_dropout=dropout,
+        target_modules="all-linear" if targets in (["all-linear"], "all-linear") else targets,
+        **({"target_parameters": parameters} if parameters else {}),
         modules_to_save=settings.lora_modules_to_save,
         task_type=settings.lora_task_type,
         use_rslora=settings.use_rslora,
@@ -33,15 +46,31 @@ def lora_config(settings: Any) -> Any:
     )
 
 
+get_peft_config = lora_config
+
+
 def wrap(model: nn.Module, peft_config: Any) -> nn.Module:
     """The model with a new trainable adapter; its own weights are frozen."""
     peft = require_peft("peft_config was given")
-    if isinstance(model, peft.PeftModel):
+    if isinstance(model, peft.PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "the model already carries an adapter: leave peft_config out to train it, "
             "or merge it first (model.merge_and_unload()) to put a new one on"
         )
     return peft.get_peft_model(model, peft_config)
+
+
+def for_training(model: nn.Module, peft_config: Any = None) -> nn.Module:
+    """The model as a trainer takes it: with the new adapter, or with its own one awake; quantised weights prepared.
+
+    Called before the engine is attached, whose probe runs the model. Calling it again changes nothing.
+    """
+    if peft_config is not None:
+        model = wrap(model, peft_config)
+    elif release_adapter(model):
+        say_once("the model was loaded with a frozen adapter inside: the adapter trains")
+    prepare_quantised(model)
+    return model
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
@@ -55,3 +84,141 @@ def trainable(model: nn.Module) -> tuple[int, int]:
         total += count
         train += count if parameter.requires_grad else 0
     return train, total
+
+
+# --- adapters that transformers put on ----------------------------------------------------------------------------
+
+
+def _injected(model: nn.Module) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False)) and not hasattr(model, "get_base_model")
+
+
+def release_adapter(model: Any) -> bool:
+    """Make the adapter trainable that `AutoModelForCausalLM.from_pretrained(adapter_folder)` loads frozen.
+
+    transformers puts such an adapter into the model itself, for inference; there is no `PeftModel` around it, and
+    training it would change nothing without a word. True when there was one and it was frozen.
+    """
+    if not _injected(model) or any(parameter.requires_grad for parameter in model.parameters()):
+        return False
+    active = model.active_adapters()
+    model.set_adapter(active[0] if len(active) == 1 else active)
+    for name in active:
+        model.peft_config[name].inference_mode = False
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
+def restore_adapter(model: Any, folder: str | Path) -> bool:
+    """Load the weights of an adapter folder into the adapter that transformers put into the model.
+
+    `Trainer` can resume a `PeftModel` and a whole model, but not this. False for every other model.
+    """
+    if not _injected(model):
+        return False
+    from safetensors.torch import load_file
+
+    peft = require_peft("the model carries an adapter")
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    weights = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
+    found = peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters()[0])
+    if found.unexpected_keys:
+        raise ValueError(f"{folder} holds weights that this model's adapter has not: {found.unexpected_keys[:3]}")
+    return True
+
+
+# --- quantised weights --------------------------------------------------------------------------------------------
+
+
+def is_quantised(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(base, "is_quantized", False))
+
+
+def prepare_quantised(model: Any) -> bool:
+    """What a quantised model needs before it trains. False for a model that is not quantised.
+
+    Only an adapter can train: the rounded weights cannot take a gradient step. Beneath it, nothing is upcast.
+    Normalisations compute in float32 whatever their weights are kept in, and the engine's head takes its sums in
+    float32, so that float32 copies of embeddings, norms and head would cost memory (four bytes for each of V x H
+    weights, and float32 activations after every norm) and change the log-probs by less than the quantisation does.
+
+    The adapter's matrices are kept in bfloat16 when the quantised layers compute in it: that is the QLoRA recipe
+    (Dettmers et al. 2023, arXiv:2305.14314, section 3: one storage type, one 16-bit type to compute in), and a float32
+    adapter would turn the input of every adapted layer into float32. DoRA's magnitudes stay in float32, as they are
+    large numbers that change little, and so do layers that `modules_to_save` trains in full.
+    """
+    if not is_quantised(model):
+        return False
+    if not any(parameter.requires_grad for parameter in _adapter_parameters(model)):
+        quantizer = getattr(model, "hf_quantizer", None)
+        if getattr(quantizer, "is_qat_trainable", False):
+            return True
+        raise ValueError(
+            "the model is quantised, and rounded weights cannot be trained themselves. Pass peft_config=LoraConfig() "
+            "(--use_peft) to train an adapter on it, or load it without quantization_config to train all of it"
+        )
+    _keep_gradients(model)
+    if compute_dtype(model) == torch.bfloat16:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_" in name and "magnitude" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return True
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """What quantised layers multiply in."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    if getattr(config, "load_in_4bit", False):
+        return config.bnb_4bit_compute_dtype
+    return base.dtype
+
+
+def _adapter_parameters(model: Any) -> list[nn.Parameter]:
+    peft = require_peft("a quantised model trains an adapter")
+    if isinstance(model, peft.PeftModel):
+        return list(model.parameters())
+    if not _injected(model):
+        return []
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
+def _keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from what it does for inference on a CPU: a layer that once ran without gradients (an
+    evaluation is enough) has its weights repacked for a kernel that has no backward pass, and passes none from then on.
+    """
+    try:
+        import bitsandbytes as bnb
+        from bitsandbytes.nn import modules as layers
+    except ImportError:
+        return
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                unpack = layers._convert_weight_packed_for_cpu_inverse
+                module.weight.data, module.weight.quant_state = unpack(module.weight.data, state)
+                module.quant_state = module.weight.quant_state
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            _say_once_a_cast()
+
+
+def _say_once_a_cast() -> None:
+    """Of the line that bitsandbytes logs in every 8-bit layer of every forward pass, one is enough."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(each, _Once) for each in logger.filters):
+        logger.addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.said
+        self.said.add(message)
+        return new

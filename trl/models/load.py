@@ -1,22 +1,38 @@
-"""Models and tokenizers by name, path or adapter folder."""
+"""Models and tokenizers by name, path or adapter folder, in the dtype, the bits and the place that were asked for."""
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trl.config import say_once
 
 from .adapters import require_peft
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 class ModelError(ValueError):
     """A model that cannot be loaded or trained, with what to do about it."""
 
 
+# --- by name, path or adapter folder ------------------------------------------------------------------------------
+
+
 def adapter_base(path: str) -> str | None:
     """The base model of an adapter folder, or None when `path` is not one."""
-    config = Path(path) / "adapter_config.json"
+    config = Path(path).expanduser() / "adapter_config.json"
     if not config.exists():
         return None
     base = json.loads(config.read_text()).get("base_model_name_or_path")
@@ -25,33 +41,41 @@ def adapter_base(path: str) -> str | None:
     return base
 
 
-def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel | Any:
+def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel | Any:
     """A causal language model, or a trainable `PeftModel` when the path is an adapter's folder.
 
-    Weights keep the checkpoint's dtype unless `dtype` says otherwise. Raises `ModelError` with a remedy.
+    Weights keep the checkpoint's dtype unless `dtype` (or `torch_dtype`) says otherwise: "auto", a name, a
+    `torch.dtype`. `quantization_config` is a `BitsAndBytesConfig` or a dictionary of its fields; `load_in_4bit=True`
+    and `load_in_8bit=True` stand for the usual ones. `device_map` is for one process; under a launcher each process
+    holds a whole model, on its own device. Raises `ModelError` with a remedy.
     """
-    kwargs = dict(kwargs)
-    dtype = kwargs.pop("torch_dtype", None) if "dtype" not in kwargs else kwargs.pop("dtype")
-    kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else (dtype or "auto")
+    name_or_path = str(name_or_path)
+    kwargs = _placed(_quantised(_typed(kwargs)))
     base = adapter_base(name_or_path)
     if base is not None:
-        peft = require_peft("an adapter folder was given")
-        return peft.PeftModel.from_pretrained(load_causal_lm(base, **kwargs), name_or_path, is_trainable=True)
+        return _with_adapter(base, str(Path(name_or_path).expanduser()), kwargs)
     _check_path(name_or_path)
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    except OSError as error:
+        return AutoModelForCausalLM.from_pretrained(_expanded(name_or_path), **kwargs)
+    except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model {name_or_path!r}: {_first_sentence(error)}") from error
+    except ImportError as error:
+        # A checkpoint that was saved quantised brings its own configuration.
+        if "bitsandbytes" in str(error):
+            _require_bitsandbytes(f"the model {name_or_path!r} is quantised", error)
+        raise
 
 
-def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model; an adapter folder without one falls back to its base model's."""
+    name_or_path = str(name_or_path)
     base = adapter_base(name_or_path)
-    if base is not None and not (Path(name_or_path) / "tokenizer_config.json").exists():
+    if base is not None and not (Path(name_or_path).expanduser() / "tokenizer_config.json").exists():
+        _check_base(base, name_or_path)
         return load_tokenizer(base, **kwargs)
-    _check_path(name_or_path)
+    _check_path(name_or_path, needs=("tokenizer_config.json", "tokenizer.json"))
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        return AutoTokenizer.from_pretrained(_expanded(name_or_path), **kwargs)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load a tokenizer from {name_or_path!r}: {_first_sentence(error)} "
@@ -59,14 +83,196 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_path(name_or_path: str) -> None:
+def _with_adapter(base: str, folder: str, kwargs: dict[str, Any]) -> Any:
+    peft = require_peft("an adapter folder was given")
+    _check_base(base, folder)
+    if adapter_base(base) is not None:
+        raise ModelError(
+            f"the adapter in {folder} sits on another adapter, {base}. Merge that one first "
+            "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), then save_pretrained) "
+            "and name the merged folder in adapter_config.json"
+        )
+    model = load_causal_lm(base, **kwargs)
+    # An adapter trained with more tokens than the base knows brings its own, longer embeddings.
+    rows = _saved_rows(Path(folder))
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        with torch.random.fork_rng(devices=[]):  # the new rows are overwritten at once
+            model.resize_token_embeddings(rows, mean_resizing=False)
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def _saved_rows(folder: Path) -> int | None:
+    """Rows of the embedding that an adapter folder holds in full, or None when it holds none."""
+    from safetensors import safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():
+            if key.endswith((".embed_tokens.weight", ".wte.weight", ".embed_in.weight", ".lm_head.weight")):
+                return file.get_slice(key).get_shape()[0]
+    return None
+
+
+def _check_base(base: str, folder: str) -> None:
+    if _looks_local(base) and not Path(base).expanduser().exists():
+        raise ModelError(
+            f"the adapter in {folder} belongs to the model {base}, and there is no such folder (any more). Set "
+            f"base_model_name_or_path in {Path(folder) / 'adapter_config.json'} to where that model is now, or load it "
+            "yourself and pass PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        )
+
+
+def _looks_local(name_or_path: str) -> bool:
+    return name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+
+
+def _expanded(name_or_path: str) -> str:
+    return str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+
+
+def _check_path(name_or_path: str, needs: tuple[str, ...] = ()) -> None:
     path = Path(name_or_path).expanduser()
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_local and not path.exists():
+    if _looks_local(name_or_path) and not path.exists():
         raise ModelError(f"no model folder at {name_or_path}")
-    if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json", *needs)):
         raise ModelError(f"{name_or_path} is a folder without config.json or adapter_config.json: not a saved model")
 
 
 def _first_sentence(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- dtype and bits -----------------------------------------------------------------------------------------------
+
+
+def torch_dtype(value: Any) -> Any:
+    """`value` as `from_pretrained` takes it: a `torch.dtype`, or "auto" (also for None)."""
+    if value is None or value == "auto" or isinstance(value, torch.dtype):
+        return "auto" if value is None else value
+    name = str(value).removeprefix("torch.")
+    dtype = getattr(torch, _DTYPES.get(name, name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype={value!r} is not one of auto, bfloat16, float16, float32, or a torch.dtype")
+    return dtype
+
+
+def _typed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    kwargs = dict(kwargs)
+    old = kwargs.pop("torch_dtype", None)
+    kwargs["dtype"] = torch_dtype(old if kwargs.get("dtype") is None else kwargs["dtype"])
+    return kwargs
+
+
+def quantization_config(settings: Any) -> BitsAndBytesConfig | None:
+    """The `BitsAndBytesConfig` that a `ModelConfig` describes, or None when it does not ask for one.
+
+    Four-bit weights are multiplied in `dtype`, and in bfloat16 where that is left to the checkpoint.
+    """
+    if settings.load_in_4bit and settings.load_in_8bit:
+        raise ModelError("load_in_4bit and load_in_8bit are both set: choose one")
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return None
+    _require_bitsandbytes(f"load_in_{4 if settings.load_in_4bit else 8}bit is set")
+    if settings.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = torch_dtype(settings.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        bnb_4bit_quant_storage=settings.bnb_4bit_quant_storage,
+    )
+
+
+def _quantised(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`quantization_config` as an object, whichever way it was asked for."""
+    kwargs = dict(kwargs)
+    short = {name: bool(kwargs.pop(name, False)) for name in ("load_in_4bit", "load_in_8bit")}
+    config = kwargs.pop("quantization_config", None)
+    if config is None and any(short.values()):
+        from trl.config import ModelConfig
+
+        dtype = kwargs["dtype"]
+        config = quantization_config(ModelConfig(**short, dtype=None if dtype == "auto" else dtype))
+    elif any(short.values()):
+        raise ModelError("quantization_config is given and load_in_4bit or load_in_8bit is set: keep one of them")
+    if isinstance(config, dict) and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        _require_bitsandbytes("quantization_config was given")
+        config = BitsAndBytesConfig(**{key: value for key, value in config.items() if key != "quant_method"})
+    if isinstance(config, BitsAndBytesConfig):
+        _require_bitsandbytes("quantization_config was given")
+    if config is not None:
+        kwargs["quantization_config"] = config
+    return kwargs
+
+
+def _require_bitsandbytes(why: str, cause: Exception | None = None) -> None:
+    if cause is not None or importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"{why}, which needs the extra `quantization`: pip install 'trl[quantization]'") from cause
+
+
+# --- place --------------------------------------------------------------------------------------------------------
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _spread(device_map: Any) -> bool:
+    return device_map is not None and not (isinstance(device_map, dict) and len(set(device_map.values())) == 1)
+
+
+def _placed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without a launcher, what was asked for. With one, a map over several devices becomes this process's device."""
+    kwargs = dict(kwargs)
+    if _processes() == 1:
+        return kwargs
+    if _spread(kwargs.get("device_map")):
+        say_once(
+            f"device_map={kwargs['device_map']!r} spreads one model over all devices; under a launcher each process "
+            "holds a whole one on its own device"
+        )
+        del kwargs["device_map"]
+    if "quantization_config" in kwargs and kwargs.get("device_map") is None and torch.cuda.is_available():
+        # Quantised as it loads, so it has to load in the right place.
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK") or 0)}
+    return kwargs
+
+
+def replace_device_map(model: nn.Module, device: torch.device | str | int) -> bool:
+    """Put a model that was loaded with a device map (`device_map="auto"`) on one device, whole, ready for a launcher.
+
+    Takes accelerate's hooks off, moves the weights, ties again what was tied and forgets the map. True when there was
+    something to do. Raises `ModelError` when the weights cannot be moved.
+    """
+    from accelerate.hooks import remove_hook_from_submodules
+
+    device = torch.device(device)
+    mapped = [module for module in model.modules() if vars(module).get("hf_device_map")]
+    hooked = any("_hf_hook" in vars(module) for module in model.modules())
+    if not mapped and not hooked:
+        return False
+    remedy = f"load it with device_map={{'': {device.index if device.index is not None else str(device)!r}}}"
+    try:
+        remove_hook_from_submodules(model)
+        elsewhere = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if elsewhere:
+            raise ModelError(f"{elsewhere[0]} (and {len(elsewhere) - 1} more) are offloaded to the disk")
+        model.to(device)
+    except (ModelError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the model was spread over devices by its device_map and cannot be moved to {device} "
+            f"({_first_sentence(error)}): {remedy}"
+        ) from error
+    for module in mapped:
+        # Trainer and accelerate look here to learn that a quantised model is where it should be.
+        if getattr(module, "is_quantized", False):
+            module.hf_device_map = {"": device}  # type: ignore[assignment]
+        else:
+            del module.hf_device_map
+        if hasattr(module, "tie_weights"):
+            module.tie_weights()  # type: ignore[operator]
+    return True

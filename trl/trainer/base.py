@@ -9,13 +9,16 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
                         at the end of an epoch. Goes when accelerate shards without repeating rows.
     get_batch_samples   counts the trained items of the whole optimizer step on all ranks before its first backward pass
     compute_loss        divides by that count: any split of the same rows gives the same gradient
+    training_step       keeps saved activations on the host where that is asked for
     prediction_step, evaluation_loop    evaluation as sums and counts; no logits are kept
     _get_grad_norm      a loss or gradient that is not finite stops the run before the weights are touched
     log                 adds the metrics: one collective a log step
     _save_checkpoint    written aside, synced, renamed; keeps what `Trainer` forgets between logs
+    save_model          writes the model card beside the weights
     train               resolves the checkpoint to resume from, and prints the report before step 1
 """
 
+import copy
 import json
 import math
 import os
@@ -36,12 +39,15 @@ from trl.data import formats
 from trl.data.batches import RowBatches
 from trl.data.collate import Tree, labelled
 from trl.data.report import DataReport
-from trl.engine.forest import Batch, trained, unshared
-from trl.engine.score import Attachment, attach, score
+from trl.engine.forest import Batch, padded, trained, unshared, with_labels
+from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
-from trl.models import adapters, load
+from trl.models import adapters, load, offload
+
+from .card import model_card
 
 _RANK_STATE = "trl_state_{rank}.pt"
+LARGEST_KEPT_LOGITS = 2**31  # bytes
 
 
 class NonFiniteError(ArithmeticError):
@@ -49,12 +55,19 @@ class NonFiniteError(ArithmeticError):
 
 
 class Collate:
-    """Rows of a prepared data set -> a batch in the layout of the model. Picklable: it may run in a worker process."""
+    """Rows of a prepared data set -> a batch in the layout of the model. Picklable: it may run in a worker process.
+
+    With `labels`, the padded layout and the grid of labels that functions of the user's own read beside logits.
+    """
 
     def __init__(
-        self, trees: Callable[[Sequence[Any]], list[Tree]], users: Callable | None, share_prompt: bool
+        self,
+        trees: Callable[[Sequence[Any]], list[Tree]],
+        users: Callable | None,
+        share_prompt: bool,
+        labels: bool = False,
     ) -> None:
-        self.trees, self.users, self.share_prompt = trees, users, share_prompt
+        self.trees, self.users, self.share_prompt, self.labels = trees, users, share_prompt, labels
         self.attachment: Attachment | None = None  # known when the model is in place
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
@@ -63,6 +76,8 @@ class Collate:
             trees = labelled(self.users(rows), [int(row.get("row", -1)) for row in rows])
         else:
             trees = self.trees(rows)
+        if self.labels:
+            return with_labels(padded(trees, self.attachment.pad_id))
         return self.attachment.batch(trees if self.share_prompt else unshared(trees))
 
 
@@ -113,9 +128,12 @@ class BaseTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
         peft_config: Any = None,
     ) -> None:
         if args is None:
@@ -128,8 +146,10 @@ class BaseTrainer(Trainer):
             )
             args._n_gpu = 1
 
-        init_kwargs = args.model_init_kwargs or {}
-        assert isinstance(init_kwargs, dict)
+        assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
+        init_kwargs = dict(args.model_init_kwargs or {})
+        if args.trust_remote_code and isinstance(model, str):
+            init_kwargs["trust_remote_code"] = True
         if isinstance(model, str):
             if processing_class is None:
                 names = ("revision", "trust_remote_code")
@@ -157,7 +177,9 @@ class BaseTrainer(Trainer):
         self.reports: dict[str, DataReport] = {}
         train_dataset = self._prepared(train_dataset, "train")
         eval_dataset = self._prepared(eval_dataset, "eval")
-        self._collate = Collate(self.trees, data_collator, args.share_prompt)
+        if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+            offload.understand_selective(causal_lm(model))
+        self._collate = Collate(self.trees, data_collator, args.share_prompt, labels=compute_loss_func is not None)
 
         super().__init__(
             model=model,
@@ -166,11 +188,16 @@ class BaseTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             callbacks=[_BeforeTraining(self), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
+        # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
+        self.neftune_noise_alpha = None
         self.attachment = self._collate.attachment = attach(model)
 
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
@@ -226,6 +253,8 @@ class BaseTrainer(Trainer):
             lines.append("engine: flat rows, no padding, each prompt computed once")
         else:
             lines.append(f"engine: padded rows, because {self.attachment.reason}")
+        if self.compute_loss_func is not None:
+            lines.append("engine: padded rows and full logits in training, because compute_loss_func reads them")
         if self.attachment.head_reason:
             lines.append(f"engine: full logits, because {self.attachment.head_reason}")
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
@@ -283,10 +312,14 @@ class BaseTrainer(Trainer):
             rank=args.process_index,
             drop_last=is_training and args.dataloader_drop_last,
         )
+        collate = self._collate
+        if not is_training and self.compute_metrics is not None:
+            collate = copy.copy(collate)
+            collate.labels = True
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=self._collate,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
@@ -305,20 +338,50 @@ class BaseTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
                      num_items_in_batch: Tensor | int | None = None) -> Tensor:  # fmt: skip
+        assert num_items_in_batch is not None
+        if self.compute_loss_func is not None:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
+            return loss * self.args.world_size
         total, metrics = self.loss(model, inputs)
         self._add("train", metrics)
-        assert num_items_in_batch is not None
         # Gradients are averaged over the ranks afterwards.
         return total * (self.args.world_size / num_items_in_batch)
 
-    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool,
-                        ignore_keys: list[str] | None = None) -> tuple[Tensor, None, None]:  # fmt: skip
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not getattr(self.args, "activation_offloading", False):
+            return super().training_step(model, *args, **kwargs)
+        with offload.on_host(model):
+            return super().training_step(model, *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Any, Any]:
+        logits = labels = None
         with torch.no_grad(), self.compute_loss_context_manager():
             batch = self._prepare_inputs(inputs)
             total, metrics = self.loss(model, batch)
+            if "labels" in batch and not prediction_loss_only:
+                labels = batch["labels"]
+                grid = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                logits = model(**grid, use_cache=False).logits
+                self._refuse_to_keep(logits)
         items = float(self.items(batch))
         self._add("eval", {**metrics, "loss": Metric(total.detach(), items)})
-        return total / max(items, 1.0), None, None
+        return total / max(items, 1.0), logits, labels
+
+    def _refuse_to_keep(self, logits: Tensor) -> None:
+        """`compute_metrics` gets what `preprocess_logits_for_metrics` makes of each batch; whole logits only if few."""
+        if self.preprocess_logits_for_metrics is not None or self.args.batch_eval_metrics:
+            return
+        rows = len(self.callback_handler.eval_dataloader.dataset)
+        kept = rows * logits[0].numel() * logits.element_size()
+        if kept > LARGEST_KEPT_LOGITS:
+            raise ValueError(
+                f"compute_metrics would keep {kept / 2**30:.1f} GiB of logits ({rows} rows of {tuple(logits.shape[1:])}"
+                "). Pass preprocess_logits_for_metrics=, for instance lambda logits, labels: logits.argmax(-1), "
+                "or set batch_eval_metrics=True"
+            )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None,
                  metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
@@ -395,6 +458,34 @@ class BaseTrainer(Trainer):
             found = self._reduced("train", num_tokens=self._tokens_seen)
             logs = {**logs, **found}
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.create_model_card(folder=output_dir)  # over PEFT's own; a push to the Hub writes it again by itself
+
+    def create_model_card(self, *args: Any, folder: str | None = None, **kwargs: Any) -> None:
+        """Write README.md into `folder` (default: the output folder)."""
+        target = Path(folder or self.args.output_dir)
+        target.mkdir(parents=True, exist_ok=True)
+        base = causal_lm(self.model)
+        args, seen = self.args, self.state
+        facts = {
+            "learning rate": args.learning_rate,
+            "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "steps": seen.global_step,
+            "epochs": round(seen.epoch or 0.0, 2),
+            "seed": args.seed,
+        }
+        card = model_card(
+            name=target.name,
+            base=getattr(base.config, "_name_or_path", None) or None,
+            method=self.method,
+            adapter=hasattr(self.model, "peft_config"),
+            data=[line for report in self.reports.values() for line in report.lines()[:2]],
+            facts=facts,
+        )
+        (target / "README.md").write_text(card, encoding="utf-8")
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -6,13 +6,13 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor, nn
 
-from trl.config import BaseConfig, SequenceFields
+from trl.config import BaseConfig, SequenceFields, say_once
 from trl.data import collate
 from trl.data.report import DataReport
 from trl.data.tokens import prepare
 from trl.engine.forest import Batch
 from trl.engine.score import score
-from trl.losses.sft import LOSSES
+from trl.losses.sft import LOSSES, label_smoothing
 from trl.losses.tokens import Metric, mean
 
 from .base import BaseTrainer
@@ -31,8 +31,21 @@ class SFTConfig(SequenceFields, BaseConfig):
         default=False, metadata={"help": "Train on the assistant's turns alone, whatever the chat template."}
     )
     loss_type: str = field(default="nll", metadata={"help": "Loss of each token.", "choices": sorted(LOSSES)})
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of a mixture of experts' load-balancing term. Default: the model's configuration's."},
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep saved activations in host memory between forward and backward pass."}
+    )
+    shuffle_dataset: bool = field(
+        default=False, metadata={"help": "Shuffle the rows once, before anything else (epochs are shuffled anyway)."}
+    )
 
     def __post_init__(self) -> None:
+        if self.loss_type == "chunked_nll":
+            say_once("loss_type='chunked_nll' is 'nll': the loss is always computed in chunks")
+            self.loss_type = "nll"
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type={self.loss_type!r} is not one of {', '.join(LOSSES)}")
         super().__post_init__()
@@ -64,7 +77,33 @@ class SFTTrainer(BaseTrainer):
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
-        stats = score(model, batch, entropy=True, top1=True)
-        loss_N = LOSSES[self.args.loss_type](logp_N=stats.logp_N)
+        args, smoothing = self.args, self.args.label_smoothing_factor
+        balance = self.router_aux_loss_coef()
+        stats = score(
+            model,
+            batch,
+            entropy=True,
+            top1=True,
+            mean_logp=smoothing > 0,
+            embedding_noise=args.neftune_noise_alpha if model.training else None,
+            router=balance > 0,
+        )
         assert stats.entropy_N is not None and stats.top1_N is not None
-        return loss_N.sum(), {"entropy": mean(stats.entropy_N), "mean_token_accuracy": mean(stats.top1_N)}
+        loss_N = LOSSES[args.loss_type](logp_N=stats.logp_N)
+        if stats.mean_logp_N is not None:
+            loss_N = label_smoothing(loss_N, mean_logp_N=stats.mean_logp_N, label_smoothing_factor=smoothing)
+        total = loss_N.sum()
+        metrics = {"entropy": mean(stats.entropy_N), "mean_token_accuracy": mean(stats.top1_N)}
+        if stats.aux is not None:
+            # A mean over this batch's tokens, so it weighs by them in the step's mean.
+            total = total + balance * stats.aux * self.items(batch)
+            metrics["aux_loss"] = mean(stats.aux)
+        return total, metrics
+
+    def router_aux_loss_coef(self) -> float:
+        """The weight of the load-balancing term: as set, else the model's own where its configuration asks for it."""
+        if self.args.router_aux_loss_coef is not None:
+            return self.args.router_aux_loss_coef
+        config = self.model.config.get_text_config()
+        asks = getattr(config, "output_router_logits", False)
+        return getattr(config, "router_aux_loss_coef", 0.0) if asks else 0.0

@@ -1,0 +1,440 @@
+"""Where rows come from: lists, tables, files, folders, names on the Hub; and why one of them cannot be opened."""
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+BUILDERS = {  # file name ending -> the reader of `datasets` for it
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path, mode: pa.input_stream(str(path), compression="zstd"),
+}
+UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, KeyError, EOFError)
+
+
+class DataError(ValueError):
+    """A mistake in the data or in how it is described. The message says where it is and what to do about it."""
+
+
+def load(
+    source: Any,
+    split: str = "train",
+    config: str | None = None,
+    *,
+    data_dir: str | None = None,
+    data_files: Any = None,
+    streaming: bool = False,
+) -> Any:
+    """Opens `source` as a data set.
+
+    `source` is a list of dicts, a dict of columns, a `datasets.Dataset` (returned as it is) or `DatasetDict`, a path
+    to a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (also with .gz, .bz2, .xz or .zst behind), a folder
+    written by `save_to_disk`, a folder of such files, or else a name on the Hugging Face Hub or of a reader of
+    `datasets` such as `json` (`config`, `data_dir` and `data_files` are its arguments). `split` may be a slice, such as
+    `"train[:10%]"`. When the split is missing and there is only one, that one is read and a log line says so.
+
+    With `streaming`, or where `source` streams already, a `datasets.IterableDataset` is returned: rows are read as they
+    are asked for. Raises `DataError` when there is nothing to read.
+    """
+    if isinstance(source, datasets.IterableDatasetDict):
+        return _take_stream(source, split, "the IterableDatasetDict")
+    if isinstance(source, datasets.IterableDataset):
+        return source
+    if data_dir is not None or data_files is not None:
+        dataset = _by_arguments(str(source), split, config, data_dir, data_files, streaming)
+    elif streaming and isinstance(source, str | os.PathLike):
+        return _stream(source, split, config)
+    else:
+        dataset = _open(source, split, config)
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    if len(dataset) == 0:
+        raise DataError(f"The data set {_name(source)} has no rows (split {split!r}): check the file or the split.")
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _open(source: Any, split: str, config: str | None) -> datasets.Dataset:
+    if isinstance(source, datasets.Dataset):
+        return source
+    if isinstance(source, datasets.DatasetDict):
+        return _take(source, split, "the DatasetDict")
+    if isinstance(source, Mapping):
+        return from_columns(source)
+    if isinstance(source, str | os.PathLike):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _from_folder(path, split)
+        if path.exists():
+            return _from_file(path, split)
+        if not isinstance(source, str) or _looks_like_a_path(source):
+            raise _missing(path)
+        return _from_hub(source, split, config)
+    if isinstance(source, Iterable):
+        return from_rows(list(source))
+    raise DataError(
+        f"Cannot read data from a {type(source).__name__}: give a list of dicts, a dict of columns, a path, "
+        "a datasets.Dataset or a name on the Hub."
+    )
+
+
+def _missing(path: Path) -> DataError:
+    return DataError(f"There is no file or folder {str(path)!r} (that is {path.absolute()}): check it.")
+
+
+def _name(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, str | os.PathLike) else f"(a {type(source).__name__})"
+
+
+def _endings(name: str | Path) -> tuple[str, str]:
+    """The ending that tells the format, and that of the compression, or ''."""
+    path = Path(name)
+    last = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), last) if last in OPENERS else (last, "")
+
+
+def _looks_like_a_path(name: str) -> bool:
+    # A name on the Hub is `name` or `owner/name`, and may contain dots.
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or _endings(name)[0] in BUILDERS or "\\" in name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python objects
+
+
+def from_rows(rows: Sequence[Any]) -> datasets.Dataset:
+    columns: dict[str, None] = {}
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {index}: a {type(row).__name__}, not a dict of fields such as {{'text': ...}}.")
+        columns.update(dict.fromkeys(row))
+    # Not `Dataset.from_list`, which keeps only the columns of the first row.
+    return from_columns({column: [row.get(column) for row in rows] for column in columns})
+
+
+def from_columns(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
+    lengths = {column: len(values) for column, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"The columns have different lengths: {lengths}. Every row needs a value (or None) in each.")
+    try:
+        return datasets.Dataset.from_dict(dict(columns))
+    except (TypeError, ValueError) as error:  # Arrow's errors are kinds of these
+        column, row = _first_odd_value(columns)
+        values = [value for value in columns[column] if value is not None]
+        for kind in (list, Mapping):
+            if values and all(isinstance(value, kind) for value in values):
+                # The arguments of a tool, or contents that are text here and blocks there, have no one type.
+                with contextlib.suppress(TypeError, ValueError):
+                    return datasets.Dataset.from_dict(dict(columns), on_mixed_types="use_json")
+        raise DataError(
+            f"row {row}: `{column}` is not of the same type as in the rows before it ({error}). "
+            "Give one type to every row of a column."
+        ) from error
+
+
+def _first_odd_value(columns: Mapping[str, Sequence[Any]]) -> tuple[str, int]:
+    """The column that cannot be made, and the first row at which it cannot (by bisection)."""
+
+    def readable(values: Sequence[Any]) -> bool:
+        try:
+            datasets.Dataset.from_dict({"column": values})
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    column = next(column for column, values in columns.items() if not readable(values))
+    good, bad = 0, len(columns[column])
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if readable(columns[column][:middle]) else (good, middle)
+    return column, bad - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and folders
+
+
+def _from_file(path: Path, split: str) -> datasets.Dataset:
+    builder, file, options = _reader(path)
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset(builder, data_files={"train": str(file)}, **options)
+    except UNREADABLE as error:
+        raise DataError(f"Cannot read {str(path)!r}: {_why_unreadable(path) or _root_cause(error)}") from error
+    return _take(loaded, split, repr(str(path)))
+
+
+def _reader(path: Path) -> tuple[str, Path, dict[str, Any]]:
+    """The reader of `datasets` for a file, the file to give it, and its options."""
+    ending, _ = _endings(path)
+    if ending not in BUILDERS:
+        raise DataError(f"Cannot tell the format of {str(path)!r} by its ending; known are {', '.join(BUILDERS)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"The file {str(path)!r} is empty.")
+    return BUILDERS[ending], _without_zstandard(path), {"sep": "\t"} if ending == ".tsv" else {}
+
+
+def _without_zstandard(path: Path) -> Path:
+    """`path`, or what a .zst file holds, written to the cache: `datasets` reads it only with one more package."""
+    if path.suffix.lower() != ".zst":
+        return path
+    facts = path.stat()
+    key = hashlib.sha256(f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = Path(datasets.config.HF_DATASETS_CACHE) / "unpacked" / f"{key}-{path.stem}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f"{target.name}.{os.getpid()}")
+        try:
+            with OPENERS[".zst"](path, "rb") as packed, aside.open("wb") as unpacked:
+                while block := packed.read(1 << 20):
+                    unpacked.write(block)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise DataError(f"Cannot read {str(path)!r}: {_PACKED} ({error}).") from error
+        aside.replace(target)
+    return target
+
+
+_PACKED = "it is not a whole file of the compression that its ending names. Copy or download it again"
+
+
+def _why_unreadable(path: Path) -> str | None:
+    """Names the line of a broken file of text; None where there is no telling."""
+    ending, packing = _endings(path)
+    if ending == ".parquet":
+        return "it is not a whole Parquet file. Copy or download it again."
+    if ending == ".arrow":
+        return "it is not a whole Arrow file. Copy or write it again."
+    try:
+        with OPENERS.get(packing, open)(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        return f"{_PACKED} ({error})."
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            return f"line {number} is not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8."
+    if ending == ".jsonl":
+        return _broken_line(lines)
+    if ending == ".json":
+        return _broken_json(b"\n".join(lines).decode("utf-8-sig"), lines)
+    return _broken_table(lines, "\t" if ending == ".tsv" else ",") if BUILDERS[ending] == "csv" else None
+
+
+def _broken_line(lines: Sequence[bytes]) -> str:
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return f"line {number} is not a JSON object."
+        except json.JSONDecodeError as error:
+            return f"line {number} is not valid JSON ({error.msg}). Correct or remove the line."
+    return "the lines do not agree on the type of a field. Give every field one type in all lines."
+
+
+def _broken_json(text: str, lines: Sequence[bytes]) -> str:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(json.loads(lines[0]), dict):  # lines of JSON under the name of a document
+                return _broken_line(lines)
+        return f"line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct the file."
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            if not isinstance(item, dict):
+                return f"row {index} is a {type(item).__name__}, not an object of fields such as {{'text': ...}}."
+        return "the rows do not agree on the type of a field. Give every field one type in all rows."
+    return f"it holds a {type(value).__name__}. Give a list of objects, one a row."
+
+
+def _broken_table(lines: Sequence[bytes], separator: str) -> str | None:
+    if not any(line.strip() for line in lines):
+        return "it has no line with names of columns."
+    wanted = lines[0].count(separator.encode())
+    for number, line in enumerate(lines, start=1):
+        found = line.count(separator.encode())
+        if found > wanted and b'"' not in line:
+            return (
+                f"line {number} has {found + 1} fields, but the first line names {wanted + 1} columns. Put quotes "
+                "around a field that contains the separator."
+            )
+    return None
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What goes wrong while reading is said by us, in a sentence: the reader's own log lines are held back."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+def _from_folder(path: Path, split: str) -> datasets.Dataset:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except UNREADABLE as error:
+            raise DataError(
+                f"Cannot read the data set saved in {str(path)!r}: {_root_cause(error)} Save or copy it again."
+            ) from error
+        # A lone Dataset on disk has no split name of its own: the request for a part of it still holds.
+        if isinstance(loaded, datasets.Dataset):
+            loaded = datasets.DatasetDict({_split_name(split): loaded})
+        return _take(loaded, split, repr(str(path)))
+    files = sorted(file for file in path.rglob("*") if _endings(file)[0] in BUILDERS)
+    if not files:
+        raise DataError(
+            f"The folder {str(path)!r} holds neither a data set written by `save_to_disk` nor any file ending in "
+            f"{', '.join(BUILDERS)}."
+        )
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset(str(path))
+    except UNREADABLE as error:
+        for file in files:
+            _from_file(file, "train")  # names the one that cannot be read
+        raise DataError(
+            f"Cannot read the files of the folder {str(path)!r} as one data set, though each can be read by itself: "
+            f"{_root_cause(error)}. Give all of them the same columns, or read one."
+        ) from error
+    return _take(loaded, split, repr(str(path)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
+    try:
+        with _quiet():
+            return datasets.load_dataset(name, config, split=split)
+    except UNREADABLE as error:
+        try:
+            there = datasets.get_dataset_split_names(name, config)
+        except UNREADABLE:
+            there = []
+        if there and _split_name(split) not in there:
+            return datasets.load_dataset(name, config, split=_other_split(there, split, repr(name)))
+        raise DataError(
+            f"Cannot load {name!r}: it is neither a file nor a folder here, and as a data set on the Hub it failed "
+            f"with: {_root_cause(error)}. Check the name, the network, or give a path."
+        ) from error
+
+
+def _by_arguments(
+    name: str, split: str, config: str | None, data_dir: str | None, data_files: Any, streaming: bool
+) -> Any:
+    """What `datasets.load_dataset` makes of a name with files or a folder of it."""
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset(name, config, data_dir=data_dir, data_files=data_files, streaming=streaming)
+    except UNREADABLE as error:
+        what = f"data_files={data_files!r}" if data_files is not None else f"data_dir={data_dir!r}"
+        raise DataError(f"Cannot load {name!r} with {what}: {_root_cause(error)}. Check the paths.") from error
+    return (_take_stream if streaming else _take)(loaded, split, repr(name))
+
+
+def _stream(source: str | os.PathLike, split: str, config: str | None) -> datasets.IterableDataset:
+    path = Path(source).expanduser()
+    what = repr(str(source))
+    if path.is_file():
+        builder, file, options = _reader(path)
+        return _take_stream(
+            datasets.load_dataset(builder, data_files={"train": str(file)}, streaming=True, **options), split, what
+        )
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _from_folder(path, split).to_iterable_dataset()
+    if not path.exists() and _looks_like_a_path(str(source)):
+        raise _missing(path)
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset(str(source), config, streaming=True)
+    except UNREADABLE as error:
+        raise DataError(f"Cannot stream {what}: {_root_cause(error)}. Check the name, or give a path.") from error
+    return _take_stream(loaded, split, what)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def _split_name(split: str) -> str:
+    return re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
+
+
+def _other_split(there: Sequence[str], split: str, what: str) -> str:
+    """`split` with its name replaced by that of the only split there is."""
+    if len(there) != 1:
+        names = ", ".join(map(repr, there))
+        raise DataError(f"{what} has no split {_split_name(split)!r}; it has {names}: name one of them.")
+    logger.warning("%s has no split %r; its only split %r is read.", what, _split_name(split), there[0])
+    return there[0] + split[len(_split_name(split)) :]
+
+
+def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str) -> datasets.Dataset:
+    if not splits:
+        raise DataError(f"{what} has no splits at all.")
+    if _split_name(split) not in splits:
+        split = _other_split(list(splits), split, what)
+    try:
+        lengths = {name: len(part) for name, part in splits.items()}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"Cannot understand the split {split!r}: {error}") from error
+    taken = []
+    for part in parts:
+        rows = splits[part.splitname]
+        start, stop = part.from_ or 0, len(rows) if part.to is None else part.to
+        taken.append(rows if (start, stop) == (0, len(rows)) else rows.select(range(start, stop)))
+    return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
+
+
+def _take_stream(splits: Mapping[str, Any], split: str, what: str) -> datasets.IterableDataset:
+    if _split_name(split) not in splits:
+        split = _other_split(list(splits), split, what)
+    rows, part = splits[_split_name(split)], split[len(_split_name(split)) :]
+    if not part:
+        return rows
+    bounds = re.fullmatch(r"\[(\d*):(\d*)\]", part)
+    if bounds is None:
+        raise DataError(
+            f"Cannot take {split!r} of a stream: it has no length, so that only row numbers counted from its "
+            "beginning are known, as in 'train[100:200]'."
+        )
+    start, stop = int(bounds[1] or 0), bounds[2]
+    rows = rows.skip(start) if start else rows
+    return rows.take(max(int(stop) - start, 0)) if stop else rows

@@ -1,0 +1,167 @@
+"""Chat templates from elsewhere, and the tokens they bring: vocabulary, embeddings and end token change together."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.config import say_once
+
+from .load import ModelError, load_tokenizer
+
+_TEMPLATE_FILES = (".jinja", ".jinja2", ".j2", ".txt")
+
+
+def set_chat_template(tokenizer: Any, source: Any) -> Any:
+    """Give a tokenizer (or processor) the chat template of `source`, and nothing else; returns it.
+
+    `source` is a template file, a jinja string, a tokenizer, or a tokenizer's name or folder. The tokens that a
+    template writes must be in the vocabulary: `clone_chat_template` brings them along.
+    """
+    text = _template_text(source)
+    tokenizer.chat_template = text if text is not None else _template_of(_tokenizer_of(source), source)
+    return tokenizer
+
+
+def use_chat_template(model: Any, tokenizer: Any, source: Any) -> tuple[Any, Any, list[int]]:
+    """What `chat_template_path` asks for: a file or a jinja string sets the template; a tokenizer's name or folder
+    brings its special tokens as well. Returns the model, the tokenizer and the ids of added tokens."""
+    if _template_text(source) is not None:
+        return model, set_chat_template(tokenizer, source), []
+    return clone_chat_template(model, tokenizer, source)
+
+
+def clone_chat_template(
+    model: Any, tokenizer: Any, source_tokenizer_path: Any, resize_to_multiple_of: int | None = 64
+) -> tuple[Any, Any, list[int]]:
+    """Make a model and its tokenizer speak the chat format of another tokenizer (a name, a folder or an object).
+
+    The template is copied; the other tokenizer's added tokens that this one lacks are added to it; its end token
+    becomes this one's, also in the model's configuration and generation configuration. Embeddings and head grow to hold
+    the vocabulary, to a multiple of `resize_to_multiple_of`, and the tokenizer is filled up with `<extra_id_0>`,
+    `<extra_id_1>`, ... so that every row has a token. Spare rows that the model has already are used first: embeddings
+    never shrink. A new row is the mean of the old ones.
+
+    Returns the model, the tokenizer and the ids of all added tokens. Do this before an adapter is put on: the new rows
+    are frozen beneath one unless it is told to train them (`check_added_tokens`).
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base, "peft_config") or base is not model:
+        raise ModelError("clone the chat template before putting an adapter on: the embeddings it was made for change")
+    source = _tokenizer_of(source_tokenizer_path)
+    template = _template_of(source, source_tokenizer_path)
+    target = getattr(tokenizer, "tokenizer", tokenizer)
+    known = target.get_vocab()
+    missing = [token for _, token in sorted(source.added_tokens_decoder.items()) if token.content not in known]
+    if source.eos_token is not None and source.eos_token not in known:
+        if source.eos_token not in {token.content for token in missing}:
+            missing.append(source.eos_token)
+
+    tokenizer.chat_template = target.chat_template = template
+    added = _add(target, [token for token in missing if not getattr(token, "special", True)], special=False)
+    added += _add(target, [token for token in missing if getattr(token, "special", True)], special=True)
+    if source.eos_token is not None:
+        target.eos_token = source.eos_token
+        model.config.eos_token_id = target.eos_token_id
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.eos_token_id = target.eos_token_id
+    if grow_embeddings(model, len(target), resize_to_multiple_of):
+        rows = model.get_input_embeddings().weight.shape[0]
+        known, index = target.get_vocab(), 0
+        fillers: list[str] = []
+        while len(target) + len(fillers) < rows:
+            if f"<extra_id_{index}>" not in known:
+                fillers.append(f"<extra_id_{index}>")
+            index += 1
+        added += _add(target, fillers, special=False)
+    return model, tokenizer, sorted(added)
+
+
+def grow_embeddings(model: Any, tokens: int, multiple_of: int | None = None) -> bool:
+    """Give the model at least as many embedding rows as there are tokens; True when it had to grow.
+
+    New rows of the embeddings and of an untied head are the mean of the old ones: no random numbers are drawn, so that
+    every run and every process gets the same. Tied weights stay tied, and the configuration knows the new size.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens <= rows:
+        return False
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple_of, mean_resizing=False)
+    for weight in _rows(model):
+        mean = weight[:rows].float().mean(0)
+        weight[rows:] = mean.to(weight.dtype)
+    return True
+
+
+def check_added_tokens(model: nn.Module, peft_config: Any, added: Sequence[int]) -> None:
+    """Say what becomes of added tokens under an adapter that does not train them, and the remedy."""
+    if not added or peft_config is None:
+        return
+    saved = set(getattr(peft_config, "modules_to_save", None) or ())
+    if getattr(peft_config, "trainable_token_indices", None) or any(_is_embedding(name) for name in saved):
+        return
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if not isinstance(targets, str) and any(_is_embedding(name) for name in targets):
+        return
+    names = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]  # type: ignore[operator]
+    embedding = names[0].rpartition(".")[2] if names else "embed_tokens"
+    span = f"{added[0]}-{added[-1]}" if len(added) > 1 else str(added[0])
+    say_once(
+        f"{len(added)} tokens were added (ids {span}), and the adapter does not train their embeddings: they stay the "
+        "mean of the others. "
+        f"Set trainable_token_indices on the LoraConfig to the ids that the template uses, or train the whole "
+        f"embedding with modules_to_save=['{embedding}', 'lm_head'] (--lora_modules_to_save {embedding} lm_head)"
+    )
+
+
+def _is_embedding(name: str) -> bool:
+    return name.rpartition(".")[2] in ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
+
+
+def _rows(model: Any) -> list[Tensor]:
+    """The weights with one row per token: embeddings and, untied, the head (its bias too)."""
+    found: list[Tensor] = []
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name in ("weight", "bias"):
+            weight = getattr(module, name, None)
+            if isinstance(weight, Tensor) and all(weight is not each for each in found):
+                found.append(weight)
+    return [weight.data for weight in found]
+
+
+def _add(tokenizer: Any, tokens: list[Any], special: bool) -> list[int]:
+    before = len(tokenizer)
+    tokenizer.add_tokens(tokens, special_tokens=special)
+    return list(range(before, len(tokenizer)))
+
+
+def _template_text(source: Any) -> str | None:
+    """The template that a string holds or a file contains; None for what names or is a tokenizer."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    text = os.fspath(source)
+    if "{{" in text or "{%" in text:
+        return text
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix in _TEMPLATE_FILES:
+        raise ModelError(f"no chat template file at {text}")
+    return None
+
+
+def _tokenizer_of(source: Any) -> Any:
+    if isinstance(source, str | os.PathLike):
+        return load_tokenizer(source)
+    return getattr(source, "tokenizer", source)
+
+
+def _template_of(tokenizer: Any, source: Any) -> Any:
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ModelError(f"{source if isinstance(source, str) else type(source).__name__} has no chat template to take")
+    return template
