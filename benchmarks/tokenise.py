@@ -107,7 +107,9 @@ def work(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     ours = os.environ["SIDE"] == "ours"
     prepare = _ours(tokenizer, settings) if ours else _upstream(tokenizer, settings, folder)
-    print(json.dumps({"transformers": transformers.__version__, "datasets": datasets.__version__}), file=out, flush=True)
+    print(
+        json.dumps({"transformers": transformers.__version__, "datasets": datasets.__version__}), file=out, flush=True
+    )
     for line in sys.stdin:
         case = line.strip()
         started, processor = time.perf_counter(), _processor()
@@ -135,6 +137,7 @@ def _ours(tokenizer: Any, settings: dict[str, Any]) -> Any:
 def _upstream(tokenizer: Any, settings: dict[str, Any], folder: Path) -> Any:
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from trl import SFTConfig, SFTTrainer
 
     trainers = {}
@@ -145,7 +148,9 @@ def _upstream(tokenizer: Any, settings: dict[str, Any], folder: Path) -> Any:
                          assistant_only_loss=masks, dataset_num_proc=settings["num_proc"], use_cpu=True, bf16=False)  # fmt: skip
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8,
                                              num_hidden_layers=1, num_attention_heads=1))  # fmt: skip
-        few = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+        few = Dataset.from_list(
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+        )
         trainers[case] = SFTTrainer(model=model, args=args, train_dataset=few, processing_class=tokenizer)
 
     def run(rows: Any, template: str, masks: bool) -> Any:
@@ -172,7 +177,13 @@ def _facts(prepared: Any, ours: bool) -> dict[str, Any]:
             tokens, trained = tokens + len(ids), trained + int(mask.sum())
             digest.update(np.asarray(ids, dtype=np.int64).tobytes())
             masks.update(mask.tobytes())
-    return {"rows": len(table), "tokens": tokens, "trained": trained, "ids": digest.hexdigest(), "masks": masks.hexdigest()}
+    return {
+        "rows": len(table),
+        "tokens": tokens,
+        "trained": trained,
+        "ids": digest.hexdigest(),
+        "masks": masks.hexdigest(),
+    }
 
 
 class Side:
@@ -248,7 +259,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _compared(case: str, sides: list[Side]) -> dict[str, Any]:
     facts = {side.name: side.found[case] for side in sides}
     ours = facts["ours"]
-    result: dict[str, Any] = {"tokens": ours[0]["tokens"], "trained": ours[0]["trained"], "seconds": {}, "processor": {}}
+    result: dict[str, Any] = {
+        "tokens": ours[0]["tokens"],
+        "trained": ours[0]["trained"],
+        "seconds": {},
+        "processor": {},
+    }
     for name, found in facts.items():
         result["seconds"][name] = [each["seconds"] for each in found]
         result["processor"][name] = [each["processor"] for each in found]

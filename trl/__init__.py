@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import compat
+
 __version__ = "2.0.0.dev0"
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ __all__ = ["ModelConfig", "SFTConfig", "SFTTrainer", "ScriptArguments", "__versi
 
 def __getattr__(name: str) -> Any:
     if name not in _home:
+        if today := compat.renamed(name):
+            return getattr(import_module("trl"), today)
         raise AttributeError(f"module 'trl' has no attribute {name!r}")
     value = getattr(import_module(_home[name]), name)
     globals()[name] = value
@@ -29,3 +33,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+compat.install()

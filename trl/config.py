@@ -1,5 +1,6 @@
 """What a user sets. Field groups are dataclasses over `transformers.TrainingArguments`; each field is written once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,8 +17,20 @@ def say_once(sentence: str) -> None:
         print(f"trl: {sentence}", flush=True)
 
 
+adopt: Callable[[type], None] | None = None  # `trl.compat` puts here what teaches a class its older words
+
+
+class Adoptable:
+    """Shown to `adopt` before each of its instances is made."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if adopt is not None:
+            adopt(cls)
+        return super().__new__(cls)
+
+
 @dataclass
-class ScriptArguments:
+class ScriptArguments(Adoptable):
     """Which data a command reads."""
 
     dataset_name: str | None = field(
@@ -29,7 +42,7 @@ class ScriptArguments:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Adoptable):
     """Which model a command loads, and which adapter it trains."""
 
     model_name_or_path: str | None = field(
@@ -86,7 +99,7 @@ class ModelConfig:
 
 
 @dataclass
-class BaseConfig(TrainingArguments):
+class BaseConfig(Adoptable, TrainingArguments):
     """What all trainers share beyond `transformers.TrainingArguments`.
 
     Defaults that differ from transformers: `logging_steps=10`, activation checkpointing on, `bf16` on where the

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from trl.data.formats import DataError, detect, load, messages_of, text_of
@@ -132,9 +136,72 @@ def test_unreadable_objects(source: Any, sentence: str) -> None:
         load(source)
 
 
-def test_streaming_is_refused() -> None:
-    with pytest.raises(DataError, match="load it without `streaming=True`"):
-        load(datasets.Dataset.from_list(ROWS).to_iterable_dataset())
+def test_a_stream_stays_a_stream() -> None:
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    assert load(stream) is stream
+    parts = datasets.IterableDatasetDict({"train": stream})
+    assert [row["text"] for row in load(parts, "train[1:]")] == ["two", "three"]
+    assert [row["text"] for row in load(parts, "train_sft[1:2]")] == ["two"]
+    with pytest.raises(DataError, match="Cannot take 'train\\[:10%\\]' of a stream: it has no length"):
+        load(parts, "train[:10%]")
+
+
+def test_streaming_of_what_is_on_disk(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    for source in (tmp_path / "rows.jsonl", tmp_path / "saved", ROWS):
+        stream = load(source, streaming=True)
+        assert isinstance(stream, datasets.IterableDataset)
+        assert [row["text"] for row in stream] == ["one", "two", "three"]
+    with pytest.raises(DataError, match="There is no file or folder"):
+        load(str(tmp_path / "nowhere.jsonl"), streaming=True)
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
+def test_load_a_packed_file(ending: str, tmp_path: Path) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    path = tmp_path / f"data.jsonl.{ending}"
+    if ending == "zst":
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(text)
+    else:
+        path.write_bytes({"gz": gzip, "bz2": bz2, "xz": lzma}[ending].compress(text))
+    assert texts(load(path)) == ["one", "two", "three"]
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"Cannot read .*: it is not a whole file of the compression"):
+        load(path)
+
+
+def test_load_tabs(tmp_path: Path) -> None:
+    (tmp_path / "data.tsv").write_text("text\tn\none, two\t1\n")
+    assert load(tmp_path / "data.tsv")[0] == {"text": "one, two", "n": 1}
+
+
+def test_load_files_by_arguments(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    files = {"train": str(tmp_path / "a.jsonl"), "test": str(tmp_path / "b.jsonl")}
+    assert texts(load("json", "test", data_files=files)) == ["two"]
+    assert texts(load("json", data_files=[*files.values()])) == ["one", "two"]
+    assert [row["text"] for row in load("json", "test", data_files=files, streaming=True)] == ["two"]
+    with pytest.raises(DataError, match="Cannot load 'json' with data_files='nowhere.jsonl': "):
+        load("json", data_files="nowhere.jsonl")
+
+
+def test_rows_of_mixed_records() -> None:
+    """What a tool is called with has no one type, and neither has a content that is text here and blocks there."""
+    blocks = [{"type": "text", "text": "hi"}]
+    calls = [{"function": {"name": "f", "arguments": {"x": value}}} for value in (1, "one", [1])]
+    rows = [
+        {"messages": [{"role": "user", "content": blocks}, {"role": "assistant", "tool_calls": [call]}]}
+        for call in calls
+    ]
+    rows[1]["messages"][0]["content"] = "hi"  # type: ignore[index, assignment]
+    dataset = load(rows)
+    assert detect(dataset).kind == "messages"
+    read = [messages_of(value, "") for value in dataset["messages"]]
+    assert [messages[0]["content"] for messages in read] == ["hi"] * 3
+    assert [messages[1]["tool_calls"][0]["function"]["arguments"]["x"] for messages in read] == [1, "one", [1]]
 
 
 # -- detect ---------------------------------------------------------------------------------------------------------
@@ -189,6 +256,140 @@ def test_detect(row: dict[str, Any], kind: str, columns: dict[str, str], sentenc
     assert shape.conversational is (kind == "messages" or "text" in row and isinstance(row.get("prompt"), list))
 
 
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+PICTURE = {"bytes": b"x", "path": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "columns", "says"),
+    [
+        (
+            {"conversations": TURNS, "system": "be kind", "id": "1"},
+            "messages",
+            {"messages": "conversations", "system": "system"},
+            "conversations in `conversations` with `system` (id ignored)",
+        ),
+        ({"dialog": TURNS}, "messages", {"messages": "dialog"}, "conversations in `dialog`"),
+        (
+            {"instruction": "a", "input": "b", "output": "c"},
+            "dialogue",
+            {"prompt": "instruction", "input": "input", "completion": "output"},
+            "instructions in `instruction` and what follows them in `output` with `input`",
+        ),
+        (
+            {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+            "dialogue",
+            {"prompt": "instruction", "input": "context", "completion": "response"},
+            "instructions in `instruction` and what follows them in `response` with `context` (category ignored)",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            "dialogue",
+            {"prompt": "question", "completion": "answer"},
+            "questions in `question` and their answers in `answer`",
+        ),
+        (
+            {"question": "a", "context": "c", "answers": {"text": ["b"], "answer_start": [1]}},
+            "dialogue",
+            {"prompt": "question", "input": "context", "completion": "answers"},
+            "questions in `question` and their answers in `answers` with `context`",
+        ),
+        (
+            {"question": "a", "response": "b", "system_prompt": "c"},
+            "dialogue",
+            {"prompt": "question", "completion": "response", "system": "system_prompt"},
+            "questions in `question` and their answers in `response` with `system_prompt`",
+        ),
+        (
+            {"prompt": "a", "response": "b"},
+            "dialogue",
+            {"prompt": "prompt", "completion": "response"},
+            "prompts in `prompt` and the replies to them in `response`",
+        ),
+        (
+            {"instruction": "a", "output": "b", "text": "a b"},
+            "text",
+            {"text": "text"},
+            "plain text in `text` (instruction, output ignored)",
+        ),
+    ],
+)
+def test_shapes_of_others(row: dict[str, Any], kind: str, columns: dict[str, str], says: str) -> None:
+    shape = detect(load([row]))
+    assert (shape.kind, shape.columns) == (kind, columns)
+    assert shape.sentence == f"columns {', '.join(row)}: read as {says}"
+
+
+def test_the_users_columns() -> None:
+    rows = load([{"q": "a", "a": "b", "n": 1, "tools": "[]", "text": "c"}])
+    shape = detect(rows, columns={"completion": "a", "prompt": "q"})
+    assert (shape.kind, shape.columns) == ("prompt_completion", {"prompt": "q", "completion": "a", "tools": "tools"})
+    assert shape.sentence == (
+        "columns q, a, n, tools, text: read as prompts in `q` and their completions in `a` with `tools` (as `columns` "
+        "says: completion is a, prompt is q; n, text ignored)"
+    )
+    assert detect(rows, columns={"question": "q", "answer": "a"}).kind == "dialogue"
+    assert detect(rows, columns={"instruction": "q", "output": "a"}).columns == {"prompt": "q", "completion": "a"}
+    assert detect(rows, columns={"text": "a"}).columns == {"text": "a"}
+    talks = load([{"a": TALK, "b": TURNS, "image": "x.png"}])
+    assert detect(talks, columns={"messages": "b"}).columns == {"messages": "b"}
+    assert detect(talks, columns={"conversations": "a"}).columns == {"messages": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"prompt": "question", "completion": "answr"}, "names `answr`, but the columns are `question` (text), "
+         "`answer` (text), `n` (numbers). Did you mean 'answer'?"),
+        ({"prmpt": "question"}, "no row has a part 'prmpt'; parts are answer, answers, "),
+        ({"tools": "question"}, "does not describe a whole row. Understood are `text`"),
+        ({"text": "n"}, "does not fit the data: `n` holds numbers, and what is wanted is text."),
+    ],
+)  # fmt: skip
+def test_the_users_columns_that_do_not_fit(columns: dict[str, str], sentence: str) -> None:
+    with pytest.raises(DataError) as error:
+        detect(load([{"question": "a", "answer": "b", "n": 1}]), columns=columns)
+    assert sentence in str(error.value) and str(error.value).startswith(f"columns={columns}")
+
+
+@pytest.mark.parametrize("column", ["image", "images", "picture"])
+def test_images_are_refused(column: str) -> None:
+    values = [PICTURE] if column == "picture" else ["a.png"]
+    rows = load([{"messages": TALK, column: value} for value in values])
+    with pytest.raises(DataError) as error:
+        detect(rows)
+    assert str(error.value) == (
+        f"The column `{column}` holds images, and images are not supported yet. To train on the text alone, remove it "
+        f"with `dataset.remove_columns('{column}')`."
+    )
+    assert detect(load([{"messages": TALK, "images": []}])).kind == "messages"
+
+
+def test_a_formatting_function() -> None:
+    rows = load([{"q": "a", "a": "b"}, {"q": "c", "a": "d"}])
+    shape = detect(rows, formatting_func=lambda row: f"{row['q']} {row['a']}")
+    assert (shape.kind, shape.formatting, shape.conversational) == ("text", "row", False)
+    assert shape.sentence == "columns q, a: read as the texts that formatting_func `<lambda>` makes"
+
+    def talk(row: dict[str, str]) -> list[dict[str, str]]:
+        return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+
+    shape = detect(rows, formatting_func=talk)
+    assert (shape.kind, shape.formatting, shape.conversational) == ("messages", "row", True)
+
+    def texts_of(batch: dict[str, list[str]]) -> list[str]:
+        return [f"{q} {a}" for q, a in zip(batch["q"], batch["a"], strict=True)]
+
+    shape = detect(rows, formatting_func=texts_of)
+    assert (shape.kind, shape.formatting) == ("text", "batch")
+    with pytest.raises(DataError, match="row 0: formatting_func fails with KeyError: 'x'. The row has the fields q, a"):
+        detect(rows, formatting_func=lambda row: row["x"])
+    with pytest.raises(DataError, match="row 0: formatting_func returned None. It must return a string or a list of"):
+        detect(rows, formatting_func=lambda row: None)
+    with pytest.raises(DataError, match="row 0: formatting_func returned a list of 3. It must return a string"):
+        detect(rows, formatting_func=lambda row: ["a", "b", "c"])
+
+
 def test_detect_by_text_field() -> None:
     both = load([{"body": "a", "chat": TALK, "text": "b"}])
     assert detect(both, "body").columns == {"text": "body"}
@@ -213,10 +414,11 @@ def test_detect_nothing() -> None:
     with pytest.raises(DataError) as error:
         detect(load([{"question": "a", "label": 1}]))
     assert str(error.value) == (
-        "Cannot read the rows: the columns are `question` (text), `label` (numbers). Understood are `text` (a string), "
-        "`messages` (a list of {role, content}), `prompt` and `completion` (strings or such lists), or `input_ids` "
-        "(with `labels` or a mask). Rename a column, or name the column of text or conversations with "
-        "`dataset_text_field` (now 'text')."
+        "Cannot read the rows: the columns are `question` (text), `label` (numbers). Understood are `text` (a "
+        "string), `messages` or `conversations` (a list of {role, content} or {from, value}), `prompt` and "
+        "`completion` (strings or such lists), `instruction` and `output`, `question` and `answer`, or `input_ids` "
+        "(with `labels` or a mask). Say which column is which with `columns`, as in columns={'prompt': ..., 'completion': ...}, or name "
+        "the column of text or conversations with `dataset_text_field` (now 'text')."
     )
 
 
@@ -246,7 +448,34 @@ def test_detect_two_conversations() -> None:
         ([{"role": "user", "content": 5}], "row 3: `m[0].content` is a int, not a string. Convert it to one."),
         (
             [{"role": "user", "content": [{"type": "image"}]}],
+            "row 3: `m[0].content` holds an image, and images are not supported yet. Remove the row, or keep its text.",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "audio"}]}],
             "row 3: `m[0].content` has blocks that are not text. Only text can be trained on here.",
+        ),
+        (
+            [{"from": "narrator", "value": "a"}],
+            "row 3: `m[0].from` is 'narrator', who is not known. Known are human, "
+            "user, gpt, assistant, chatgpt, chatbot, bing, bard, model, ai, bot, function_call, tool_call, tool, "
+            "observation, function_response, tool_response, function, system, developer.",
+        ),
+        (
+            [{"from": "human", "value": None}],
+            "row 3: `m[0].value` is None. Give the turn a text, or remove the row with `dataset.filter`.",
+        ),
+        (
+            [{"from": "function_call", "value": "f(1)"}],
+            "row 3: `m[0].value` is a tool call, but not valid JSON (Expecting value). Correct the row.",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}],
+            "row 3: `m[0].tool_calls[0].function.arguments` is not valid JSON (Expecting property name enclosed in "
+            "double quotes). Correct it, or remove the row.",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": ["f"]}],
+            "row 3: `m[0].tool_calls[0]` is a str, not a call {function: {name, arguments}}.",
         ),
     ],
 )
@@ -262,6 +491,33 @@ def test_messages() -> None:
     call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}}
     assert messages_of([{"role": "assistant", "content": None, "tool_calls": [call]}], "") == [
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    ]
+
+
+def test_turns_of_others() -> None:
+    turns = [("system", "s"), ("human", "a"), ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+             ("observation", "7"), ("gpt", "b"), ("user", "c"), ("bing", "d")]  # fmt: skip
+    assert messages_of([{"from": who, "value": what, "weight": None} for who, what in turns], "") == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    assert messages_of([{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}], "") == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+def test_arguments_that_are_json() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call, {"name": "g", "arguments": ""}]}
+    assert messages_of([message], "")[0]["tool_calls"] == [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}},
+        {"name": "g", "arguments": {}},
     ]
 
 

@@ -201,6 +201,118 @@ def test_a_thinking_template_rewrites_the_completion() -> None:
     ) == "<think>\nhm\n</think>\n\nbye<|im_end|>"  # fmt: skip
 
 
+# -- shapes of others -----------------------------------------------------------------------------------------------
+
+
+def test_turns_of_from_and_value() -> None:
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+    expected = table({"messages": TALK[:2]}, chatml(), assistant_only_loss=True)
+    assert table({"conversations": turns}, chatml(), assistant_only_loss=True) == expected
+    result = table({"conversations": turns, "system": "be kind"}, chatml(), assistant_only_loss=True)
+    assert [token for token, _ in result[:6]] == ["<|im_start|>", "system", "\n", "be", " kind", "<|im_end|>"]
+    assert trained(result) == ["good", " day", "<|im_end|>"]
+
+
+def test_an_instruction_is_a_conversation_where_there_is_a_template() -> None:
+    row = {"instruction": "answer", "input": "what is x", "output": "good day"}
+    prepared, report = prepare(load([row]), chatml())
+    tokens = chatml().convert_ids_to_tokens(prepared[0]["input_ids"])
+    assert tokens == [
+        *("<|im_start|>", "user", "\n", "answer", "\n", "\n", "what", " is", " x", "<|im_end|>", "\n"),
+        *("<|im_start|>", "assistant", "\n", "good", " day", "<|im_end|>", "\n"),
+    ]
+    assert prepared[0]["loss_mask"] == [False] * 14 + [True] * 3 + [False]
+    assert report.sentence == (
+        "columns instruction, input, output: read as instructions in `instruction` and what follows them in `output` "
+        "with `input`, each row as a conversation of two turns"
+    )
+    assert trained(table(row, chatml(), assistant_only_loss=True)) == ["good", " day", "<|im_end|>"]
+    assert len(trained(table(row, chatml(), completion_only_loss=False))) == 17
+    without = table({**row, "input": ""}, chatml())
+    assert [token for token, _ in without[3:6]] == ["answer", "<|im_end|>", "\n"]
+
+
+def test_an_instruction_is_text_where_there_is_no_template() -> None:
+    row = {"instruction": "hello", "input": "x", "output": "bye", "system": "be kind"}
+    prepared, report = prepare(load([row]), byte_tokenizer())
+    text = byte_tokenizer().decode(prepared[0]["input_ids"])
+    assert text == "be kind\n\n### Instruction:\nhello\n\n### Input:\nx\n\n### Response:\nbye</s>"
+    assert prepared[0]["loss_mask"] == [False] * (len(text) - 7) + [True] * 4
+    assert report.sentence.endswith("each row as text under headings: the tokenizer has no template")
+
+
+@pytest.mark.parametrize("answers", ["bye", ["bye", "day"], {"text": ["bye"], "answer_start": [3]}])
+def test_questions_and_answers(answers: Any) -> None:
+    column = "answer" if isinstance(answers, str) else "answers"
+    row = {"question": "hello", "context": "the sky", column: answers}
+    assert trained(table(row, chatml())) == ["bye", "<|im_end|>"]
+
+
+def test_the_users_columns_and_functions() -> None:
+    rows = [{"q": "the sky", "a": " is blue"}, {"q": "hello", "a": " more"}]
+    expected = tables([{"prompt": row["q"], "completion": row["a"]} for row in rows], word_tokenizer())
+    assert tables(rows, word_tokenizer(), columns={"prompt": "q", "completion": "a"}) == expected
+
+    texts = tables([{"text": row["q"] + row["a"]} for row in rows], word_tokenizer())
+    assert tables(rows, word_tokenizer(), formatting_func=lambda row: row["q"] + row["a"]) == texts
+    by_batch = tables(
+        rows,
+        word_tokenizer(),
+        formatting_func=lambda batch: [q + a for q, a in zip(batch["q"], batch["a"], strict=True)],
+    )
+    assert by_batch == texts
+
+    def talk(row: dict[str, str]) -> list[dict[str, str]]:
+        return [user(row["q"]), assistant(row["a"])]
+
+    talks = tables([{"messages": talk(row)} for row in rows], chatml(), assistant_only_loss=True)
+    assert tables(rows, chatml(), formatting_func=talk, assistant_only_loss=True) == talks
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda row: None if row["q"] == "b" else "hello", "row 1: formatting_func returned None."),
+        (lambda row: [user("a")] if row["q"] == "b" else "hello", "row 1: formatting_func returned a string for row 0"),
+        (
+            lambda row: {"a": "hello"}[row["q"]],
+            "row 1: formatting_func fails with KeyError: 'b'. The row has the field",
+        ),
+        (lambda batch: ["hello"] * 2, "row 0: formatting_func returned 2 texts for 3 rows."),
+    ],
+)
+def test_formatting_functions_that_fail_later(function: Any, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        prepare(load([{"q": "a"}, {"q": "b"}, {"q": "c"}]), word_tokenizer(), formatting_func=function)
+
+
+def test_another_formatting_function_is_not_read_from_the_cache(tmp_path: Any) -> None:
+    load([{"q": "the sky"}]).save_to_disk(str(tmp_path / "data"))
+    lengths = []
+    for more in ("", " is", " is blue"):
+        prepared, _ = prepare(
+            load(tmp_path / "data"), word_tokenizer(), formatting_func=lambda row, more=more: row["q"] + more
+        )
+        lengths.append(len(prepared[0]["input_ids"]))
+    assert lengths == [3, 4, 5]
+
+
+WRITES_CALLS = (
+    "{%- for m in messages %}{{- m.role + ':' + m.content }}{%- for c in m.tool_calls or [] %}"
+    "{{- '[' + c.function.name + ARGUMENTS + ']' }}{%- endfor %}{{- eos_token }}{%- endfor %}"
+)
+
+
+@pytest.mark.parametrize("written", ["(c.function.arguments | tojson)", "c.function.arguments"])
+@pytest.mark.parametrize("given", [{"x": "é", "n": 1}, '{"x": "é", "n": 1}'])
+def test_arguments_are_written_as_json_whatever_the_template_expects(written: str, given: Any) -> None:
+    tokenizer = byte_tokenizer((), WRITES_CALLS.replace("ARGUMENTS", written))
+    call = {"type": "function", "function": {"name": "f", "arguments": given}}
+    row = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    prepared, _ = prepare(load([row]), tokenizer)
+    assert tokenizer.decode(prepared[0]["input_ids"]) == 'user:a</s>assistant:[f{"x": "é", "n": 1}]</s>'
+
+
 # -- tokens given ---------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def test_attach_leaves_nothing_in_a_saved_model(tmp_path):
     assert "trl" not in (tmp_path / "config.json").read_text()
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     trees = families.forest()
     torch.testing.assert_close(
         score(model, flat(trees)).logp_N, families.naive(plain, trees)["logp"], atol=1e-5, rtol=1e-5

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -108,6 +110,9 @@ def test_sft_resumed_equals_uninterrupted(tmp_path, tokenizer, adapter, stop):
     assert_same_checkpoint(tmp_path / "resumed" / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="divided by all steps of the schedule up to then"
+)
 def test_sft_the_final_summary_is_of_the_resumed_steps_alone(tmp_path, tokenizer):
     whole = make(tmp_path, tokenizer, False, logging_steps=1)
     whole.train()

@@ -14,10 +14,11 @@ The spans are worked out from the template itself, by what it does and not by wh
 What none of these can place is an error, never a guess.
 """
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -135,12 +136,8 @@ class ChatTemplate:
     ) -> list[str]:
         """The texts of many conversations, for half the price of one at a time."""
         try:
-            return self.tokenizer.apply_chat_template(
-                [[_complete(message) for message in messages] for messages in conversations],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **kwargs,
-            )
+            complete = [[self._complete(message) for message in messages] for messages in conversations]
+            return self._apply(complete, add_generation_prompt, **kwargs)
         # A template is a program from elsewhere and may raise anything.
         except Exception as error:
             roles = ", ".join(str(message.get("role")) for message in conversations[0])
@@ -148,6 +145,36 @@ class ChatTemplate:
                 f"the chat template refuses the conversation with the roles [{roles}]: {error}. Change the messages to "
                 "what it accepts, or set another `tokenizer.chat_template`."
             ) from error
+
+    def _apply(self, conversations: list[list[dict[str, Any]]], prompt: bool, **kwargs: Any) -> list[str]:
+        return self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt, **kwargs)
+
+    def _complete(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as the template expects it: no field None, a content even where there are only tool calls, and
+        the arguments of these as it writes them."""
+        complete = {key: value for key, value in message.items() if value is not None}
+        if complete.get("tool_calls"):
+            complete.setdefault("content", "")
+            if self._wants_json_arguments:
+                complete["tool_calls"] = [_with_json_arguments(call) for call in complete["tool_calls"]]
+        return complete
+
+    @cached_property
+    def _wants_json_arguments(self) -> bool:
+        """Whether the template writes the arguments of a tool call as they are, so that they must be JSON in a string,
+        and not as JSON of its own making."""
+
+        def written(arguments: Any) -> str:
+            call = {"id": "zqcall000", "type": "function", "function": {"name": "zqname", "arguments": arguments}}
+            asked = {"role": "user", "content": "zq"}
+            called: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+            try:
+                return self._apply([[asked, called]], False)[0]
+            except Exception:  # as in `render_all`
+                return ""
+
+        of_dict, of_text = written({"zqkey": "zqvalue"}), written('{"zqkey": "zqvalue"}')
+        return ("zqkey" not in of_dict or "'zqkey'" in of_dict) and '"zqkey"' in of_text
 
     def _try(self, messages: Messages, add_generation_prompt: bool = False, **kwargs: Any) -> str | None:
         """As `render`, but None when the template refuses, as it may for the first messages of a conversation."""
@@ -307,7 +334,7 @@ class ChatTemplate:
             return None
         try:
             texts, indices = render_jinja_template(
-                [[_complete(message) for message in messages]],
+                [[self._complete(message) for message in messages]],
                 chat_template=self._source(**kwargs),
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **kwargs},
@@ -370,12 +397,12 @@ class ChatTemplate:
         return Lead(text[begin:end], text[end:answer]) if begin < end else None
 
 
-def _complete(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: no field None, and a content even where there are only tool calls."""
-    complete = {key: value for key, value in message.items() if value is not None}
-    if complete.get("tool_calls"):
-        complete.setdefault("content", "")
-    return complete
+def _with_json_arguments(call: Any) -> Any:
+    function = call.get("function", call)
+    if not isinstance(function.get("arguments"), Mapping):
+        return call
+    function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return {**call, "function": function} if "function" in call else function
 
 
 def _unused(text: str) -> tuple[str, str]:

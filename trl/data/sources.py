@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 
 logger = logging.getLogger(__name__)
 

@@ -82,10 +82,10 @@ def prepare(
     whether the loss is taken on predicting this token; never true for the first) and `row` (index in `dataset`), and
     the report of what was done. Rows without a trained token, or with fewer than two tokens, are left out and counted.
 
-    `shape` is detected with `text_field`, `columns` and `formatting_func` when it is not given. `max_length` is in tokens, special ones included;
-    `truncation_mode` says which end stays, `keep_start` or `keep_end`. `completion_only_loss` None means True where
-    there are completions. `add_eos` appends the tokenizer's EOS to plain text and plain completions that lack it;
-    a conversation is what its chat template makes of it.
+    `shape` is detected with `text_field`, `columns` and `formatting_func` when it is not given. `max_length` is in
+    tokens, special ones included; `truncation_mode` says which end stays, `keep_start` or `keep_end`.
+    `completion_only_loss` None means True where there are completions. `add_eos` appends the tokenizer's EOS to plain
+    text and plain completions that lack it; a conversation is what its chat template makes of it.
 
     Raises `DataError`, which names the row, the field and the remedy, for a row that cannot be read, for options that
     do not fit the data, and when no row at all is left.
@@ -536,7 +536,8 @@ def _aggregate(
             dropped.append({"reason": words, "count": len(which), "rows": which[:5].tolist()})
     if not kept.any():
         first = int(count["_dropped"][0]) if len(rows) else TOO_SHORT
-        field = ", ".join(f"`{column}`" for part, column in shape.columns.items() if part in _MAIN_PARTS)
+        columns = [column for part, column in shape.columns.items() if part in _MAIN_PARTS]
+        field = ", ".join(f"`{column}`" for column in columns or ["formatting_func"])
         reasons = "; ".join(f"{entry['reason']} ({entry['count']})" for entry in dropped)
         raise DataError(
             f"{name}: none of the {len(rows)} rows can be trained on: {reasons}. The first is row 0, {field}: "

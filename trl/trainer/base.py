@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import rotate_checkpoints
 
 from trl import checkpoint
-from trl.config import BaseConfig, say_once
+from trl.config import Adoptable, BaseConfig, say_once
 from trl.data import formats
 from trl.data.batches import RowBatches
 from trl.data.collate import Tree, labelled
@@ -91,7 +91,7 @@ class _BeforeTraining(TrainerCallback):
         self.trainer._restore_between_logs()
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(Adoptable, Trainer):
     """A `transformers.Trainer` whose batches are forests and whose losses are sums over trained items."""
 
     config_class: type[BaseConfig]

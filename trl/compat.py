@@ -1,0 +1,581 @@
+"""Older words for today's things: arguments, values, attributes and import paths. One table, and what puts it to use.
+
+An older word works, and says once what it is today; one that means nothing any more says why; a word nobody knows is an
+error with the nearest one. Versions are those in which the word was seen: `≤ 4.57` was gone in the next release looked
+at. The rooms below know nothing of this module: the public classes show themselves to `trl.config.adopt` before their
+first instance, and `install` puts `adopt` there.
+
+A new method adds its rows under the name of its config or trainer; a subclass inherits those of its bases.
+Nothing heavy is imported here: `import trl` reads this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any, NamedTuple
+
+# --- what a row can say ---------------------------------------------------------------------------------------------
+
+
+class Now(NamedTuple):
+    """The argument has another name today, and perhaps another kind of value."""
+
+    name: str
+    versions: str
+    note: str = ""  # what the sentence adds in brackets
+    value: Callable[[Any, Mapping[str, Any]], Any] | None = None  # of the old value and of what else is given
+    nothing: tuple = (None,)  # values that ask for nothing
+
+    def sentence(self, old: str) -> str:
+        return f"`{old}` is `{self.name}` today{f' ({self.note})' if self.note else ''}"
+
+
+class InConfig(NamedTuple):
+    """An argument of a trainer that is set in its config today."""
+
+    name: str
+    versions: str
+    note: str = ""
+    nothing: tuple = (None,)
+
+    def sentence(self, old: str) -> str:
+        return f"`{old}` is set in the trainer's config today, as `{self.name}`"
+
+
+class Gone(NamedTuple):
+    """The argument has no effect, and the result is none the worse for it; or `act` has the effect in another way."""
+
+    because: str
+    versions: str
+    act: Callable[[Any], None] | None = None
+    nothing: tuple = (None,)
+
+    def sentence(self, old: str) -> str:
+        return f"`{old}` {'is elsewhere today' if self.act else 'has no effect'}: {self.because}"
+
+
+class Refused(NamedTuple):
+    """What the argument asks for does not exist; leaving it out would give another result than was asked for."""
+
+    remedy: str
+    versions: str
+    nothing: tuple = (None,)
+
+    def sentence(self, old: str) -> str:
+        return f"`{old}` is gone: {self.remedy}"
+
+
+Row = Now | InConfig | Gone | Refused
+
+
+class ArgumentError(TypeError, ValueError):
+    """An argument that does not exist, or that contradicts another."""
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def _share_of_steps(ratio: Any, given: Mapping[str, Any]) -> float:
+    if not 0 <= float(ratio) <= 1:
+        raise ArgumentError(f"warmup_ratio={ratio}: a share of all steps lies between 0 and 1")
+    # Steps were stronger than a share. A whole 1 would be read as one step.
+    return given.get("warmup_steps") or min(float(ratio), math.nextafter(1.0, 0.0))
+
+
+def _into(name: str, key: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """The value becomes one key of the mapping `name`."""
+
+    def value(old: Any, given: Mapping[str, Any]) -> Any:
+        mapping = given.get(name) or {}
+        if not isinstance(mapping, Mapping):
+            raise ArgumentError(f"put `{key}` into {name}={mapping!r}: both are given")
+        return {key: old, **mapping}
+
+    return value
+
+
+def _organisation(old: str, given: Mapping[str, Any]) -> str:
+    name = given.get("hub_model_id") or given.get("push_to_hub_model_id") or given.get("output_dir") or "model"
+    return name if "/" in str(given.get("hub_model_id") or "") else f"{old}/{os.path.basename(os.path.normpath(name))}"
+
+
+def _repository(old: str, given: Mapping[str, Any]) -> str:
+    return given.get("hub_model_id") or old
+
+
+def _always(value: Any) -> Callable[[Any, Mapping[str, Any]], Any]:
+    return lambda old, given: value
+
+
+def _logging_dir(folder: Any) -> None:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+ARGUMENTS: dict[str, dict[str, Row]] = {
+    "BaseConfig": {
+        "evaluation_strategy": Now("eval_strategy", "transformers ≤ 4.46"),
+        "warmup_ratio": Now(
+            "warmup_steps",
+            "transformers ≤ 5.0",
+            "where a number below 1 is a share of all steps",
+            value=_share_of_steps,
+        ),
+        "no_cuda": Now("use_cpu", "transformers ≤ 4.57"),
+        "per_gpu_train_batch_size": Now("per_device_train_batch_size", "transformers ≤ 4.57"),
+        "per_gpu_eval_batch_size": Now("per_device_eval_batch_size", "transformers ≤ 4.57"),
+        "adafactor": Now(
+            "optim", "transformers ≤ 4.57", "optim='adafactor'", value=_always("adafactor"), nothing=(None, False)
+        ),
+        "group_by_length": Now(
+            "train_sampling_strategy",
+            "transformers ≤ 5.0",
+            "'group_by_length'; flat rows have no padding that it could save",
+            value=_always("group_by_length"),
+            nothing=(None, False),
+        ),
+        "include_inputs_for_metrics": Now(
+            "include_for_metrics",
+            "transformers ≤ 4.57",
+            "a list that holds 'inputs'",
+            value=lambda old, given: sorted({"inputs", *(given.get("include_for_metrics") or ())}),
+            nothing=(None, False),
+        ),
+        "push_to_hub_token": Now("hub_token", "transformers ≤ 4.57"),
+        "push_to_hub_model_id": Now("hub_model_id", "transformers ≤ 4.57", value=_repository),
+        "push_to_hub_organization": Now(
+            "hub_model_id", "transformers ≤ 4.57", "as organisation/name", value=_organisation
+        ),
+        "torchdynamo": Now("torch_compile_backend", "transformers ≤ 4.57"),
+        "tpu_metrics_debug": Now(
+            "debug",
+            "transformers ≤ 4.57",
+            "debug='tpu_metrics_debug'",
+            value=_always("tpu_metrics_debug"),
+            nothing=(None, False),
+        ),
+        "xpu_backend": Now("ddp_backend", "transformers ≤ 4.20"),
+        "dispatch_batches": Now(
+            "accelerator_config",
+            "transformers ≤ 4.46",
+            "a key of it",
+            value=_into("accelerator_config", "dispatch_batches"),
+        ),
+        "split_batches": Now(
+            "accelerator_config",
+            "transformers ≤ 4.46",
+            "a key of it",
+            value=_into("accelerator_config", "split_batches"),
+            nothing=(None, False),
+        ),
+        "fsdp_min_num_params": Now(
+            "fsdp_config",
+            "transformers ≤ 4.57",
+            "its key min_num_params",
+            value=_into("fsdp_config", "min_num_params"),
+            nothing=(None, 0),
+        ),
+        "fsdp_transformer_layer_cls_to_wrap": Now(
+            "fsdp_config",
+            "transformers ≤ 4.57",
+            "its key transformer_layer_cls_to_wrap",
+            value=_into("fsdp_config", "transformer_layer_cls_to_wrap"),
+        ),
+        # Newer than the oldest transformers that is supported.
+        "activation_checkpointing": Now("gradient_checkpointing", "transformers ≥ 5.2x"),
+        "activation_checkpointing_kwargs": Now("gradient_checkpointing_kwargs", "transformers ≥ 5.2x"),
+        "logging_dir": Gone(
+            "TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR, and has been set to it",
+            "transformers ≤ 5.0",
+            act=_logging_dir,
+        ),
+        "overwrite_output_dir": Gone("nothing in the folder is overwritten or asked about", "transformers ≤ 4.57"),
+        "save_safetensors": Gone("weights are always saved as safetensors", "transformers ≤ 4.57"),
+        "fp16_backend": Gone("half precision is torch's autocast, set by bf16= or fp16=", "transformers ≤ 4.57"),
+        "half_precision_backend": Gone(
+            "half precision is torch's autocast, set by bf16= or fp16=", "transformers ≤ 4.57"
+        ),
+        "fp16_opt_level": Gone("it was Apex's; half precision is torch's autocast", "transformers ≤ 4.57"),
+        "use_mps_device": Gone("an Apple GPU is used where there is one", "transformers ≤ 4.57"),
+        "use_ipex": Gone("torch has Intel's optimisations itself", "transformers ≤ 4.46"),
+        "jit_mode_eval": Gone("evaluation runs the model as it is", "transformers ≤ 4.57"),
+        "use_legacy_prediction_loop": Gone("there is one loop of evaluation", "transformers ≤ 4.57"),
+        "include_tokens_per_second": Gone("the log counts tokens as num_tokens", "transformers ≤ 4.57"),
+        "mp_parameters": Gone("it was read by SageMaker's launcher alone", "transformers ≤ 4.57"),
+        "tpu_num_cores": Gone("the launcher says how many cores take part", "transformers ≤ 4.57"),
+        "ray_scope": Gone("it concerned Ray's search for hyper-parameters alone", "transformers ≤ 4.57"),
+        "past_index": Refused(
+            "no memory is handed from one batch to the next", "transformers ≤ 4.57", nothing=(None, -1)
+        ),
+        "sharded_ddp": Refused("shard with fsdp= or deepspeed=", "transformers ≤ 4.20", nothing=(None, "", [])),
+    },
+    "SFTConfig": {
+        "max_seq_length": Now("max_length", "trl 0.9 – 0.19"),
+        "use_liger": Now("use_liger_kernel", "trl 0.10 – 0.17"),
+        "dataset_batch_size": Gone("rows are tokenised in batches of a size that suits them", "trl 0.9 – 0.17"),
+        "num_of_sequences": Gone("packing sees the whole data set and fills no buffer", "trl 0.9 – 0.17"),
+        "chars_per_token": Gone("packing counts tokens and estimates nothing", "trl 0.9 – 0.17"),
+    },
+    "ModelConfig": {
+        "torch_dtype": Now("dtype", "trl < 1.0"),
+    },
+    "ScriptArguments": {
+        "gradient_checkpointing_use_reentrant": Gone(
+            "checkpointing without reentrance is the default; gradient_checkpointing_kwargs changes it", "trl ≤ 0.16"
+        ),
+        "ignore_bias_buffers": Gone("no mask is kept in a buffer that ranks would exchange", "trl ≤ 1.16"),
+    },
+    "BaseTrainer": {
+        "tokenizer": Now("processing_class", "trl ≤ 0.15"),
+        "model_init": Refused("pass the model itself: model=model_init()", "trl ≤ 0.11"),
+    },
+    "SFTTrainer": {
+        "max_seq_length": InConfig("max_length", "trl ≤ 0.12"),
+        "dataset_text_field": InConfig("dataset_text_field", "trl ≤ 0.12"),
+        "packing": InConfig("packing", "trl ≤ 0.12"),
+        "eval_packing": InConfig("eval_packing", "trl ≤ 0.12"),
+        "dataset_num_proc": InConfig("dataset_num_proc", "trl ≤ 0.12"),
+        "dataset_kwargs": InConfig("dataset_kwargs", "trl ≤ 0.12"),
+        "model_init_kwargs": InConfig("model_init_kwargs", "trl ≤ 0.12"),
+        "neftune_noise_alpha": InConfig("neftune_noise_alpha", "trl ≤ 0.11"),
+        "infinite": Gone("max_steps or num_train_epochs says when training ends", "trl ≤ 0.11"),
+        "dataset_batch_size": Gone("rows are tokenised in batches of a size that suits them", "trl ≤ 0.12"),
+        "num_of_sequences": Gone("packing sees the whole data set and fills no buffer", "trl ≤ 0.12"),
+        "chars_per_token": Gone("packing counts tokens and estimates nothing", "trl ≤ 0.12"),
+    },
+}
+
+# Values of arguments that kept their name.
+VALUES: dict[str, dict[str, dict[Any, Any]]] = {
+    "BaseConfig": {"optim": {"adamw_hf": "adamw_torch"}},
+    "SFTConfig": {
+        "packing_strategy": {"ffd": "bfd", "bfd-requeue": "bfd_split"},
+        "loss_type": {None: "nll"},
+    },
+}
+
+# Keys of arguments that are mappings.
+KEYS: dict[str, dict[str, dict[str, str]]] = {
+    "BaseConfig": {"model_init_kwargs": {"torch_dtype": "dtype", "use_auth_token": "token"}},
+}
+
+# Public names that are called otherwise today.
+NAMES = {"SFTScriptArguments": "ScriptArguments"}
+
+# Modules that callers import from and that are elsewhere here; with a remark where the path is no longer upstream's
+# either. What is public in `trl` is found in each of them.
+PATHS = {
+    "trl.trainer": "",
+    "trl.trainer.sft_trainer": "",
+    "trl.trainer.sft_config": "",
+    "trl.trainer.model_config": "",
+    "trl.trainer.utils": "",
+    "trl.scripts": "",
+    "trl.scripts.utils": "",
+    "trl.core": "its names are in `trl` today",
+    "trl.commands": "its names are in `trl` today",
+    "trl.commands.cli_utils": "its names are in `trl` today",
+    "trl.extras": "its names are in `trl` today",
+    "trl.extras.dataset_formatting": "its names are in `trl` today",
+    "trl.utils": "its names are in `trl` today",
+}
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(cls: type, table: Mapping[str, Mapping[str, Any]] = ARGUMENTS) -> dict[str, Any]:
+    """What the table says of a class and its bases, the class's own word last."""
+    return {old: row for part in reversed(cls.__mro__) for old, row in table.get(part.__name__, {}).items()}
+
+
+def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `cls` in today's words, and those of them that belong to its config.
+
+    `accepted` are the names that the constructor takes. ArgumentError for a name that nobody knows.
+    """
+    rows = rows_of(cls)
+    today = {name: value for name, value in given.items() if name in accepted}
+    in_config: dict[str, Any] = {}
+    for old, value in given.items():
+        if old in accepted:
+            continue
+        row = rows.get(old)
+        if row is None or (isinstance(row, Now) and row.name not in accepted):
+            raise ArgumentError(f"{cls.__name__} has no argument `{old}`{_hint(cls, old, accepted, rows)}")
+        asks = not any(type(value) is type(each) and value == each for each in row.nothing)
+        if isinstance(row, Refused) and asks:
+            raise ArgumentError(f"{cls.__name__}: {row.sentence(old)}")
+        _say(row.sentence(old))
+        if not asks:
+            continue
+        if isinstance(row, Gone) and row.act is not None:
+            row.act(value)
+        elif isinstance(row, InConfig):
+            in_config[row.name] = value
+        elif isinstance(row, Now):
+            if row.value is not None:
+                value = row.value(value, {**given, **today})
+            elif row.name in given and given[row.name] != value:
+                raise ArgumentError(
+                    f"{cls.__name__}: {row.name}={given[row.name]!r} and {old}={value!r} are the same argument"
+                )
+            today[row.name] = value
+    for name, values in rows_of(cls, VALUES).items():
+        if name in today and (today[name] is None or isinstance(today[name], str)) and today[name] in values:
+            now = values[today[name]]
+            _say(f"{name}={today[name]!r} is {now!r} today")
+            today[name] = now
+    for name, keys in rows_of(cls, KEYS).items():
+        if isinstance(today.get(name), Mapping) and not keys.keys().isdisjoint(today[name]):
+            for old in keys.keys() & today[name].keys():
+                _say(f"`{old}` in {name} is `{keys[old]}` today")
+            today[name] = {keys.get(key, key): value for key, value in today[name].items()}
+    return today, in_config
+
+
+def _hint(cls: type, word: str, accepted: Iterable[str], rows: Mapping[str, Row]) -> str:
+    config = getattr(cls, "config_class", None)
+    if config is not None and word in config.__dataclass_fields__:
+        return f"; set it in {config.__name__}"
+    from difflib import get_close_matches
+
+    if isinstance(row := rows.get(word), Now):
+        return f" (`{row.name}` today), and none called `{row.name}`"
+    meant = [name for name in accepted if name != "self"] + list(rows)
+    if config is not None:
+        meant += [name for name in config.__dataclass_fields__ if name not in meant]
+    match = next(iter(get_close_matches(word, meant, n=1)), None)
+    if match is None:
+        return ""
+    row = rows.get(match)
+    today = row.name if isinstance(row, Now | InConfig) else match
+    of_config = config is not None and today not in accepted and today in config.__dataclass_fields__
+    return f"; did you mean `{today}`{f' of {config.__name__}' if of_config else ''}?"
+
+
+def _say(sentence: str) -> None:
+    from trl.config import say_once
+
+    say_once(sentence)
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+_adopted: set[type] = set()
+
+
+def adopt(cls: type) -> None:
+    """Let a class and its bases be spoken to in older words. `type.__call__` reads `__init__` after `__new__`, from
+    where this is called: a generated `__init__` (a subclass that is a dataclass) is there by then too."""
+    from trl.config import Adoptable
+
+    for part in reversed(cls.__mro__):
+        if part in _adopted or not issubclass(part, Adoptable):
+            continue
+        _adopted.add(part)
+        if "__init__" in vars(part):
+            part.__init__ = _translated(part.__init__)  # type: ignore[misc]
+        if "train" in vars(part):
+            part.train = _resuming(part.train)
+        for old, row in ARGUMENTS.get(part.__name__, {}).items():
+            fields = getattr(part, "__dataclass_fields__", {})
+            if isinstance(row, Now) and row.value is None and old not in fields and not hasattr(part, old):
+                setattr(part, old, _Attribute(row.name, row.sentence(old)))
+
+
+class _Attribute:
+    """Reads and sets another attribute, and says so."""
+
+    def __init__(self, name: str, sentence: str) -> None:
+        self.name, self.sentence = name, sentence
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            raise AttributeError(self.sentence)
+        value = getattr(instance, self.name)
+        _say(self.sentence)
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _say(self.sentence)
+        setattr(instance, self.name, value)
+
+
+def _translated(init: Callable[..., None]) -> Callable[..., None]:
+    import inspect
+
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    # What takes anything hands it on, and the next `__init__` is asked.
+    closed = all(parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) for parameter in parameters)
+    places = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(init)
+    def translated(self: Any, *args: Any, **kwargs: Any) -> None:
+        by_place = dict(zip(places, args, strict=False))
+        if closed and len(args) <= len(places) and by_place.keys().isdisjoint(kwargs):
+            kwargs, in_config = translate(type(self), {**by_place, **kwargs}, names)
+            args = ()
+            if "args" in names and hasattr(self, "config_class"):
+                kwargs["args"] = _config(self.config_class, kwargs.get("args"), in_config)
+        init(self, *args, **kwargs)
+        if hasattr(self, "report_to"):
+            _without_wandb(self)
+
+    return translated
+
+
+def _config(cls: type, config: Any, settings: Mapping[str, Any]) -> Any:
+    """The config that a trainer gets: `settings` put into it, made of plain `TrainingArguments` where need be."""
+    from transformers import TrainingArguments
+
+    from trl.config import BaseConfig
+
+    fields = cls.__dataclass_fields__
+    for name in settings:
+        if name not in fields:
+            raise ArgumentError(f"{cls.__name__} has no argument `{name}`{_hint(cls, name, fields, rows_of(cls))}")
+    if isinstance(config, TrainingArguments) and not isinstance(config, BaseConfig):
+        _say(f"plain TrainingArguments are taken over into {cls.__name__}, defaults included")
+        # Two of its defaults would undo what every config here promises.
+        unwanted = ("remove_unused_columns", "logging_nan_inf_filter")
+        names = [name for name, field in type(config).__dataclass_fields__.items() if field.init and name in fields]
+        config = cls(**{name: getattr(config, name) for name in names if name not in unwanted})
+    if settings and config is None:
+        return cls(**settings)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def _without_wandb(config: Any) -> None:
+    if os.environ.get("WANDB_DISABLED", "").lower() not in ("true", "1", "on", "yes"):
+        return
+    if isinstance(config.report_to, list) and "wandb" in config.report_to:
+        _say("WANDB_DISABLED is set: nothing is reported to wandb (report_to='none' says the same)")
+        config.report_to = [each for each in config.report_to if each != "wandb"]
+
+
+# --- a flag that the script has not read ----------------------------------------------------------------------------
+
+_honoured: list[str | bool] = []  # the flag concerns the first run of a process
+
+
+def _resuming(train: Callable[..., Any]) -> Callable[..., Any]:
+    import inspect
+
+    takes = "resume_from_checkpoint" in inspect.signature(train).parameters
+
+    @functools.wraps(train)
+    def resuming(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if takes and not args and "resume_from_checkpoint" not in kwargs and not _honoured:
+            wish = resume_flag(sys.argv[1:])
+            _honoured.append(wish)
+            if wish:
+                what = "the newest checkpoint" if wish is True else wish
+                _say(f"--resume_from_checkpoint on the command line: training goes on from {what}")
+                kwargs["resume_from_checkpoint"] = wish
+        _honoured.append(False)
+        return train(self, *args, **kwargs)
+
+    return resuming
+
+
+def resume_flag(argv: Iterable[str]) -> str | bool:
+    """What `--resume_from_checkpoint` says: a folder, True for the newest checkpoint, False for none or no flag."""
+    words = list(argv)
+    wish: str | bool = False
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") != "__resume_from_checkpoint":
+            continue
+        if not equals:
+            value = next((each for each in words[place + 1 : place + 2] if not each.startswith("-")), "true")
+        plain = value.strip().lower()
+        wish = True if plain in ("true", "last") else False if plain in ("", "false", "none") else value
+    return wish
+
+
+# --- import paths ---------------------------------------------------------------------------------------------------
+
+
+class _Modules:
+    """Finds the modules of `PATHS`, and completes those of ours that older callers look into."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name == "trl.config":
+            return _then(PathFinder.find_spec(name, path), _fill)
+        if name not in PATHS:
+            return None
+        return _then(PathFinder.find_spec(name, path), _open) or ModuleSpec(name, _Old(), is_package=True)
+
+
+class _Old:
+    """Loads a module that has no file."""
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        _open(module)
+        if PATHS[module.__name__]:
+            _say(f"the module {module.__name__} is gone: {PATHS[module.__name__]}")
+
+
+def _then(spec: ModuleSpec | None, act: Callable[[ModuleType], None]) -> ModuleSpec | None:
+    """The spec of a module that is shown to `act` when it has been executed."""
+    if spec is None or spec.loader is None:
+        return None
+    execute = spec.loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        act(module)
+
+    spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+    return spec
+
+
+def _fill(module: ModuleType) -> None:
+    module.adopt = adopt  # type: ignore[attr-defined]
+
+
+def _open(module: ModuleType) -> None:
+    """Let the module answer for every public name of the library."""
+
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("_"):
+            import trl
+
+            today = NAMES.get(name, name)
+            if today in trl.__all__:
+                return getattr(trl, name)
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    module.__getattr__ = __getattr__  # type: ignore[method-assign]
+
+
+def renamed(name: str) -> str | None:
+    """Today's word for a public name of old, said once."""
+    if name in NAMES:
+        _say(f"`{name}` is `{NAMES[name]}` today")
+    return NAMES.get(name)
+
+
+def install() -> None:
+    if not any(isinstance(each, _Modules) for each in sys.meta_path):
+        sys.meta_path.insert(0, _Modules())
+    if (config := sys.modules.get("trl.config")) is not None:  # `trl` itself is being loaded again
+        _fill(config)
+
