@@ -9,16 +9,25 @@ __version__ = "2.0.0.dev0"
 
 if TYPE_CHECKING:
     from .config import ModelConfig, ScriptArguments
+    from .data.completion_only import DataCollatorForCompletionOnlyLM
     from .trainer.sft import SFTConfig, SFTTrainer
 
 _home = {
+    "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SFTConfig": "trl.trainer.sft",
     "SFTTrainer": "trl.trainer.sft",
 }
 
-__all__ = ["ModelConfig", "SFTConfig", "SFTTrainer", "ScriptArguments", "__version__"]
+__all__ = [
+    "DataCollatorForCompletionOnlyLM",
+    "ModelConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "ScriptArguments",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

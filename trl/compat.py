@@ -189,8 +189,8 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
             value=_into("fsdp_config", "transformer_layer_cls_to_wrap"),
         ),
         # Newer than the oldest transformers that is supported.
-        "activation_checkpointing": Now("gradient_checkpointing", "transformers ≥ 5.2x"),
-        "activation_checkpointing_kwargs": Now("gradient_checkpointing_kwargs", "transformers ≥ 5.2x"),
+        "activation_checkpointing": Now("gradient_checkpointing", "transformers > 5.17"),
+        "activation_checkpointing_kwargs": Now("gradient_checkpointing_kwargs", "transformers > 5.17"),
         "logging_dir": Gone(
             "TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR, and has been set to it",
             "transformers ≤ 5.0",
@@ -254,8 +254,9 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
 
 # Values of arguments that kept their name.
 VALUES: dict[str, dict[str, dict[Any, Any]]] = {
-    "BaseConfig": {"optim": {"adamw_hf": "adamw_torch"}},
+    "BaseConfig": {"optim": {"adamw_hf": "adamw_torch"}, "report_to": {None: "none"}},
     "SFTConfig": {
+        "dataset_text_field": {None: "text"},
         "packing_strategy": {"ffd": "bfd", "bfd-requeue": "bfd_split"},
         "loss_type": {None: "nll"},
     },
@@ -357,8 +358,8 @@ def _hint(cls: type, word: str, accepted: Iterable[str], rows: Mapping[str, Row]
         return ""
     row = rows.get(match)
     today = row.name if isinstance(row, Now | InConfig) else match
-    of_config = config is not None and today not in accepted and today in config.__dataclass_fields__
-    return f"; did you mean `{today}`{f' of {config.__name__}' if of_config else ''}?"
+    of_config = config and today not in accepted and today in config.__dataclass_fields__
+    return f"; did you mean `{today}`{f' of {config.__name__}' if config and of_config else ''}?"
 
 
 def _say(sentence: str) -> None:
@@ -382,9 +383,9 @@ def adopt(cls: type) -> None:
             continue
         _adopted.add(part)
         if "__init__" in vars(part):
-            part.__init__ = _translated(part.__init__)  # type: ignore[misc]
+            setattr(part, "__init__", _translated(vars(part)["__init__"]))  # noqa: B010
         if "train" in vars(part):
-            part.train = _resuming(part.train)
+            setattr(part, "train", _resuming(vars(part)["train"]))  # noqa: B010
         for old, row in ARGUMENTS.get(part.__name__, {}).items():
             fields = getattr(part, "__dataclass_fields__", {})
             if isinstance(row, Now) and row.value is None and old not in fields and not hasattr(part, old):
@@ -415,7 +416,9 @@ def _translated(init: Callable[..., None]) -> Callable[..., None]:
     parameters = list(inspect.signature(init).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
     # What takes anything hands it on, and the next `__init__` is asked.
-    closed = all(parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) for parameter in parameters)
+    closed = all(
+        parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) for parameter in parameters
+    )
     places = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(init)
@@ -433,7 +436,7 @@ def _translated(init: Callable[..., None]) -> Callable[..., None]:
     return translated
 
 
-def _config(cls: type, config: Any, settings: Mapping[str, Any]) -> Any:
+def _config(cls: Any, config: Any, settings: Mapping[str, Any]) -> Any:
     """The config that a trainer gets: `settings` put into it, made of plain `TrainingArguments` where need be."""
     from transformers import TrainingArguments
 
@@ -466,7 +469,7 @@ def _without_wandb(config: Any) -> None:
 
 # --- a flag that the script has not read ----------------------------------------------------------------------------
 
-_honoured: list[str | bool] = []  # the flag concerns the first run of a process
+_flag_is_open = True  # the flag concerns the first run of a process
 
 
 def _resuming(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -476,14 +479,14 @@ def _resuming(train: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(train)
     def resuming(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if takes and not args and "resume_from_checkpoint" not in kwargs and not _honoured:
+        global _flag_is_open
+        if takes and _flag_is_open:
+            _flag_is_open = False
             wish = resume_flag(sys.argv[1:])
-            _honoured.append(wish)
-            if wish:
+            if wish and not args and "resume_from_checkpoint" not in kwargs:
                 what = "the newest checkpoint" if wish is True else wish
                 _say(f"--resume_from_checkpoint on the command line: training goes on from {what}")
                 kwargs["resume_from_checkpoint"] = wish
-        _honoured.append(False)
         return train(self, *args, **kwargs)
 
     return resuming
@@ -516,7 +519,7 @@ class _Modules:
             return _then(PathFinder.find_spec(name, path), _fill)
         if name not in PATHS:
             return None
-        return _then(PathFinder.find_spec(name, path), _open) or ModuleSpec(name, _Old(), is_package=True)
+        return _then(PathFinder.find_spec(name, path), _open) or ModuleSpec(name, _Old(), is_package=True)  # type: ignore[arg-type]
 
 
 class _Old:
@@ -578,4 +581,3 @@ def install() -> None:
         sys.meta_path.insert(0, _Modules())
     if (config := sys.modules.get("trl.config")) is not None:  # `trl` itself is being loaded again
         _fill(config)
-

@@ -146,6 +146,7 @@ class BaseConfig(Adoptable, TrainingArguments):
         elif self.bf16 and not accelerator and not self.use_cpu:
             self.use_cpu = True
             say_once("no accelerator here: bf16=True runs on the CPU, in bfloat16 autocast")
+        self.logging_nan_inf_filter = False  # it would hide from the check what it looks for
         # transformers calls it activation checkpointing from 5.2x on, and keeps the old name as an alias that warns.
         if hasattr(self, "activation_checkpointing"):
             for ours, theirs in (("", ""), ("_kwargs", "_kwargs")):

@@ -417,8 +417,8 @@ def test_detect_nothing() -> None:
         "Cannot read the rows: the columns are `question` (text), `label` (numbers). Understood are `text` (a "
         "string), `messages` or `conversations` (a list of {role, content} or {from, value}), `prompt` and "
         "`completion` (strings or such lists), `instruction` and `output`, `question` and `answer`, or `input_ids` "
-        "(with `labels` or a mask). Say which column is which with `columns`, as in columns={'prompt': ..., 'completion': ...}, or name "
-        "the column of text or conversations with `dataset_text_field` (now 'text')."
+        "(with `labels` or a mask). Say which column is which with `columns`, as in columns={'prompt': ..., "
+        "'completion': ...}, or name the column of text or conversations with `dataset_text_field` (now 'text')."
     )
 
 

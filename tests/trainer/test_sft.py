@@ -392,3 +392,36 @@ def test_the_model_card_says_what_was_done(tmp_path, tokenizer, tiny_path):
     card = (tmp_path / "final" / "README.md").read_text()
     assert "library_name: peft" in card and "4 rows read" in card and "| learning rate | 0.01 |" in card
     assert "AutoPeftModelForCausalLM" in card
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packed_rows_give_the_loss_and_gradient_of_the_rows_alone(tmp_path, tokenizer, strategy):
+    from tests.trainer.helpers import first_gradient
+
+    rows = chat_rows(16)
+    alone = sft(tmp_path, tiny(tokenizer), tokenizer, rows, per_device_train_batch_size=16, max_steps=1)
+    expected = first_gradient(alone)
+    packed = sft(tmp_path, tiny(tokenizer), tokenizer, rows, per_device_train_batch_size=16, max_steps=1, packing=True,
+                 packing_strategy=strategy, max_length=128)  # fmt: skip
+    assert len(packed.train_dataset) < 16 and packed.reports["train"].packing.rows == 16
+    gradient = first_gradient(packed)
+    for key in ("loss", "entropy", "num_tokens"):
+        assert packed.state.log_history[0][key] == pytest.approx(alone.state.log_history[0][key], rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_packing_does_not_reach_evaluation_when_told_so(tmp_path, tokenizer):
+    settings = {"packing": True, "max_length": 128, "eval_rows": chat_rows(6, seed=2)}
+    packed = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(8), **settings)
+    plain = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(8), eval_packing=False, **settings)
+    assert len(packed.eval_dataset) < 6 == len(plain.eval_dataset)
+    assert packed.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_formatting_function(tmp_path, tokenizer):
+    rows = [{"q": "cat", "a": "mat"}, {"q": "red", "a": "bird"}]
+    config = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(1), assistant_only_loss=False).args
+    trainer = SFTTrainer(tiny(tokenizer), config, train_dataset=rows, processing_class=tokenizer,
+                         formatting_func=lambda row: f"{row['q']} -> {row['a']}")  # fmt: skip
+    assert tokenizer.decode(trainer.train_dataset[1]["input_ids"]) == "red -> bird<|im_end|>"

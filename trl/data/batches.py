@@ -1,6 +1,9 @@
 """Which rows form which micro-batch: the order of the data, the same on every machine and after every restart."""
 
+import copy
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -50,3 +53,50 @@ class RowBatches:
     def batch_sampler(self) -> "RowBatches":
         """Itself: transformers looks one level down for the sampler whose epoch it sets (5.17 to 5.23)."""
         return self
+
+
+class StreamBatches:
+    """The micro-batches of a stream of prepared rows, split over the ranks as `RowBatches` does.
+
+    Every rank reads the whole stream and takes its part of each batch, so that the rows of an optimizer step do not
+    depend on the number of ranks. `state_dict`, asked for after a batch, is a place to go on from: after
+    `load_state_dict` the next epoch begins with the batch that follows, and no row before it is tokenised again.
+    """
+
+    def __init__(self, stream: Any, batch_size: int, *, ranks: int = 1, rank: int = 0, drop_last: bool = False) -> None:
+        self.stream, self.batch_size, self.ranks, self.rank, self.drop_last = stream, batch_size, ranks, rank, drop_last
+        self.epoch = 0
+        self._state: dict[str, Any] | None = None
+        self._resumed = False
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        if self._resumed:
+            self._resumed = False
+            assert self._state is not None
+            self.stream.load_state_dict(self._state["stream"])
+        else:
+            self._set_stream_epoch()
+        together = self.batch_size * self.ranks
+        rows = iter(self.stream)
+        while batch := list(islice(rows, together)):
+            if len(batch) < together and self.drop_last:
+                break
+            self._state = {"epoch": self.epoch, "stream": copy.deepcopy(self.stream.state_dict())}
+            parts = np.array_split(np.arange(len(batch)), self.ranks)
+            yield [batch[index] for index in parts[self.rank]]
+
+    def _set_stream_epoch(self) -> None:
+        # A stream that has been shuffled draws anew for each epoch.
+        self.stream.set_epoch(self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        if not self._resumed:
+            self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the batch that was yielded last ends; None before the first."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state, self._resumed, self.epoch = state, True, state["epoch"]
+        self._set_stream_epoch()

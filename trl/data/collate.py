@@ -28,12 +28,20 @@ class Tree(NamedTuple):
 
 
 def sequences(rows: Sequence[Mapping[str, Any]]) -> list[Tree]:
-    """Rows with `input_ids`, `loss_mask` and `row` (as `tokens.prepare` makes them) to one tree each, root only."""
+    """Rows with `input_ids`, `loss_mask` and `row` (as `tokens.prepare` makes them) to one tree each, root only.
+
+    A packed row (as `packing.packed` makes them: with `lengths`, and a list under `row`) gives one tree for each piece.
+    """
     trees = []
     for row in rows:
-        # Nothing stands before the first token, so nothing can predict it.
-        mask = [False, *row["loss_mask"][1:]]
-        trees.append(Tree(root=Branch(ids=row["input_ids"], mask=mask), row=int(row["row"])))
+        ids, mask, lengths = row["input_ids"], row["loss_mask"], row.get("lengths")
+        start = 0
+        for length, number in [(len(ids), row["row"])] if lengths is None else zip(lengths, row["row"], strict=True):
+            end = start + int(length)
+            # Nothing stands before the first token, so nothing can predict it.
+            root = Branch(ids=ids[start:end], mask=[False, *mask[start + 1 : end]])
+            trees.append(Tree(root=root, row=int(number)))
+            start = end
     return trees
 
 

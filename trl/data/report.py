@@ -6,6 +6,8 @@ from typing import Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from .packing import Packing
+
 FEW_TRAINED = 0.05  # a smaller share of trained tokens is worth a warning
 OPENING, CLOSING = "⟦", "⟧"  # around the trained parts of the sample
 
@@ -25,7 +27,9 @@ class DataReport:
     `lengths` holds `min`, `median`, `p95` and `max` of the kept rows, in tokens, before the cut: they tell which window
     the data want. `end_of_turn` counts the kept rows in which a token that ends a turn or a text is trained,
     `end_of_turn_token` is that token. `boundary_tokens` counts the rows in which one token covers both the end of the
-    prompt and the beginning of the completion (it is not trained).
+    prompt and the beginning of the completion (it is not trained). `packing` is put here by who packs the rows.
+    `looked_at` is the number of first rows of a stream, of which alone the report is; `parts` are the data sets of a
+    mix.
     """
 
     name: str
@@ -46,6 +50,9 @@ class DataReport:
     boundary_tokens: int = 0
     sample: str = ""
     sample_row: int = 0
+    packing: Packing | None = None
+    looked_at: int | None = None
+    parts: list["DataReport"] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -57,14 +64,26 @@ class DataReport:
         lengths = self.lengths
         lines = [
             f"{self.name}: {_rows(self.rows_read)} read, {self.rows_kept:,} kept; {self.sentence}",
+            *(f"  {part.one_line()}" for part in self.parts),
             f"tokens: {self.tokens:,}, of which {self.trained_tokens:,} are trained on ({self.share:.1%})",
             f"row lengths before any cut: shortest {lengths['min']:,}, median {lengths['median']:,}, "
             f"95 % up to {lengths['p95']:,}, longest {lengths['max']:,} tokens; "
             + (f"window {self.max_length:,}" if self.max_length is not None else "no window set"),
         ]
+        if self.looked_at is not None:
+            first = f"first {self.looked_at:,} rows" if self.looked_at > 1 else "first row"
+            lines.insert(1, f"this is a stream, tokenised as it is read: all that is said here is of its {first}")
         if self.bos_doubled:
             lines.append(f"beginning of text: written in {_rows(self.bos_doubled)} already, so not added a second time")
-        return [*lines, *self._ending(), *self._losses(), f"row {self.sample_row}: {self.sample}"]
+        packing = self.packing.lines() if self.packing is not None else []
+        return [*lines, *packing, *self._ending(), *self._losses(), f"row {self.sample_row}: {self.sample}"]
+
+    def one_line(self) -> str:
+        """What the report of a mix says of one of its parts."""
+        return (
+            f"{self.name}: {_rows(self.rows_read)} read, {self.rows_kept:,} kept, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} trained; {self.sentence}"
+        )
 
     def _ending(self) -> list[str]:
         if self.end_of_turn == self.rows_kept:
@@ -101,7 +120,7 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "share": self.share}
+        return {**asdict(self), "share": self.share, "parts": [part.to_dict() for part in self.parts]}
 
 
 def _rows(count: int) -> str:

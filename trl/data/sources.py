@@ -181,10 +181,20 @@ def _from_file(path: Path, split: str) -> datasets.Dataset:
     builder, file, options = _reader(path)
     try:
         with _quiet():
-            loaded = datasets.load_dataset(builder, data_files={"train": str(file)}, **options)
+            loaded = _validated(datasets.load_dataset(builder, data_files={"train": str(file)}, **options))
     except UNREADABLE as error:
+        if "corresponds to no data" in str(error):  # a table of nothing but the names of its columns
+            raise DataError(f"The data set {str(path)!r} has no rows: check the file.") from error
         raise DataError(f"Cannot read {str(path)!r}: {_why_unreadable(path) or _root_cause(error)}") from error
     return _take(loaded, split, repr(str(path)))
+
+
+def _validated(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
+    """`loaded`, whose strings are UTF-8: the reader of JSON takes them as they are, and whoever looks at one fails."""
+    for part in loaded.values():
+        for batch in part.data.table.to_batches():
+            batch.validate(full=True)
+    return loaded
 
 
 def _reader(path: Path) -> tuple[str, Path, dict[str, Any]]:
@@ -323,7 +333,7 @@ def _from_folder(path: Path, split: str) -> datasets.Dataset:
         )
     try:
         with _quiet():
-            loaded = datasets.load_dataset(str(path))
+            loaded = _validated(datasets.load_dataset(str(path)))
     except UNREADABLE as error:
         for file in files:
             _from_file(file, "train")  # names the one that cannot be read

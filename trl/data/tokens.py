@@ -32,6 +32,7 @@ from .formats import (
     without_none,
 )
 from .report import DataReport, Dropped, show
+from .sources import from_rows
 
 RECIPE = 1  # raise it when the same options come to give other tokens, so that no stale cache is read
 UNTRAINED_LABEL = -100  # what `labels` hold where no loss is taken, as everywhere in PyTorch
@@ -90,25 +91,52 @@ def prepare(
     Raises `DataError`, which names the row, the field and the remedy, for a row that cannot be read, for options that
     do not fit the data, and when no row at all is left.
     """
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "truncation_mode": truncation_mode,
+        "completion_only_loss": completion_only_loss,
+        "assistant_only_loss": assistant_only_loss,
+        "add_eos": add_eos,
+    }
+    shape, table = tabulate(
+        dataset,
+        tokenizer,
+        shape=shape,
+        text_field=text_field,
+        columns=columns,
+        formatting_func=formatting_func,
+        num_proc=num_proc,
+        name=name,
+        **options,
+    )
+    return aggregate(table, tokenizer, shape, max_length, name)
+
+
+def tabulate(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shape: Shape | None = None,
+    text_field: str = "text",
+    columns: Mapping[str, str] | None = None,
+    formatting_func: Callable[[Any], Any] | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+    first_row: int = 0,
+    **options: Any,
+) -> tuple[Shape, datasets.Dataset]:
+    """The first half of `prepare`: every row as tokens, masks and counters, none left out yet. Rows are numbered from
+    `first_row` on; further `options` are those of `prepare`."""
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")
     shape = detect(dataset, text_field, columns, formatting_func) if shape is None else shape
     shape = shape.with_template(bool(tokenizer.chat_template))
-    _check(shape, tokenizer, max_length, truncation_mode, completion_only_loss, assistant_only_loss)
-    tokenise = _Tokenise(
-        tokenizer,
-        shape,
-        max_length,
-        truncation_mode,
-        completion_only_loss,
-        assistant_only_loss,
-        add_eos,
-        formatting_func,
-    )
+    check_options(shape, tokenizer, **options)
+    tokenise = Tokenise(tokenizer, shape, formatting_func=formatting_func, first_row=first_row, **options)
     wanted = dataset.with_format(None)
     if not shape.formatting:  # which may read any column
         wanted = wanted.select_columns(list(dict.fromkeys(shape.columns.values())))
-    table = wanted.map(
+    return shape, wanted.map(
         tokenise,
         batched=True,
         with_indices=True,
@@ -118,17 +146,88 @@ def prepare(
         new_fingerprint=tokenise.fingerprint(wanted),
         desc=f"Tokenising {name}",
     )
-    return _aggregate(table, tokenizer, shape, max_length, name)
 
 
-def _check(
+def prepare_stream(
+    stream: datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shape: Shape | None = None,
+    text_field: str = "text",
+    columns: Mapping[str, str] | None = None,
+    formatting_func: Callable[[Any], Any] | None = None,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    add_eos: bool = True,
+    name: str = "train",
+    look_at: int = 1000,
+) -> tuple[datasets.IterableDataset, DataReport]:
+    """`prepare` for a stream: rows are tokenised as they are asked for, in their order, in one pass.
+
+    The shape and the report are those of the first `look_at` rows, and the report says so. Rows without a trained token
+    are left out. `state_dict` and `load_state_dict` of the result continue it where it was, with the same rows to come;
+    at most one batch of rows is then tokenised a second time.
+    """
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "truncation_mode": truncation_mode,
+        "completion_only_loss": completion_only_loss,
+        "assistant_only_loss": assistant_only_loss,
+        "add_eos": add_eos,
+    }
+    head = from_rows(list(stream.take(look_at)))
+    if len(head) == 0:
+        raise DataError(f"{name}: the stream has no rows.")
+    shape, table = tabulate(
+        head,
+        tokenizer,
+        shape=shape,
+        text_field=text_field,
+        columns=columns,
+        formatting_func=formatting_func,
+        name=name,
+        **options,
+    )
+    _, report = aggregate(table, tokenizer, shape, max_length, name)
+    report.looked_at = len(head)
+    tokenise = Tokenise(tokenizer, shape, formatting_func=formatting_func, **options)
+    prepared = stream.map(
+        _KeptOnly(tokenise, list(dict.fromkeys(shape.columns.values()))),
+        batched=True,
+        batch_size=100,
+        with_indices=True,
+        remove_columns=stream.column_names or head.column_names,
+        features=datasets.Features({column: FEATURES[column] for column in ("input_ids", "loss_mask", "row")}),
+    )
+    return prepared, report
+
+
+class _KeptOnly:
+    """The rows of a stream that have something to train on, without the counters."""
+
+    def __init__(self, tokenise: "Tokenise", columns: Sequence[str]):
+        self.tokenise, self.columns = tokenise, columns
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        # A row that lacks a field, in a stream that does not know its columns, has it as None.
+        batch = {**{column: [None] * len(indices) for column in self.columns}, **batch}
+        table = self.tokenise(batch, indices)
+        kept = [position for position, dropped in enumerate(table["_dropped"]) if dropped == KEPT]
+        return {column: [table[column][position] for position in kept] for column in ("input_ids", "loss_mask", "row")}
+
+
+def check_options(
     shape: Shape,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    truncation_mode: str,
-    completion_only_loss: bool | None,
-    assistant_only_loss: bool,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    add_eos: bool = True,
 ) -> None:
+    """Raises `DataError` for options of `prepare` that do not fit the data."""
     if truncation_mode not in ("keep_start", "keep_end"):
         raise DataError(f"truncation_mode={truncation_mode!r} is not known: choose 'keep_start' or 'keep_end'.")
     if max_length is not None and max_length < 2:
@@ -163,21 +262,23 @@ class _Row(NamedTuple):
     straddles: bool = False
 
 
-class _Tokenise:
+class Tokenise:
     """The function that `datasets.map` runs over batches: it is pickled and hashed, so it holds plain values only."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         shape: Shape,
-        max_length: int | None,
-        truncation_mode: str,
-        completion_only_loss: bool | None,
-        assistant_only_loss: bool,
-        add_eos: bool,
+        max_length: int | None = None,
+        truncation_mode: str = "keep_start",
+        completion_only_loss: bool | None = None,
+        assistant_only_loss: bool = False,
+        add_eos: bool = True,
         formatting_func: Callable[[Any], Any] | None = None,
+        first_row: int = 0,
     ):
         self.tokenizer = tokenizer
+        self.vocabulary = len(tokenizer)
         self.formatting_func = formatting_func
         self.shape = shape
         self.max_length = max_length
@@ -185,6 +286,7 @@ class _Tokenise:
         self.completion_only_loss = completion_only_loss is not False
         self.assistant_only_loss = assistant_only_loss
         self.add_eos = add_eos
+        self.first_row = first_row
 
     def fingerprint(self, dataset: datasets.Dataset) -> str:
         """Names the result in the cache of `datasets`, which by itself takes seconds to hash a large vocabulary."""
@@ -339,6 +441,11 @@ class _Tokenise:
                     value = json.loads(value)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{place(row, tools or 'tools')} is not valid JSON ({error.msg}).") from error
+            if value and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
+                raise DataError(
+                    f"{place(row, tools or 'tools')} is a {type(value).__name__}, not a list of tools. Give a list of "
+                    "their JSON schemas, or that as JSON."
+                )
             if value:
                 option["tools"] = without_none(value)
             options.append(option)
@@ -456,6 +563,11 @@ class _Tokenise:
         for index, token in enumerate(ids):
             if token is None or token < 0:
                 raise DataError(f"{where}[{index}] is {token}, which is no token id. Correct or remove the row.")
+            if token >= self.vocabulary:
+                raise DataError(
+                    f"{where}[{index}] is {token}, but the tokenizer has {self.vocabulary:,} tokens. Tokenise the data "
+                    "with the tokenizer of this model."
+                )
         mask = [True] * len(ids)
         for part in ("labels", "completion_mask", "assistant_masks", "loss_mask"):
             if part not in columns or (part == "completion_mask" and not self.completion_only_loss):
@@ -476,6 +588,10 @@ class _Tokenise:
     @staticmethod
     def _check_labels(labels: Sequence[int], ids: Sequence[int], where: str) -> None:
         for index, (label, token) in enumerate(zip(labels, ids, strict=True)):
+            if isinstance(label, bool):
+                raise DataError(
+                    f"{where}[{index}] is {label}: labels are token ids. A mask of true and false belongs in `loss_mask`."
+                )
             if label not in (UNTRAINED_LABEL, token):
                 raise DataError(
                     f"{where}[{index}] is {label}, but the token there is {token}. Labels are the `input_ids` "
@@ -510,7 +626,12 @@ class _Tokenise:
             values = (length, trainable, trained, dropped, end, int(row.bos_doubled), int(row.straddles))
             for name, value in zip(COUNTERS, values, strict=True):
                 counters[name].append(value)
-        return {"input_ids": kept_ids, "loss_mask": kept_masks, "row": list(indices), **counters}
+        return {
+            "input_ids": kept_ids,
+            "loss_mask": kept_masks,
+            "row": [self.first_row + row for row in indices],
+            **counters,
+        }
 
     def _stops(self) -> set[int]:
         """The tokens that end a text or a turn."""
@@ -522,12 +643,18 @@ class _Tokenise:
         return stops
 
 
-def _aggregate(
-    table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, shape: Shape, max_length: int | None, name: str
+def aggregate(
+    table: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: Shape,
+    max_length: int | None,
+    name: str,
+    first_row: int = 0,
 ) -> tuple[datasets.Dataset, DataReport]:
-    """Takes the counters off the table and the dropped rows out of it, and writes the report."""
+    """The second half of `prepare`: takes the counters off the table and the dropped rows out of it, and writes the
+    report, which numbers the rows as the user does."""
     count = {column: table.data.column(column).to_numpy() for column in COUNTERS}
-    rows = table.data.column("row").to_numpy()
+    rows = table.data.column("row").to_numpy() - first_row
     kept = count["_dropped"] == KEPT
     dropped: list[Dropped] = []
     for reason, words in REASONS.items():
@@ -574,7 +701,7 @@ def _aggregate(
         bos_doubled=int(count["_bos_doubled"].sum()),
         boundary_tokens=int(count["_straddles"][kept].sum()),
         sample=show(tokenizer, sample["input_ids"], sample["loss_mask"]),
-        sample_row=int(sample["row"]),
+        sample_row=int(sample["row"]) - first_row,
     )
 
 

@@ -205,7 +205,7 @@ class _LinearHead(torch.autograd.Function):
         hidden_NH, weight_VH, bias_V, target_N = ctx.saved_tensors
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         grad_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_VH: Tensor | None = None
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
             hidden_CH = hidden_NH[span].to(dtype)
@@ -216,12 +216,16 @@ class _LinearHead(torch.autograd.Function):
             grad_CV = grad_CV.to(dtype)
             if grad_NH is not None:
                 grad_NH[span] = grad_CV @ weight
-            if grad_VH is not None:
-                if dtype == torch.float32:
-                    grad_VH.addmm_(grad_CV.T, hidden_CH)
-                else:
-                    grad_VH += grad_CV.T @ hidden_CH
-        grad_VH = None if grad_VH is None else grad_VH.to(weight_VH.dtype)
+            if not ctx.needs_input_grad[1]:
+                continue
+            if grad_VH is None:
+                grad_VH = (grad_CV.T @ hidden_CH).float()
+            elif dtype == torch.float32:
+                grad_VH.addmm_(grad_CV.T, hidden_CH)
+            else:
+                grad_VH += grad_CV.T @ hidden_CH
+        if ctx.needs_input_grad[1]:
+            grad_VH = torch.zeros_like(weight_VH) if grad_VH is None else grad_VH.to(weight_VH.dtype)
         grad_V = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
         return grad_NH, grad_VH, grad_V, None, None, None
 

@@ -63,7 +63,7 @@ def wrap(model: nn.Module, peft_config: Any) -> nn.Module:
 def for_training(model: nn.Module, peft_config: Any = None) -> nn.Module:
     """The model as a trainer takes it: with the new adapter, or with its own one awake; quantised weights prepared.
 
-    Called before the engine is attached, whose probe runs the model. Calling it again changes nothing.
+    Called before the engine is attached, whose probe runs the model.
     """
     if peft_config is not None:
         model = wrap(model, peft_config)
@@ -145,7 +145,9 @@ def prepare_quantised(model: Any) -> bool:
     The adapter's matrices are kept in bfloat16 when the quantised layers compute in it: that is the QLoRA recipe
     (Dettmers et al. 2023, arXiv:2305.14314, section 3: one storage type, one 16-bit type to compute in), and a float32
     adapter would turn the input of every adapted layer into float32. DoRA's magnitudes stay in float32, as they are
-    large numbers that change little, and so do layers that `modules_to_save` trains in full.
+    large numbers that change little; layers that `modules_to_save` trains in full stay in the checkpoint's dtype.
+
+    To be called again after PEFT has loaded an adapter's weights (a resumed run): it turns them into float32.
     """
     if not is_quantised(model):
         return False

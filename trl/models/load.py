@@ -248,16 +248,18 @@ def replace_device_map(model: nn.Module, device: torch.device | str | int) -> bo
     Takes accelerate's hooks off, moves the weights, ties again what was tied and forgets the map. True when there was
     something to do. Raises `ModelError` when the weights cannot be moved.
     """
-    from accelerate.hooks import remove_hook_from_submodules
+    from accelerate.hooks import remove_hook_from_module
 
     device = torch.device(device)
     mapped = [module for module in model.modules() if vars(module).get("hf_device_map")]
-    hooked = any("_hf_hook" in vars(module) for module in model.modules())
+    # Not by `hasattr`: a PeftModel has what its base has, and cannot delete it.
+    hooked = [module for module in model.modules() if "_hf_hook" in vars(module)]
     if not mapped and not hooked:
         return False
     remedy = f"load it with device_map={{'': {device.index if device.index is not None else str(device)!r}}}"
     try:
-        remove_hook_from_submodules(model)
+        for module in hooked:
+            remove_hook_from_module(module)
         elsewhere = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if elsewhere:
             raise ModelError(f"{elsewhere[0]} (and {len(elsewhere) - 1} more) are offloaded to the disk")

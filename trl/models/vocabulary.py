@@ -107,14 +107,16 @@ def check_added_tokens(model: nn.Module, peft_config: Any, added: Sequence[int])
     targets = getattr(peft_config, "target_modules", None) or ()
     if not isinstance(targets, str) and any(_is_embedding(name) for name in targets):
         return
-    names = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]  # type: ignore[operator]
-    embedding = names[0].rpartition(".")[2] if names else "embed_tokens"
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embedding = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    layers = [embedding.rpartition(".")[2]]
     span = f"{added[0]}-{added[-1]}" if len(added) > 1 else str(added[0])
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    layers += [] if tied else ["lm_head"]
     say_once(
         f"{len(added)} tokens were added (ids {span}), and the adapter does not train their embeddings: they stay the "
-        "mean of the others. "
-        f"Set trainable_token_indices on the LoraConfig to the ids that the template uses, or train the whole "
-        f"embedding with modules_to_save=['{embedding}', 'lm_head'] (--lora_modules_to_save {embedding} lm_head)"
+        "mean of the others. Set trainable_token_indices=[...] on the LoraConfig, the ids of those that the template "
+        f"uses; or train whole layers with modules_to_save={layers}{', ensure_weight_tying=True' if tied else ''}"
     )
 
 

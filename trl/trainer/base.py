@@ -173,6 +173,10 @@ class BaseTrainer(Adoptable, Trainer):
             # A frozen embedding would leave a checkpointed layer without an input that asks for gradients.
             model.enable_input_require_grads()
 
+        if data_collator is not None and getattr(args, "packing", False):
+            raise ValueError(
+                "packing makes rows of several samples, which a data_collator of your own cannot tell apart"
+            )
         self.args, self.model = args, model
         self.reports: dict[str, DataReport] = {}
         train_dataset = self._prepared(train_dataset, "train")

@@ -7,7 +7,7 @@ import datasets
 import torch
 import transformers
 
-import trl
+from trl import __version__
 
 _CARD = """---
 {header}---
@@ -56,7 +56,7 @@ def model_card(
         f'model = {opener}.from_pretrained("{name}")\ntokenizer = AutoTokenizer.from_pretrained("{name}")',
         training="\n".join(f"- {line}" for line in data),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        version=trl.__version__,
+        version=__version__,
         transformers=transformers.__version__,
         torch=torch.__version__,
         datasets=datasets.__version__,

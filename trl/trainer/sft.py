@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the log-likelihood of the tokens that the data marks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from trl.config import BaseConfig, SequenceFields, say_once
 from trl.data import collate
+from trl.data.packing import STRATEGIES, packed, strategy_of
 from trl.data.report import DataReport
 from trl.data.tokens import prepare
 from trl.engine.forest import Batch
@@ -41,6 +43,27 @@ class SFTConfig(SequenceFields, BaseConfig):
     shuffle_dataset: bool = field(
         default=False, metadata={"help": "Shuffle the rows once, before anything else (epochs are shuffled anyway)."}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Put several rows into one of max_length tokens; they never see each other."}
+    )
+    packing_strategy: str = field(
+        default="bfd",
+        metadata={"help": "Which rows go together, and what becomes of longer ones.", "choices": list(STRATEGIES)},
+    )
+    eval_packing: bool | None = field(default=None, metadata={"help": "Pack evaluation rows too. Default: as packing."})
+    padding_free: bool = field(default=False, metadata={"help": "Has no effect: flat rows are never padded."})
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "Has no effect on flat rows; padded rows are as wide as their longest."}
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "Chat template: a file, or the name or folder of a tokenizer that has it."},
+    )
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'For older scripts: {"skip_prepare_dataset": true} for tokenised rows.'}
+    )
+
+    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
 
     def __post_init__(self) -> None:
         if self.loss_type == "chunked_nll":
@@ -48,6 +71,7 @@ class SFTConfig(SequenceFields, BaseConfig):
             self.loss_type = "nll"
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type={self.loss_type!r} is not one of {', '.join(LOSSES)}")
+        self.packing_strategy = strategy_of(self.packing_strategy)
         super().__post_init__()
 
 
@@ -62,19 +86,35 @@ class SFTTrainer(BaseTrainer):
     method = "sft"
     trees = staticmethod(collate.sequences)
 
+    def __init__(self, *args: Any, formatting_func: Callable | None = None, **kwargs: Any) -> None:
+        self.formatting_func = formatting_func
+        super().__init__(*args, **kwargs)
+
     def rows(self, dataset: Any, name: str) -> tuple[Dataset, DataReport]:
         args = self.args
-        return prepare(
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        training = name.startswith("train")
+        packs = args.packing if training or args.eval_packing is None else args.eval_packing
+        window = args.max_length or self.window()
+        if packs and window is None:
+            raise ValueError("packing needs max_length: neither the model nor the tokenizer says how long a row may be")
+        splits = packs and args.packing_strategy != "bfd"
+        rows, report = prepare(
             dataset,
             self.processing_class,
             text_field=args.dataset_text_field,
-            max_length=args.max_length or self.window(),
+            formatting_func=self.formatting_func,
+            max_length=None if splits else window,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
             num_proc=args.dataset_num_proc,
             name=name,
         )
+        if packs:
+            rows, report.packing = packed(rows, window, args.packing_strategy, args.seed, args.dataset_num_proc, name)
+        return rows, report
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
         args, smoothing = self.args, self.args.label_smoothing_factor

@@ -1,0 +1,228 @@
+"""Each row of the table: the older word is accepted, moved, passed over or refused as the row says, and said once."""
+
+import copy
+import os
+import pickle
+from dataclasses import MISSING, dataclass, field, fields
+
+import pytest
+
+import trl
+from trl import compat, config
+from trl.config import ModelConfig, ScriptArguments
+from trl.trainer.sft import SFTConfig
+
+# An older argument with a value that asks for something -> what it is in today's words.
+MEANS = {
+    "evaluation_strategy": ("steps", {"eval_strategy": "steps"}),
+    "warmup_ratio": (0.05, {"warmup_steps": 0.05}),
+    "no_cuda": (True, {"use_cpu": True}),
+    "per_gpu_train_batch_size": (3, {"per_device_train_batch_size": 3}),
+    "per_gpu_eval_batch_size": (5, {"per_device_eval_batch_size": 5}),
+    "adafactor": (True, {"optim": "adafactor"}),
+    "group_by_length": (True, {"train_sampling_strategy": "group_by_length"}),
+    "include_inputs_for_metrics": (True, {"include_for_metrics": ["inputs"]}),
+    "push_to_hub_token": ("secret", {"hub_token": "secret"}),
+    "push_to_hub_model_id": ("me/it", {"hub_model_id": "me/it"}),
+    "push_to_hub_organization": ("we", {"hub_model_id": "we/out"}),
+    "torchdynamo": ("eager", {"torch_compile_backend": "eager"}),
+    "tpu_metrics_debug": (True, {"debug": "tpu_metrics_debug"}),
+    "xpu_backend": ("gloo", {"ddp_backend": "gloo"}),
+    "dispatch_batches": (False, {"accelerator_config": {"dispatch_batches": False}}),
+    "split_batches": (True, {"accelerator_config": {"split_batches": True}}),
+    "fsdp_min_num_params": (7, {"fsdp_config": {"min_num_params": 7}}),
+    "fsdp_transformer_layer_cls_to_wrap": ("Block", {"fsdp_config": {"transformer_layer_cls_to_wrap": "Block"}}),
+    "activation_checkpointing": (False, {"gradient_checkpointing": False}),
+    "activation_checkpointing_kwargs": ({"use_reentrant": False},) * 2,
+    "past_index": (0, None),
+    "sharded_ddp": ("simple", None),
+    "max_seq_length": (2048, {"max_length": 2048}),
+    "use_liger": (True, {"use_liger_kernel": True}),
+    "torch_dtype": ("bfloat16", {"dtype": "bfloat16"}),
+}
+# Built, these would set the environment of every later test (process groups, compilers).
+ONLY_TRANSLATED = {"xpu_backend", "torchdynamo", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap"}
+CONFIGS = {"BaseConfig": SFTConfig, "SFTConfig": SFTConfig, "ModelConfig": ModelConfig,
+           "ScriptArguments": ScriptArguments}  # fmt: skip
+ROWS = [(CONFIGS[name], old, row) for name in CONFIGS for old, row in compat.ARGUMENTS[name].items()]
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "_said", set())
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
+
+
+def built(cls, **arguments):
+    return cls(**({"output_dir": "out"} if cls is SFTConfig else {}), **arguments)
+
+
+def values(instance):
+    return {each.name: getattr(instance, each.name) for each in fields(instance)}
+
+
+def accepted(cls):
+    return {each.name for each in fields(cls) if each.init}
+
+
+@pytest.mark.parametrize(("cls", "old", "row"), ROWS, ids=lambda part: part if isinstance(part, str) else "")
+def test_a_row_does_what_it_says(cls, old, row, capsys):
+    if old in accepted(cls):
+        assert old.startswith("activation_checkpointing")  # only a newer name may be both
+        return
+    value, today = MEANS.get(old, (True, {}))
+    if old in ONLY_TRANSLATED:
+        assert compat.translate(cls, {old: value}, accepted(cls)) == (today, {})
+        assert capsys.readouterr().out == f"trl: {row.sentence(old)}\n"
+        return
+    if isinstance(row, compat.Refused):
+        with pytest.raises(compat.ArgumentError, match=f"`{old}` is gone: "):
+            built(cls, **{old: value})
+    else:
+        assert values(built(cls, **{old: value})) == values(built(cls, **today))
+        if isinstance(row, compat.Now):
+            assert values(built(cls, **today)) != values(built(cls)), "the example asks for nothing"
+        said = capsys.readouterr().out
+        assert said == f"trl: {row.sentence(old)}\n"
+        built(cls, **{old: value})
+    for nothing in row.nothing:
+        assert values(built(cls, **{old: nothing})) == values(built(cls))
+    if not isinstance(row, compat.Refused):
+        assert capsys.readouterr().out == "", "it has been said"
+
+
+@pytest.mark.parametrize("name", ["SFTTrainer"])
+def test_what_moved_into_the_config_names_a_field(name):
+    later = {"packing", "eval_packing", "dataset_kwargs"} - accepted(SFTConfig)
+    for old, row in compat.ARGUMENTS[name].items():
+        if isinstance(row, compat.InConfig):
+            assert row.name in accepted(SFTConfig) | later, old
+
+
+def test_every_row_has_versions():
+    for rows in compat.ARGUMENTS.values():
+        for old, row in rows.items():
+            assert row.versions.split()[0] in ("trl", "transformers"), old
+
+
+def test_the_checkpointing_arguments_of_newer_transformers_have_a_name_everywhere():
+    today, _ = compat.translate(SFTConfig, {"activation_checkpointing": False}, {"gradient_checkpointing"})
+    assert today == {"gradient_checkpointing": False}
+
+
+def test_warmup():
+    assert built(SFTConfig, warmup_ratio=0.1).get_warmup_steps(31) == 4
+    assert built(SFTConfig, warmup_ratio=1.0).get_warmup_steps(31) == 31
+    assert built(SFTConfig, warmup_ratio=0.1, warmup_steps=5).get_warmup_steps(31) == 5
+    assert built(SFTConfig, warmup_ratio=0.1, warmup_steps=0).get_warmup_steps(31) == 4
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        built(SFTConfig, warmup_ratio=3)
+
+
+def test_what_is_merged():
+    settings = built(SFTConfig, accelerator_config={"even_batches": False}, dispatch_batches=True, split_batches=True)
+    made = settings.accelerator_config
+    assert (made.even_batches, made.dispatch_batches, made.split_batches) == (False, True, True)
+    with pytest.raises(compat.ArgumentError, match="both are given"):
+        built(SFTConfig, accelerator_config="some.json", dispatch_batches=True)
+    together = {"push_to_hub_organization": "we", "push_to_hub_model_id": "it"}
+    assert built(SFTConfig, **together).hub_model_id == "we/it"
+    assert built(SFTConfig, **dict(reversed(together.items()))).hub_model_id == "we/it"
+
+
+def test_logging_dir_reaches_tensorboard():
+    built(SFTConfig, logging_dir="here")
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "here"
+
+
+def test_older_values(capsys):
+    assert built(SFTConfig, optim="adamw_hf").optim == "adamw_torch"
+    assert built(SFTConfig, loss_type=None).loss_type == "nll"
+    assert built(SFTConfig, dataset_text_field=None).dataset_text_field == "text"
+    assert built(SFTConfig, report_to=None).report_to == []
+    assert capsys.readouterr().out.splitlines()[0] == "trl: optim='adamw_hf' is 'adamw_torch' today"
+    given = {"torch_dtype": "bfloat16", "revision": "x"}
+    assert built(SFTConfig, model_init_kwargs=given).model_init_kwargs == {"dtype": "bfloat16", "revision": "x"}
+    assert "torch_dtype" in given, "what the caller holds is left alone"
+
+
+def test_both_names_of_one_argument():
+    assert built(SFTConfig, max_length=8, max_seq_length=8).max_length == 8
+    with pytest.raises(compat.ArgumentError, match="max_length=8 and max_seq_length=9 are the same argument"):
+        built(SFTConfig, max_length=8, max_seq_length=9)
+
+
+@pytest.mark.parametrize(
+    ("cls", "word", "end"),
+    [
+        (SFTConfig, "max_lenght", "SFTConfig has no argument `max_lenght`; did you mean `max_length`?"),
+        (SFTConfig, "max_seq_lenght", "; did you mean `max_length`?"),
+        (SFTConfig, "learningrate", "; did you mean `learning_rate`?"),
+        (SFTConfig, "zzz", "SFTConfig has no argument `zzz`"),
+        (ModelConfig, "lora_rank", "; did you mean `lora_r`?"),
+        (ModelConfig, "max_seq_length", "ModelConfig has no argument `max_seq_length`"),
+        (ScriptArguments, "dataset_nam", "; did you mean `dataset_name`?"),
+    ],
+)
+def test_an_unknown_argument_is_an_error_with_the_nearest_name(cls, word, end):
+    with pytest.raises(TypeError) as error:
+        cls(**{word: 1})
+    assert str(error.value).endswith(end)
+    assert isinstance(error.value, ValueError)  # what a command tells without a traceback
+
+
+def test_attributes_under_older_names(capsys):
+    settings = built(SFTConfig, max_length=9)
+    assert settings.max_seq_length == 9
+    settings.max_seq_length = 10
+    assert settings.max_length == 10
+    assert capsys.readouterr().out == "trl: `max_seq_length` is `max_length` today\n"
+    assert not hasattr(settings, "warmup_ratio") and not hasattr(SFTConfig, "max_seq_length")
+    with pytest.raises(AttributeError):
+        settings.maximal_length  # noqa: B018
+
+
+def test_a_config_is_still_a_dataclass():
+    settings = built(SFTConfig, max_seq_length=7, report_to="none")
+    for twin in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
+        assert values(twin) == values(settings)
+    assert SFTConfig("here").output_dir == "here"
+    with pytest.raises(TypeError, match="multiple values"):
+        SFTConfig("here", output_dir="there")
+
+
+def test_subclasses_of_a_user():
+    @dataclass
+    class Mine(SFTConfig):
+        weight: float = 1.0
+        max_seq_length: int = field(default=3)
+
+    mine = Mine(output_dir="out", evaluation_strategy="no", weight=2.0, max_seq_length=5)
+    assert (mine.weight, mine.max_seq_length, mine.max_length) == (2.0, 5, None), "the user's own field is the user's"
+    with pytest.raises(compat.ArgumentError, match="Mine has no argument `wieght`; did you mean `weight`?"):
+        Mine(wieght=1)
+    assert {each.name: each.default for each in fields(Mine)}["weight"] is not MISSING
+
+
+@pytest.mark.parametrize("word", ["true", "TRUE", "1", "yes"])
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [("wandb", []), (["wandb", "tensorboard"], ["tensorboard"]), ("none", []), ("mlflow", ["mlflow"])],
+)
+def test_wandb_disabled(word, asked, left, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_DISABLED", word)
+    assert built(SFTConfig, report_to=asked).report_to == left
+    assert ("WANDB_DISABLED is set" in capsys.readouterr().out) == ("wandb" in asked)
+
+
+def test_wandb_not_disabled(monkeypatch):
+    monkeypatch.setenv("WANDB_DISABLED", "false")
+    assert built(SFTConfig, report_to="wandb").report_to == ["wandb"]
+
+
+def test_the_table_is_of_public_names():
+    assert set(compat.NAMES.values()) <= set(trl.__all__)

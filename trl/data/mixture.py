@@ -1,0 +1,241 @@
+"""Several data sets trained on as one: each is read by its own shape, and all are tokenised into one table."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .formats import Shape, detect
+from .report import DataReport
+from .sources import DataError, load
+from .tokens import aggregate, prepare_stream, tabulate
+
+
+@dataclass
+class DatasetConfig:
+    """One data set of a mix. `path`, `name`, `data_dir`, `data_files` and `split` say what `sources.load` opens.
+
+    `columns` is a list of those to keep, or says which column is which, as in `{"prompt": "question", "completion":
+    "answer"}`. `fraction`, above 0 and at most 1, is the share of the rows to take, drawn by the seed.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    split: str = "train"
+    columns: list[str] | dict[str, str] | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise DataError(f"{self.path}: fraction={self.fraction} is not a share of the rows: above 0, at most 1.")
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """A mix of data sets. `datasets` are `DatasetConfig`s or dicts of their fields. With `test_split_size` (a share of
+    the rows, below 1, or their number) so many rows, of each data set its share, are set aside for evaluation."""
+
+    datasets: list[Any] = field(default_factory=list)
+    streaming: bool = False
+    test_split_size: float | None = None
+
+    def __post_init__(self) -> None:
+        self.datasets = [_config(entry, number) for number, entry in enumerate(self.datasets)]
+
+
+def _config(entry: Any, number: int) -> DatasetConfig:
+    if isinstance(entry, DatasetConfig):
+        return entry
+    if isinstance(entry, str):
+        return DatasetConfig(entry)
+    if not isinstance(entry, Mapping):
+        raise DataError(f"datasets[{number}] is a {type(entry).__name__}: give a dict with a `path`.")
+    known = [part.name for part in dataclasses.fields(DatasetConfig)]
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"datasets[{number}] has a field {key!r}; known are {', '.join(known)}.{meant}")
+    if not entry.get("path"):
+        raise DataError(f"datasets[{number}] has no `path`: a file, a folder or a name.")
+    return DatasetConfig(**entry)
+
+
+@dataclass
+class Part:
+    """A data set of a mix, opened: its rows, what it is called, and which column is which where the user says so."""
+
+    rows: Any
+    label: str
+    columns: dict[str, str] | None = None
+
+
+@dataclass
+class Mixture:
+    """Data sets to be trained on as one. `prepare` turns them into tokens."""
+
+    parts: list[Part]
+
+    @property
+    def streaming(self) -> bool:
+        return any(isinstance(part.rows, datasets.IterableDataset) for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(len(part.rows) for part in self.parts)
+
+    def prepare(
+        self, tokenizer: PreTrainedTokenizerBase, name: str = "train", num_proc: int | None = None, **options: Any
+    ) -> tuple[Any, DataReport]:
+        """As `tokens.prepare`, or `prepare_stream` for streams; `options` are theirs. Rows are numbered through all
+        parts; the report has one for each part under `parts`."""
+        if self.streaming:
+            return self._prepare_stream(tokenizer, name, options)
+        max_length = options.get("max_length")
+        tables, reports, first_row = [], [], 0
+        shape = None
+        for part in self.parts:
+            # Shapes are found before the first is tokenised, so that the mistake in the last is known at once.
+            try:
+                columns = part.columns or options.get("columns")
+                detect(part.rows, options.get("text_field", "text"), columns, options.get("formatting_func"))
+            except DataError as error:
+                raise DataError(f"{part.label}: {error}") from error
+        for part in self.parts:
+            what = f"{name}, {part.label}"
+            own = {**options, "columns": part.columns or options.get("columns")}
+            try:
+                shape, table = tabulate(part.rows, tokenizer, name=what, num_proc=num_proc, first_row=first_row, **own)
+            except DataError as error:
+                raise DataError(f"{part.label}: {error}") from error
+            reports.append(aggregate(table, tokenizer, shape, max_length, part.label, first_row)[1])
+            tables.append(table)
+            first_row += len(part.rows)
+        assert shape is not None
+        whole = Shape(shape.kind, shape.columns, shape.conversational, f"a mix of {len(self.parts)} data sets")
+        prepared, report = aggregate(datasets.concatenate_datasets(tables), tokenizer, whole, max_length, name)
+        report.parts = reports
+        return prepared, report
+
+    def _prepare_stream(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, options: dict[str, Any]
+    ) -> tuple[Any, DataReport]:
+        streams, reports = [], []
+        for part in self.parts:
+            own = {**options, "columns": part.columns or options.get("columns")}
+            try:
+                stream, report = prepare_stream(part.rows, tokenizer, name=part.label, **own)
+            except DataError as error:
+                raise DataError(f"{part.label}: {error}") from error
+            streams.append(stream)
+            reports.append(report)
+        total = dataclasses.replace(
+            reports[0],
+            name=name,
+            sentence=f"a mix of {len(self.parts)} streams, one behind the other",
+            parts=reports,
+            dropped=[entry for report in reports for entry in report.dropped],
+            **{count: sum(getattr(report, count) for report in reports) for count in _COUNTS},
+        )
+        total.looked_at = sum(report.looked_at or 0 for report in reports)
+        total.lengths = {
+            "min": min(report.lengths["min"] for report in reports),
+            "median": round(float(np.median([report.lengths["median"] for report in reports]))),
+            "p95": max(report.lengths["p95"] for report in reports),
+            "max": max(report.lengths["max"] for report in reports),
+        }
+        return datasets.concatenate_datasets(streams), total
+
+
+_COUNTS = (
+    *("rows_read", "rows_kept", "tokens", "trained_tokens", "rows_cut", "tokens_cut", "trained_tokens_cut"),
+    *("end_of_turn", "bos_doubled", "boundary_tokens"),
+)
+
+
+def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) -> dict[str, Mixture]:
+    """Opens every data set of a mix. Returns `{"train": …}`, and `"test"` when some rows are set aside."""
+    if not isinstance(config, DatasetMixtureConfig):
+        config = DatasetMixtureConfig(datasets=list(config))
+    if not config.datasets:
+        raise DataError("The mix has no data sets: list at least one under `datasets`, with its `path`.")
+    if config.streaming and config.test_split_size is not None:
+        raise DataError(
+            "test_split_size cannot be taken of streams, whose length is not known: set streaming to false."
+        )
+    parts = [_open(entry, config.streaming, seed + number) for number, entry in enumerate(config.datasets)]
+    labels = [part.label for part in parts]
+    for number, part in enumerate(parts):
+        if labels.count(part.label) > 1:
+            part.label = f"{part.label} ({number + 1})"
+    if config.test_split_size is None:
+        return {"train": Mixture(parts)}
+    return _split(parts, config.test_split_size, seed)
+
+
+def _open(entry: DatasetConfig, streaming: bool, seed: int) -> Part:
+    rows = load(
+        entry.path,
+        entry.split,
+        entry.name,
+        data_dir=entry.data_dir,
+        data_files=entry.data_files,
+        streaming=streaming,
+    )
+    if isinstance(entry.columns, list):
+        missing = [column for column in entry.columns if column not in (rows.column_names or entry.columns)]
+        if missing:
+            raise DataError(
+                f"{entry.path}: columns names {', '.join(map(repr, missing))}, but there are "
+                f"{', '.join(map(repr, rows.column_names))}."
+            )
+        rows = rows.select_columns(entry.columns)
+    if entry.fraction is not None and entry.fraction < 1:
+        rows = _share(rows, entry.fraction, seed, entry.path)
+    return Part(rows, entry.path, entry.columns if isinstance(entry.columns, dict) else None)
+
+
+def _share(rows: Any, fraction: float, seed: int, path: str) -> Any:
+    """So many of the rows, in their order; of a stream, each with this probability, by its number."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.filter(_Drawn(fraction, seed), with_indices=True)
+    count = round(fraction * len(rows))
+    if count == 0:
+        raise DataError(
+            f"{path}: fraction={fraction} of {len(rows)} rows is none. Raise it, or leave the data set out."
+        )
+    return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]))
+
+
+class _Drawn:
+    def __init__(self, fraction: float, seed: int):
+        self.fraction, self.seed = fraction, seed
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> bool:
+        return bool(np.random.default_rng([self.seed, index]).random() < self.fraction)
+
+
+def _split(parts: list[Part], size: float, seed: int) -> dict[str, Mixture]:
+    total = sum(len(part.rows) for part in parts)
+    share = size if size < 1 else size / total
+    if not 0 < share < 1:
+        raise DataError(
+            f"test_split_size={size} of {total} rows leaves none on one side: give a share below 1, or fewer."
+        )
+    train, test = [], []
+    for number, part in enumerate(parts):
+        order = np.random.default_rng([seed, number]).permutation(len(part.rows))
+        aside = round(share * len(order))
+        test.append(dataclasses.replace(part, rows=part.rows.select(np.sort(order[:aside]))))
+        train.append(dataclasses.replace(part, rows=part.rows.select(np.sort(order[aside:]))))
+    found = {"train": [part for part in train if len(part.rows)], "test": [part for part in test if len(part.rows)]}
+    for side, some in found.items():
+        if not some:
+            raise DataError(f"test_split_size={size} of {total} rows leaves none for {side}.")
+    return {side: Mixture(some) for side, some in found.items()}
