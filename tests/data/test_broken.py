@@ -214,7 +214,7 @@ BROKEN = {
     ),
     "labels that are true and false": Broken(
         lines({"input_ids": [1, 2, 3], "labels": [False, True, True]}),
-        "row 0: `labels`[0] is False: labels are token ids. A mask of true and false belongs in `loss_mask`.",
+        "row 0: `labels`[0] is False: labels are token ids. A mask belongs in `loss_mask`.",
     ),
     "a mask that is too short": Broken(
         lines({"input_ids": [1, 2, 3], "completion_mask": [0, 1]}),

@@ -106,16 +106,23 @@ def test_an_adapter_folder_is_a_model_and_trains_on(tmp_path, tiny_path):
     assert all(not torch.equal(p, before[name]) for name, p in second.model.named_parameters() if name in before)
 
 
-def test_nothing_to_train_is_an_error(tmp_path, tokenizer, tiny_path):
+def test_nothing_to_train_is_an_error(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="0 of .* parameters would train. Set requires_grad"):
         sft(tmp_path, tiny(tokenizer).requires_grad_(False), tokenizer, chat_rows(2))
+
+
+def test_an_adapter_that_transformers_loaded_frozen_is_woken(tmp_path, tokenizer, tiny_path):
+    """`AutoModelForCausalLM.from_pretrained(adapter_folder)` has nothing to train, and says nothing."""
     trainer = sft(tmp_path, tiny_path, None, chat_rows(2), peft_config=lora(), max_steps=1)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     injected = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    injected.requires_grad_(False)
-    with pytest.raises(ValueError, match="an adapter that was loaded for inference: pass the adapter's folder"):
-        sft(tmp_path, injected, tokenizer, chat_rows(2))
+    assert not any(parameter.requires_grad for parameter in injected.parameters())
+    second = sft(tmp_path / "run", injected, tokenizer, chat_rows(2), max_steps=1)
+    before = {name: p.detach().clone() for name, p in injected.named_parameters() if p.requires_grad}
+    assert before and all("lora" in name for name in before)
+    second.train()
+    assert all(not torch.equal(p, before[name]) for name, p in injected.named_parameters() if name in before)
 
 
 def test_a_loss_that_is_not_finite_names_the_row_and_spares_the_weights(tmp_path, tokenizer):

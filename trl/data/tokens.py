@@ -590,7 +590,7 @@ class Tokenise:
         for index, (label, token) in enumerate(zip(labels, ids, strict=True)):
             if isinstance(label, bool):
                 raise DataError(
-                    f"{where}[{index}] is {label}: labels are token ids. A mask of true and false belongs in `loss_mask`."
+                    f"{where}[{index}] is {label}: labels are token ids. A mask belongs in `loss_mask`."
                 )
             if label not in (UNTRAINED_LABEL, token):
                 raise DataError(

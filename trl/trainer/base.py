@@ -15,6 +15,7 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
     log                 adds the metrics: one collective a log step
     _save_checkpoint    written aside, synced, renamed; keeps what `Trainer` forgets between logs
     save_model          writes the model card beside the weights
+    _load_from_checkpoint   also an adapter that transformers put into the model itself
     train               resolves the checkpoint to resume from, and prints the report before step 1
 """
 
@@ -42,7 +43,7 @@ from trl.data.report import DataReport
 from trl.engine.forest import Batch, padded, trained, unshared, with_labels
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
-from trl.models import adapters, load, offload
+from trl.models import adapters, load, offload, vocabulary
 
 from .card import model_card
 
@@ -134,6 +135,7 @@ class BaseTrainer(Adoptable, Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
         if args is None:
@@ -150,6 +152,8 @@ class BaseTrainer(Adoptable, Trainer):
         init_kwargs = dict(args.model_init_kwargs or {})
         if args.trust_remote_code and isinstance(model, str):
             init_kwargs["trust_remote_code"] = True
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
         if isinstance(model, str):
             if processing_class is None:
                 names = ("revision", "trust_remote_code")
@@ -157,13 +161,21 @@ class BaseTrainer(Adoptable, Trainer):
                 processing_class = load.load_tokenizer(model, **kwargs)
             model = load.load_causal_lm(model, **init_kwargs)
         elif init_kwargs:
-            raise ValueError("model_init_kwargs are for a model given by name or path; this one is already loaded")
+            raise ValueError(
+                f"{', '.join(init_kwargs)} are for a model given by name or path; this one is already loaded"
+            )
+        elif args.world_size > 1 and load.replace_device_map(model, args.device):
+            say_once(f"the model's device_map is dropped: each of the {args.world_size} processes holds it whole")
         if processing_class is None:
             processing_class = load.load_tokenizer(model.config._name_or_path)
         self.processing_class = _special_tokens(processing_class, getattr(args, "eos_token", None),
                                                 getattr(args, "pad_token", None))  # fmt: skip
-        if peft_config is not None:
-            model = adapters.wrap(model, peft_config)
+        if getattr(args, "chat_template_path", None):
+            model, self.processing_class, added = vocabulary.use_chat_template(
+                model, self.processing_class, args.chat_template_path
+            )
+            vocabulary.check_added_tokens(model, peft_config, added)
+        model = adapters.for_training(model, peft_config)
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -248,7 +260,7 @@ class BaseTrainer(Adoptable, Trainer):
         count, total = adapters.trainable(self.model)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad})
         lines.append(f"model: {count:,} of {total:,} parameters train ({count / total:.2%}), in {', '.join(dtypes)}")
-        if "bfloat16" in dtypes or "float16" in dtypes:
+        if {"bfloat16", "float16"} & set(dtypes) and not hasattr(self.model, "peft_config"):
             lines.append(
                 "  caution: half-precision weights drop updates smaller than about 1/256 of a weight; "
                 "an adapter, or model_init_kwargs={'dtype': 'float32'} with bf16=True, keeps them"
@@ -539,6 +551,10 @@ class BaseTrainer(Adoptable, Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not adapters.restore_adapter(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_between_logs(self, folder: Path) -> None:
         world = checkpoint.manifest(folder).get("world_size")
