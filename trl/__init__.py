@@ -10,6 +10,10 @@ __version__ = "2.0.0.dev0"
 if TYPE_CHECKING:
     from .config import ModelConfig, ScriptArguments
     from .data.completion_only import DataCollatorForCompletionOnlyLM
+    from .data.packing import pack_dataset
+    from .models.adapters import get_peft_config
+    from .models.load import get_quantization_config
+    from .models.vocabulary import clone_chat_template
     from .trainer.sft import SFTConfig, SFTTrainer
 
 _home = {
@@ -18,6 +22,10 @@ _home = {
     "ScriptArguments": "trl.config",
     "SFTConfig": "trl.trainer.sft",
     "SFTTrainer": "trl.trainer.sft",
+    "clone_chat_template": "trl.models.vocabulary",
+    "get_peft_config": "trl.models.adapters",
+    "get_quantization_config": "trl.models.load",
+    "pack_dataset": "trl.data.packing",
 }
 
 __all__ = [
@@ -27,6 +35,10 @@ __all__ = [
     "SFTTrainer",
     "ScriptArguments",
     "__version__",
+    "clone_chat_template",
+    "get_peft_config",
+    "get_quantization_config",
+    "pack_dataset",
 ]
 
 

@@ -1,5 +1,6 @@
 """What a user sets. Field groups are dataclasses over `transformers.TrainingArguments`; each field is written once."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -140,6 +141,8 @@ class BaseConfig(Adoptable, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.use_cpu = True  # or each process of a launcher would train alone
         accelerator = torch.accelerator.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = accelerator and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

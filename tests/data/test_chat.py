@@ -334,13 +334,13 @@ def test_two_renderings_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate(tokenizer)
     template.facts()
     rendered = []
-    original = type(tokenizer).apply_chat_template
+    original = ChatTemplate._apply
 
-    def counting(self: Any, conversations: Any, **options: Any) -> Any:
+    def counting(self: Any, conversations: Any, prompt: bool, **options: Any) -> Any:
         rendered.append(len(conversations))
-        return original(self, conversations, **options)
+        return original(self, conversations, prompt, **options)
 
-    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counting)
+    monkeypatch.setattr(ChatTemplate, "_apply", counting)
     template.spans_all([TALK] * 10)
     assert rendered == [10, 10]
 

@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from .formats import DataError
 
@@ -147,11 +147,30 @@ class ChatTemplate:
             ) from error
 
     def _apply(self, conversations: list[list[dict[str, Any]]], prompt: bool, **kwargs: Any) -> list[str]:
+        if not kwargs and self._compiled is not None and all(map(_are_plain, conversations)):
+            given = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self._special_map}
+            return [self._compiled.render(messages=messages, **given) for messages in conversations]
         return self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt, **kwargs)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The template as a program, where the tokenizer's own method does no more with it than to run it."""
+        if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return None
+        try:
+            return _compile_jinja_template(self._source())
+        except Exception:  # it does not compile: the usual way says why
+            return None
+
+    @cached_property
+    def _special_map(self) -> dict[str, Any]:
+        return dict(self.tokenizer.special_tokens_map)
 
     def _complete(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message as the template expects it: no field None, a content even where there are only tool calls, and
         the arguments of these as it writes them."""
+        if _is_plain(message):
+            return message  # type: ignore[return-value]
         complete = {key: value for key, value in message.items() if value is not None}
         if complete.get("tool_calls"):
             complete.setdefault("content", "")
@@ -395,6 +414,17 @@ class ChatTemplate:
         end = min(_common_prefix(prompt, text), answer)
         begin = len(plain) if prompt.startswith(plain) and asked <= len(plain) < end else asked
         return Lead(text[begin:end], text[end:answer]) if begin < end else None
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a role and a content, strings, and nothing else: there is nothing to convert in it."""
+    return (
+        type(message) is dict and len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str
+    )
+
+
+def _are_plain(messages: Messages) -> bool:
+    return all(map(_is_plain, messages)) and bool(messages)
 
 
 def _with_json_arguments(call: Any) -> Any:

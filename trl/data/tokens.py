@@ -5,6 +5,7 @@ Masks are made from positions, never from token ids: the end of a turn is traine
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,8 +34,11 @@ from .formats import (
 )
 from .report import DataReport, Dropped, show
 from .sources import from_rows
+from .words import Words
 
-RECIPE = 1  # raise it when the same options come to give other tokens, so that no stale cache is read
+logger = logging.getLogger(__name__)
+
+RECIPE = 2  # raise it when the same options come to give other tokens, so that no stale cache is read
 UNTRAINED_LABEL = -100  # what `labels` hold where no loss is taken, as everywhere in PyTorch
 
 KEPT, TOO_SHORT, NOTHING_TRAINED, ALL_CUT = range(4)
@@ -287,6 +291,7 @@ class Tokenise:
         self.assistant_only_loss = assistant_only_loss
         self.add_eos = add_eos
         self.first_row = first_row
+        self.frame: tuple[list[int], list[int]] | None = None
 
     def fingerprint(self, dataset: datasets.Dataset) -> str:
         """Names the result in the cache of `datasets`, which by itself takes seconds to hash a large vocabulary."""
@@ -493,6 +498,43 @@ class Tokenise:
         """`plain` text gets the tokenizer's special tokens and an EOS; a rendered conversation has its own."""
         if not self.tokenizer.is_fast:
             return [self._tokenise_pieces(text, plain) for text in texts]
+        words = Words.of(self.tokenizer)
+        if words is None:
+            return self._tokenise_batch(texts, plain)
+        rows = [self._tokenise_words(words, text, plain) for text in texts]
+        if not words.right:
+            logger.warning(
+                "Tokens by the word differ from the tokenizer's own, which are used from here on. Please report the "
+                "name of this tokenizer; to be certain of the rows before, prepare the data again in this process."
+            )
+            return self._tokenise_batch(texts, plain)
+        missing = [index for index, row in enumerate(rows) if row is None]
+        for index, row in zip(missing, self._tokenise_batch([texts[index] for index in missing], plain), strict=True):
+            rows[index] = row
+        return rows  # type: ignore[return-value]
+
+    def _tokenise_words(self, words: Words, text: _Text, plain: bool) -> _Row | None:
+        straddles = False
+        if text.spans is None:
+            ids = words.encode(text.text)
+            if ids is None:
+                return None
+            mask = [True] * len(ids)
+        else:
+            marked = words.encode_spans(text.text, text.spans)
+            if marked is None:
+                return None
+            ids, mask, straddles = marked.ids, marked.mask, marked.straddles and plain
+        if plain:
+            before, after = self._frame()
+            if before or after:
+                ids = [*before, *ids, *after]
+                mask = [False] * len(before) + mask + [text.spans is None] * len(after)
+        return self._finish(text.text, ids, mask, plain, straddles)
+
+    def _tokenise_batch(self, texts: list[_Text], plain: bool) -> list[_Row]:
+        if not texts:
+            return []
         masked = any(text.spans is not None for text in texts)
         encoded = self.tokenizer(
             [text.text for text in texts],
@@ -529,13 +571,19 @@ class Tokenise:
                 ids += new
                 mask += [trained] * len(new)
             position = end
-        if plain:  # what the tokenizer sets around a text
+        if plain:
+            before, after = self._frame()
+            ids = [*before, *ids, *after]
+            mask = [False] * len(before) + mask + [text.spans is None] * len(after)
+        return self._finish(text.text, ids, mask, plain, False)
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer sets around a text."""
+        if self.frame is None:
             bare, framed = self._encode("a", special=False), self._encode("a", special=True)
             before = next(shift for shift in range(len(framed)) if framed[shift : shift + len(bare)] == bare)
-            after = framed[before + len(bare) :]
-            ids = [*framed[:before], *ids, *after]
-            mask = [False] * before + mask + [text.spans is None] * len(after)
-        return self._finish(text.text, ids, mask, plain, False)
+            self.frame = framed[:before], framed[before + len(bare) :]
+        return self.frame
 
     def _encode(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -589,9 +637,7 @@ class Tokenise:
     def _check_labels(labels: Sequence[int], ids: Sequence[int], where: str) -> None:
         for index, (label, token) in enumerate(zip(labels, ids, strict=True)):
             if isinstance(label, bool):
-                raise DataError(
-                    f"{where}[{index}] is {label}: labels are token ids. A mask belongs in `loss_mask`."
-                )
+                raise DataError(f"{where}[{index}] is {label}: labels are token ids. A mask belongs in `loss_mask`.")
             if label not in (UNTRAINED_LABEL, token):
                 raise DataError(
                     f"{where}[{index}] is {label}, but the token there is {token}. Labels are the `input_ids` "

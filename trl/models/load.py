@@ -187,6 +187,9 @@ def quantization_config(settings: Any) -> BitsAndBytesConfig | None:
     )
 
 
+get_quantization_config = quantization_config  # upstream's name
+
+
 def _quantised(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`quantization_config` as an object, whichever way it was asked for."""
     kwargs = dict(kwargs)

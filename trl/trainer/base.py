@@ -168,13 +168,13 @@ class BaseTrainer(Adoptable, Trainer):
             say_once(f"the model's device_map is dropped: each of the {args.world_size} processes holds it whole")
         if processing_class is None:
             processing_class = load.load_tokenizer(model.config._name_or_path)
-        self.processing_class = _special_tokens(processing_class, getattr(args, "eos_token", None),
-                                                getattr(args, "pad_token", None))  # fmt: skip
+        self.processing_class = processing_class
         if getattr(args, "chat_template_path", None):
             model, self.processing_class, added = vocabulary.use_chat_template(
                 model, self.processing_class, args.chat_template_path
             )
             vocabulary.check_added_tokens(model, peft_config, added)
+        _special_tokens(self.processing_class, getattr(args, "eos_token", None), getattr(args, "pad_token", None))
         model = adapters.for_training(model, peft_config)
         if args.disable_dropout:
             for module in model.modules():
@@ -553,8 +553,10 @@ class BaseTrainer(Adoptable, Trainer):
             self._push_from_checkpoint(str(final))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not adapters.restore_adapter(self.model, resume_from_checkpoint):
+        model = self.model if model is None else model
+        if not adapters.restore_adapter(model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            adapters.prepare_quantised(model)  # PEFT loads a bfloat16 adapter back in float32
 
     def _load_between_logs(self, folder: Path) -> None:
         world = checkpoint.manifest(folder).get("world_size")
@@ -594,7 +596,7 @@ def _is_data_set(value: Any) -> bool:
     return isinstance(value, str | Path | Dataset) or (isinstance(value, list) and value and isinstance(value[0], dict))
 
 
-def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> Any:
+def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> None:
     """Set end and padding tokens by name; without a padding token the end token stands in (masks go by position)."""
     for what, token in (("eos_token", eos), ("pad_token", pad)):
         if token is None:
@@ -604,4 +606,3 @@ def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> Any:
         setattr(tokenizer, what, token)
     if getattr(tokenizer, "pad_token", None) is None and getattr(tokenizer, "eos_token", None) is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
