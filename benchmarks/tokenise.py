@@ -145,7 +145,8 @@ def _upstream(tokenizer: Any, settings: dict[str, Any], folder: Path) -> Any:
         template, masks = CASES[case]
         tokenizer.chat_template = template
         args = SFTConfig(output_dir=str(folder / "out"), report_to="none", max_length=settings["max_length"],
-                         assistant_only_loss=masks, dataset_num_proc=settings["num_proc"], use_cpu=True, bf16=False)  # fmt: skip
+                         assistant_only_loss=masks, dataset_num_proc=settings["num_proc"], use_cpu=True,
+                         bf16=False)  # fmt: skip
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8,
                                              num_hidden_layers=1, num_attention_heads=1))  # fmt: skip
         few = Dataset.from_list(
@@ -253,7 +254,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for side in sides:
                 side.process.kill()
                 side.process.wait()
+    if options.pack:
+        report["packing"] = packing(options.pack)
     return report
+
+
+def packing(count: int) -> dict[str, Any]:
+    """Seconds, packed rows and fill of packing so many lengths of a log-normal distribution, by each strategy."""
+    import numpy as np
+
+    from trl.data.packing import STRATEGIES, pack
+
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.0, count).astype(int), 2, None)
+    found: dict[str, Any] = {"rows": count}
+    for strategy in STRATEGIES:
+        started = time.perf_counter()
+        pieces = pack(lengths, 2048, strategy)
+        seconds = time.perf_counter() - started
+        fill = int(pieces.length_P.sum()) / (len(pieces) * 2048)
+        found[strategy] = {"seconds": seconds, "packed_rows": len(pieces), "fill": fill}
+    return found
 
 
 def _compared(case: str, sides: list[Side]) -> dict[str, Any]:
@@ -295,8 +315,15 @@ def show(report: dict[str, Any]) -> None:
         if "ratio" in found:
             ratio = found["ratio"]
             same = "equal masks" if found["same_masks"] else f"upstream trains {found['trained_upstream']:,}"
-            print(f"  upstream / ours: {ratio['median']:.2f}× the time (rounds {ratio['min']:.2f} – {ratio['max']:.2f}), "
+            print(f"  upstream / ours: {ratio['median']:.2f}× the time ({ratio['min']:.2f} – {ratio['max']:.2f}), "
                   f"{found['processor_ratio']:.2f}× the processor time; {same}")  # fmt: skip
+
+    if "packing" in report:
+        rows = report["packing"].pop("rows")
+        for strategy, found in report["packing"].items():
+            print(f"\npacking {rows:,} rows into 2,048 tokens, {strategy}: {found['seconds']:.2f} s, "
+                  f"{found['packed_rows']:,} rows, {found['fill']:.2%} full", end="")  # fmt: skip
+        print()
 
 
 def main() -> None:
@@ -309,6 +336,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="longest row in tokens (1024, upstream's default)")
     parser.add_argument("--num-proc", type=int, help="processes that prepare the data, for both sides")
     parser.add_argument("--threads", type=int, help="threads of the tokenizer, for both sides")
+    parser.add_argument("--pack", type=int, default=200_000, help="lengths to pack besides (200,000; 0: none)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

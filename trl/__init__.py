@@ -10,6 +10,7 @@ __version__ = "2.0.0.dev0"
 if TYPE_CHECKING:
     from .config import ModelConfig, ScriptArguments
     from .data.completion_only import DataCollatorForCompletionOnlyLM
+    from .data.mixture import DatasetMixtureConfig
     from .data.packing import pack_dataset
     from .models.adapters import get_peft_config
     from .models.load import get_quantization_config
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _home = {
     "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
+    "DatasetMixtureConfig": "trl.data.mixture",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SFTConfig": "trl.trainer.sft",
@@ -30,6 +32,7 @@ _home = {
 
 __all__ = [
     "DataCollatorForCompletionOnlyLM",
+    "DatasetMixtureConfig",
     "ModelConfig",
     "SFTConfig",
     "SFTTrainer",

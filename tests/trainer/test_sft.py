@@ -432,3 +432,49 @@ def test_a_formatting_function(tmp_path, tokenizer):
     trainer = SFTTrainer(tiny(tokenizer), config, train_dataset=rows, processing_class=tokenizer,
                          formatting_func=lambda row: f"{row['q']} -> {row['a']}")  # fmt: skip
     assert tokenizer.decode(trainer.train_dataset[1]["input_ids"]) == "red -> bird<|im_end|>"
+
+
+def stream_of(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list(rows).to_iterable_dataset()
+
+
+def test_a_stream_trains_as_the_rows_in_their_order(tmp_path, tokenizer):
+    rows = chat_rows(10)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    losses = []
+    for data in (rows, stream_of(rows)):
+        trainer = sft(tmp_path, tiny(tokenizer), tokenizer, data, **settings)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_resumed_stream_goes_on_where_it_was(tmp_path, tokenizer):
+    def run(path):
+        settings = {"per_device_train_batch_size": 2, "max_steps": 6, "save_steps": 2, "logging_steps": 3}
+        return sft(path, tiny(tokenizer), tokenizer, stream_of(chat_rows(20)), save_strategy="steps", **settings)
+
+    whole, resumed = run(tmp_path / "whole"), run(tmp_path / "resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    logs = [[line for line in trainer.state.log_history if "loss" in line] for trainer in (whole, resumed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+
+
+def test_a_mixture_of_data_sets(tmp_path, tokenizer):
+    from trl.data.mixture import load_mixture
+
+    first, second = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    first.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(4)))
+    second.write_text("".join(json.dumps({"prompt": "cat", "completion": f" mat {n}"}) + "\n" for n in range(6)))
+    mixture = load_mixture([{"path": str(first)}, {"path": str(second), "fraction": 0.5}])["train"]
+    trainer = sft(tmp_path / "out", tiny(tokenizer), tokenizer, mixture, max_steps=2, assistant_only_loss=False)
+    assert len(trainer.train_dataset) == 7 and len(trainer.reports["train"].parts) == 2
+    trainer.train()
+
+
+def test_a_stream_cannot_be_packed(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="packing looks at all rows at once"):
+        sft(tmp_path, tiny(tokenizer), tokenizer, stream_of(chat_rows(4)), packing=True, max_length=64, max_steps=1)

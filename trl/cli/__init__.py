@@ -18,7 +18,10 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def hide_library_notes() -> None:
-    """Deprecations that libraries announce to one another are nothing a user of a command can act on."""
+    """What libraries announce to one another is nothing a user of a command can act on."""
+    import logging
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    # It tells of a faster kernel for CPUs that it looked for, whoever imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

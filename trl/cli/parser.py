@@ -1,111 +1,267 @@
 """Flags made from dataclasses: each field one flag, with its type, its help and its default.
 
 A value may come from three places: the dataclass's default, a YAML file (`--config`), and the command line; the later
-one wins. All three pass through the same conversion, so that `learning_rate: 1e-4` (text, to YAML) is a number too.
+one wins. The last two pass through the same conversion, so that `learning_rate: 1e-4` (text, to YAML) is a number too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import enum
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 
+from trl import compat
 from trl.cli import UsageError, nearest
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
+# Flags of text that may stand alone, and then say "true".
+BARE = ("resume_from_checkpoint",)
 
 
 class Parser:
-    """Reads argv into one instance of each of `classes`. A field that two of them share is one flag."""
+    """Reads argv into one instance of each of `classes`. A field that two of them share is one flag.
 
-    def __init__(self, classes: Sequence[type], *, prog: str, description: str = "") -> None:
+    `common` names the options that `--help` shows, by group, with a sentence that replaces the field's own where it is
+    not empty; without it, all are shown. `in_file` are keys that the YAML file may hold and that are no flags.
+    `foreign`, asked only when a word is unknown, names another program's options and whether each takes a value.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[type],
+        *,
+        prog: str,
+        description: str = "",
+        common: Mapping[str, Mapping[str, str]] | None = None,
+        notes: Sequence[str] = (),
+        in_file: Collection[str] = (),
+        foreign: Callable[[], Mapping[str, bool]] | None = None,
+    ) -> None:
         self.classes = classes
         self.kinds: dict[str, Kind] = {}
-        self.prog = prog
-        self._argparse = _Argparse(
-            prog=prog,
-            description=description,
-            allow_abbrev=False,
-            usage=f"{prog} [--config FILE.yaml] [options]",
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-        )
-        self._argparse.add_argument(
-            "--config", metavar="FILE", help="a YAML file of these same options; the command line overrides it"
+        self.older: dict[str, Any] = {}  # word -> its row in the table of older words
+        self.prog, self.description, self.notes = prog, description, notes
+        self.in_file, self.foreign = in_file, foreign
+        self._older_values: dict[str, Collection[Any]] = {}
+        self._groups: dict[str, list[argparse.Action]] = {"Everywhere": []}
+        self._argparse = _Argparse(prog=prog, add_help=False, allow_abbrev=False)
+        self._options = self._argparse.add_argument_group()
+        self._add_flag(
+            "Everywhere", "--config", metavar="FILE", help="YAML file of these same options; what is typed is stronger"
         )
         for cls in classes:
-            title = (cls.__doc__ or cls.__name__).strip().splitlines()[0].rstrip(".")
-            group = self._argparse.add_argument_group(title)
             hints = typing.get_type_hints(cls)
             for field in dataclasses.fields(cls):
                 if field.init and field.name not in self.kinds:
                     kind = Kind(hints[field.name], field.metadata.get("choices", ()))
                     if kind.settable:
                         self.kinds[field.name] = kind
-                        self._add(group, field, kind)
+                        self._add(_origin(cls, field.name), field, kind)
+            for name, values in compat.rows_of(cls, compat.VALUES).items():
+                self._older_values[name] = values.keys()
+        for cls in classes:
+            for word, row in compat.rows_of(cls).items():
+                if word not in self.kinds and word not in self.older:
+                    self.older[word] = row
+                    self._add_older(word, row)
+        self.common = {title: dict(options) for title, options in (common or {}).items()}
+        self._add_flag("Everywhere", "-h", "--help", action="store_true", help=self._help_on_help())
+        if self.common:
+            text = f"all {len(self.kinds)} options, grouped by where they come from"
+            self._add_flag("Everywhere", "--help_all", action="store_true", help=text).option_strings = ["--help-all"]
 
     def parse(self, argv: Sequence[str]) -> list[Any]:
-        values = self.read(argv)
+        return self.instances(self.read(argv))
+
+    def instances(self, values: Mapping[str, Any]) -> list[Any]:
+        """One of each class. Older words are put into today's as the classes are made, and said."""
         instances = []
         for cls in self.classes:
-            own = {field.name for field in dataclasses.fields(cls) if field.init}
-            instances.append(cls(**{name: value for name, value in values.items() if name in own}))
+            own = {field.name for field in dataclasses.fields(cls) if field.init} | set(compat.rows_of(cls))
+            try:
+                instances.append(cls(**{name: value for name, value in values.items() if name in own}))
+            except compat.ArgumentError as error:
+                raise UsageError(str(error)) from None
         return instances
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """What argv and its YAML file say, converted; fields that neither names are absent."""
-        flags = sorted(self._argparse._option_string_actions)
-        given, unknown = self._argparse.parse_known_args([_with_underscores(word) for word in argv])
+        return self.read_apart(argv)[0]
+
+    def read_apart(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """As `read`; then the foreign options; then argv without them."""
+        words = [_with_underscores(word) for word in argv]
+        for flag, everything in (("-h", False), ("--help", False), ("--help_all", True)):
+            if flag in words:
+                print(self.help(everything))
+                raise SystemExit(0)
+        words, foreign = self._without_foreign(words)
+        given, stray = self._argparse.parse_known_args(words)
+        if stray:
+            raise UsageError(f"`{stray[0]}` belongs to no option; options begin with two dashes.")
         typed = vars(given)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            if not flag.startswith("-"):
-                raise UsageError(f"`{flag}` belongs to no option; options begin with two dashes.")
-            raise UsageError(f"there is no option {flag}{nearest(flag, flags)} `{self.prog} --help` lists them.")
         config = typed.pop("config", None)
         values: dict[str, Any] = {}
         if config is not None:
-            for name, value in _read_yaml(config).items():
-                if name not in self.kinds:
-                    raise UsageError(f"{config}: there is no option `{name}`{nearest(str(name), self.kinds)}")
-                values[name] = self._convert(name, value, where=f"{config}: {name}")
+            content, elsewhere = read_yaml(config), {}
+            content.pop("env", None)
+            for name, value in content.items():
+                if name in self.in_file:
+                    values[name] = value
+                elif name in self.kinds or name in self.older:
+                    values[name] = self._convert(name, value, where=f"{config}: {name}")
+                elif self.foreign is not None and name in self.foreign():
+                    elsewhere[name] = value
+                else:
+                    meant = nearest(str(name), [*self.kinds, *self.in_file])
+                    raise UsageError(f"{config}: there is no option `{name}`{meant}")
+            foreign = elsewhere | foreign
         for name, value in typed.items():
+            # What is typed is stronger than the file, in whichever of two words it says the same thing.
+            for other in [other for other in values if other != name and self._same(other, name)]:
+                del values[other]
             values[name] = self._convert(name, value, where=f"--{name}")
-        return values
+        return values, foreign, words
+
+    def help(self, everything: bool) -> str:
+        formatter = argparse.HelpFormatter(self.prog, max_help_position=34, width=110)
+        formatter.add_usage(f"{self.prog} [--config FILE.yaml] [options]", [], [])
+        formatter.add_text(self.description)
+        actions = {action.dest: action for group in self._groups.values() for action in group}
+        shown: set[str] = set()
+        for title, options in self.common.items():
+            formatter.start_section(title)
+            for name in options:
+                if name in actions:
+                    action = copy.copy(actions[name])
+                    action.help = options[name] or action.help
+                    formatter.add_argument(action)
+                    shown.add(name)
+            formatter.end_section()
+        for title, group in self._groups.items():
+            rest = [action for action in group if action.dest not in shown]
+            if rest and (everything or not self.common or title == "Everywhere"):
+                formatter.start_section(title)
+                formatter.add_arguments(rest)
+                formatter.end_section()
+        for note in self.notes:
+            formatter.add_text(note)
+        return formatter.format_help().rstrip()
+
+    def _help_on_help(self) -> str:
+        return "the options people use" if self.common else "this text"
+
+    def _without_foreign(self, words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """The words of our own options, and the foreign options among them. UsageError for an option nobody has."""
+        known = self._argparse._option_string_actions
+        own: list[str] = []
+        foreign: dict[str, Any] = {}
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            flag, equals, value = word.partition("=")
+            if not flag.startswith("--") or flag in known:
+                own.append(word)
+                continue
+            theirs = self.foreign() if self.foreign is not None else {}
+            name = flag[2:]
+            if name not in theirs:
+                # An older word that was nearly typed is answered with today's.
+                words = {f"--{old}": f"--{getattr(row, 'name', old)}" for old, row in self.older.items()}
+                words |= {f"--{each}": f"--{each}" for each in [*self.kinds, *theirs]}
+                words |= {each: each for each in known if each[2:] not in self.older}
+                meant = nearest(flag, words)
+                for old, today in words.items():
+                    meant = meant.replace(f" {old}?", f" {today}?")
+                raise UsageError(f"there is no option {flag}{meant} `{self.prog} --help` lists them.")
+            takes = theirs[name]
+            if not equals and rest and (not rest[0].startswith("--") if takes else rest[0].lower() in TRUE + FALSE):
+                equals, value = "=", rest.pop(0)
+            if takes and not equals:
+                raise UsageError(f"{flag} needs a value.")
+            foreign[name] = value if takes else value.lower() not in FALSE
+        return own, foreign
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two words set the same field, one of them the older; keys of one mapping stand side by side."""
+        today = [getattr(self.older.get(word), "name", word) for word in (one, other)]
+        return today[0] == today[1] and not (today[0] in self.kinds and self.kinds[today[0]].mapping)
 
     def _convert(self, name: str, value: Any, *, where: str) -> Any:
+        kind = self._kind(name)
+        today = getattr(self.older.get(name), "name", name)
+        if (value is None or isinstance(value, str)) and value in self._older_values.get(today, ()):
+            return value
+        if today in BARE and isinstance(value, bool):
+            return str(value).lower()
         try:
-            return self.kinds[name].convert(value)
+            return kind.convert(value) if kind is not None else _plain(value)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from None
 
-    def _add(self, group: argparse._ArgumentGroup, field: dataclasses.Field[Any], kind: Kind) -> None:
+    def _kind(self, name: str) -> Kind | None:
+        """What a word admits; None for an older word of which nothing is known."""
+        if name in self.kinds:
+            return self.kinds[name]
+        row = self.older[name]
+        return self.kinds.get(row.name) if isinstance(row, compat.Now) and row.value is None else None
+
+    def _add_flag(self, title: str, *flags: str, **options: Any) -> argparse.Action:
+        # Absent flags stay absent from the result, or they would override the YAML file.
+        action = self._options.add_argument(*flags, default=argparse.SUPPRESS, **options)
+        self._groups.setdefault(title, []).append(action)
+        return action
+
+    def _add(self, title: str, field: dataclasses.Field[Any], kind: Kind) -> None:
         help_text = " ".join(str(field.metadata.get("help", "")).split()).replace("%", "%%")
         default = _default(field)
-        if default not in (None, "", []):
+        if default not in (None, "", []) and not (kind.boolean and default is False):
             help_text += f" [{default}]".replace("%", "%%")
-        # Absent flags stay absent from the result, or they would override the YAML file.
-        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text.strip()}
+        self._add_flag(title, f"--{field.name}", dest=field.name, help=help_text.strip(), **_shape(field.name, kind))
         if kind.boolean:
-            group.add_argument(f"--{field.name}", nargs="?", const=True, metavar="true|false", **options)
-            group.add_argument(
-                f"--no_{field.name}",
-                dest=field.name,
-                default=argparse.SUPPRESS,
-                action="store_const",
-                const=False,
-                help=argparse.SUPPRESS,
-            )
-        elif kind.many:
-            group.add_argument(f"--{field.name}", nargs="+", metavar="VALUE", **options)
-        else:
-            group.add_argument(f"--{field.name}", metavar=kind.metavar, **options)
+            self._add_no(field.name)
+
+    def _add_older(self, word: str, row: Any) -> None:
+        kind = self._kind(word)
+        shape = {"nargs": "?", "const": True} if kind is None else _shape(row.name, kind)
+        self._argparse.add_argument(f"--{word}", dest=word, default=argparse.SUPPRESS, **shape)
+        if kind is None or kind.boolean:
+            self._add_no(word)
+
+    def _add_no(self, name: str) -> None:
+        self._argparse.add_argument(
+            f"--no_{name}", dest=name, default=argparse.SUPPRESS, action="store_const", const=False
+        )
+
+
+def _shape(name: str, kind: Kind) -> dict[str, Any]:
+    """How many words a flag takes, and how `--help` shows them."""
+    if kind.boolean:
+        return {"nargs": "?", "const": True, "metavar": "true|false"}
+    if name in BARE:
+        return {"nargs": "?", "const": "true", "metavar": kind.metavar}
+    return {"nargs": "+", "metavar": "VALUE"} if kind.many else {"metavar": kind.metavar}
+
+
+def _origin(cls: type, name: str) -> str:
+    """The title of the group of a field: the class that writes it, and what that class says of itself."""
+    source = next(part for part in cls.__mro__ if name in part.__dict__.get("__annotations__", {}))
+    if not source.__module__.startswith("trl"):
+        library = source.__module__.partition(".")[0]
+        return f"{library}.{source.__name__}" if library == "transformers" else _sentence(source)
+    return f"{_sentence(source)} ({source.__name__})"
+
+
+def _sentence(cls: type) -> str:
+    return (cls.__doc__ or cls.__name__).strip().splitlines()[0].rstrip(".")
 
 
 class Kind:
@@ -258,6 +414,22 @@ def _with_underscores(word: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
+def _plain(value: Any) -> Any:
+    """A word as YAML reads it, for an option whose type is not known: a number, true or false, JSON, or text."""
+    if not isinstance(value, str):
+        return value
+    import yaml
+
+    try:
+        return (
+            float(value)
+            if value.strip().lower() not in ("nan", "inf", "infinity") and "e" in value.lower()
+            else yaml.safe_load(value)
+        )
+    except (ValueError, yaml.YAMLError):
+        return value
+
+
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
@@ -265,7 +437,7 @@ def _json(text: str) -> Any:
         raise ValueError(f"is not valid JSON ({error}): {text}") from None
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     if not Path(path).is_file():
@@ -279,3 +451,24 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `option: value` lines, not a {type(content).__name__}.")
     return content
+
+
+def set_environment(argv: Sequence[str]) -> None:
+    """Set the variables of the YAML file's `env:`, before anything is loaded that reads them."""
+    import os
+
+    words = [_with_underscores(word) for word in argv]
+    path = None
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag == "--config":
+            path = value if equals else next(iter(words[place + 1 :]), None)
+    if path is None or not Path(path).is_file():
+        return  # said when the options are read
+    variables = read_yaml(path).get("env") or {}
+    if not isinstance(variables, dict):
+        raise UsageError(f"{path}: env holds `NAME: value` lines, not a {type(variables).__name__}.")
+    for name, value in variables.items():
+        if value is None or isinstance(value, (dict, list)):
+            raise UsageError(f"{path}: env: {name} needs one value.")
+        os.environ[str(name)] = str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trl.cli import UsageError, hide_library_notes
-from trl.cli.parser import Parser
+from trl.cli import UsageError, hide_library_notes, launch
+from trl.cli.parser import Parser, set_environment
 
 
 class Method(NamedTuple):
@@ -20,39 +21,133 @@ METHODS = {
     "sft": Method("SFTConfig", "SFTTrainer", "Supervised fine-tuning: trains a model to continue as the rows do."),
 }
 
+# What `--help` shows: the options people use, by what they are about. A sentence here stands for the field's own.
+COMMON = {
+    "Model": {
+        "model_name_or_path": "",
+        "dtype": "",
+        "load_in_4bit": "",
+    },
+    "Data": {
+        "dataset_name": "",
+        "dataset_train_split": "",
+        "dataset_text_field": "",
+        "max_length": "",
+        "packing": "",
+        "assistant_only_loss": "",
+    },
+    "Adapter": {
+        "use_peft": "",
+        "lora_r": "",
+        "lora_alpha": "Scale of the adapter. [32]",
+        "lora_target_modules": "",
+    },
+    "Training": {
+        "learning_rate": "",
+        "num_train_epochs": "Times the rows are gone through. [3.0]",
+        "max_steps": "Steps after which training ends, whatever the epochs. [-1: not set]",
+        "per_device_train_batch_size": "Rows a batch, on each device. [8]",
+        "gradient_accumulation_steps": "Batches a step. [1]",
+        "warmup_steps": "Steps over which the learning rate rises; below 1, a share of all steps. [0]",
+        "bf16": "",
+        "eval_strategy": "When to evaluate on `dataset_test_split`. [no]",
+        "seed": "Of the order of the rows, the adapter and dropout. [42]",
+    },
+    "Saving": {
+        "output_dir": "Folder of the checkpoints and the result. [trainer_output]",
+        "save_steps": "Steps between two checkpoints; below 1, a share of all steps. [500]",
+        "logging_steps": "",
+        "report_to": "Where the log goes besides the screen: wandb, tensorboard, ... [none]",
+        "resume_from_checkpoint": "Go on from this checkpoint; without a value, from the newest in output_dir.",
+    },
+}
+NOTES = (
+    "Several processes: --num_processes N, --accelerate_config FILE or a preset "
+    f"({', '.join(launch.PRESETS)}), and whatever else `accelerate launch` can be told.",
+    "A YAML file may also hold `env:` (variables set before anything is loaded) and `datasets:` (a list of data sets "
+    "that are trained on as one, each with path, name, split, columns, fraction).",
+)
+
 
 def run(argv: Sequence[str], command: str) -> int:
-    import trl
-
+    set_environment(argv)
     hide_library_notes()
+
+    import trl
+    from trl.data.mixture import DatasetMixtureConfig
+
     method = METHODS[command]
     config_class, trainer_class = getattr(trl, method.config), getattr(trl, method.trainer)
     parser = Parser(
-        [trl.ScriptArguments, trl.ModelConfig, config_class], prog=f"trl {command}", description=method.summary
+        [trl.ScriptArguments, trl.ModelConfig, config_class],
+        prog=f"trl {command}",
+        description=method.summary,
+        common=COMMON,
+        notes=NOTES,
+        in_file=("datasets", "test_split_size"),
+        foreign=launch.options,
     )
-    script, model, config = parser.parse(argv)
-    if not model.model_name_or_path:
-        raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
-    if not script.dataset_name:
-        raise UsageError("--dataset_name is missing: the rows to train on, a file, a folder or a dataset's name.")
+    values, elsewhere, own = parser.read_apart(argv)
+    _check(values)
+    if elsewhere and not launch.launched():
+        return launch.relaunch(command, own, elsewhere, values)
+    script, model, config = parser.instances(values)
+    mixture = None
+    if values.get("datasets"):
+        mixture = DatasetMixtureConfig(datasets=values["datasets"], test_split_size=values.get("test_split_size"))
 
-    from trl.data.formats import load
     from trl.models.adapters import lora_config
+    from trl.models.load import quantization_config
 
-    rows = load(script.dataset_name, script.dataset_train_split, script.dataset_config)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
+    notices = _Notices()
+    logging.getLogger("trl").addHandler(notices)
+    train_rows, test_rows = rows(script, mixture, config, notices)
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
-        train_dataset=rows,
-        eval_dataset=evaluation_rows(script, config),
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        quantization_config=quantization_config(model),
         peft_config=lora_config(model),
     )
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.process_index == 0:
-        print(closing(command, trainer.args.output_dir, script.dataset_name), flush=True)
+        print(closing(command, trainer.args.output_dir, script.dataset_name or "..."), flush=True)
     return 0
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """What is missing or given twice, told before anything is started or loaded."""
+    if not values.get("model_name_or_path"):
+        raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
+    mixes = bool(values.get("datasets"))
+    if mixes and values.get("dataset_name"):
+        raise UsageError("dataset_name and datasets are both given: keep one; datasets is a list of several.")
+    if not mixes and not values.get("dataset_name"):
+        raise UsageError("--dataset_name is missing: the rows to train on, a file, a folder or a dataset's name.")
+    if mixes and not isinstance(values["datasets"], list):
+        raise UsageError("datasets is a list: each entry begins with `- path: ...`.")
+    if values.get("test_split_size") is not None:
+        if not mixes:
+            raise UsageError(
+                "test_split_size belongs to datasets; of one data set, set rows aside with "
+                "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
+            )
+        if isinstance(values["test_split_size"], bool) or not isinstance(values["test_split_size"], (int, float)):
+            raise UsageError(f"test_split_size needs a number, not `{values['test_split_size']}`.")
+
+
+class _Notices(logging.Handler):
+    """Puts the library's notices beside its other lines, on stdout, once for all processes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"trl: {record.getMessage()}", flush=True)
 
 
 def loading_arguments(model: Any) -> dict[str, Any]:
@@ -67,22 +162,33 @@ def loading_arguments(model: Any) -> dict[str, Any]:
     return arguments
 
 
-def evaluation_rows(script: Any, config: Any) -> Any:
-    """The rows of `dataset_test_split`, or None when nothing asks for evaluation."""
+def rows(script: Any, mixture: Any, config: Any, notices: logging.Handler) -> tuple[Any, Any]:
+    """What is trained on, and what is evaluated on: None when nothing asks for evaluation."""
     from trl.data.formats import load
+    from trl.data.mixture import load_mixture
 
-    if config.eval_strategy == "no" and not config.do_eval:
-        return None
-    rows = load(script.dataset_name, script.dataset_test_split, script.dataset_config)
+    evaluates = config.eval_strategy != "no" or config.do_eval
+    if mixture is not None:
+        if evaluates and mixture.test_split_size is None:
+            raise UsageError("evaluation needs rows of its own: set some aside with `test_split_size: 0.05`.")
+        parts = load_mixture(mixture, seed=config.seed)
+        return parts["train"], parts["test"] if evaluates else None
+    train = load(script.dataset_name, script.dataset_train_split, script.dataset_config)
+    if not evaluates:
+        return train, None
+    # That another split stands in is an error here, and told as one.
+    notices.setLevel(logging.CRITICAL)
+    test = load(script.dataset_name, script.dataset_test_split, script.dataset_config)
+    notices.setLevel(logging.WARNING)
     wanted = script.dataset_test_split.split("[")[0]
     # A file has one split, and `load` then reads that one, whatever the name. To train on, that is what was meant; to
     # evaluate on, it would be the training rows.
-    if rows.split is not None and str(rows.split).split("[")[0] != wanted:
+    if test.split is not None and str(test.split).split("[")[0] != wanted:
         raise UsageError(
             f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. Set some aside: "
             "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
         )
-    return rows
+    return train, test
 
 
 def closing(command: str, output_dir: str, dataset_name: str) -> str:
@@ -101,7 +207,7 @@ def closing(command: str, output_dir: str, dataset_name: str) -> str:
 
 
 def _resume(value: str | bool | None) -> str | bool | None:
-    """`--resume_from_checkpoint true` asks for the last checkpoint; anything else names one."""
+    """`--resume_from_checkpoint true`, or bare, asks for the newest checkpoint; anything else names one."""
     if isinstance(value, str) and value.lower() in ("true", "last"):
         return True
     return None if isinstance(value, str) and value.lower() in ("", "false", "none") else value

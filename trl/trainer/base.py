@@ -37,8 +37,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import checkpoint
 from trl.config import Adoptable, BaseConfig, say_once
 from trl.data import formats
-from trl.data.batches import RowBatches
+from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import Tree, labelled
+from trl.data.mixture import Mixture
 from trl.data.report import DataReport
 from trl.engine.forest import Batch, padded, trained, unshared, with_labels
 from trl.engine.score import Attachment, attach, causal_lm, score
@@ -80,6 +81,17 @@ class Collate:
         if self.labels:
             return with_labels(padded(trees, self.attachment.pad_id))
         return self.attachment.batch(trees if self.share_prompt else unshared(trees))
+
+
+class _Stream(IterableDataset):
+    """The batches of a stream, as torch's loader and `Trainer` want them. A resumed run reads it from the beginning and
+    drops what was trained on: the order is the stream's own."""
+
+    def __init__(self, batches: StreamBatches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
 
 
 class _BeforeTraining(TrainerCallback):
@@ -235,14 +247,15 @@ class BaseTrainer(Adoptable, Trainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """Read and tokenise a data set, or each of a dictionary of them. What is prepared already passes."""
-        if dataset is None or isinstance(dataset, IterableDataset):
-            return dataset
+        if dataset is None:
+            return None
         if isinstance(dataset, dict) and all(_is_data_set(value) for value in dataset.values()):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
         if isinstance(dataset, Dataset) and {"input_ids", "loss_mask", "row"} <= set(dataset.column_names):
             return dataset
         with self.args.main_process_first(desc="preparing the data"):
-            rows, self.reports[name] = self.rows(formats.load(dataset), name)
+            dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
+            rows, self.reports[name] = self.rows(dataset, name)
         return rows
 
     def window(self) -> int | None:
@@ -316,9 +329,16 @@ class BaseTrainer(Adoptable, Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:  # fmt: skip
+        args, collate = self.args, self._collate
+        if not is_training and self.compute_metrics is not None:
+            collate = copy.copy(collate)
+            collate.labels = True
+        drop_last = is_training and args.dataloader_drop_last
         if isinstance(dataset, IterableDataset):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        args = self.args
+            batches = StreamBatches(
+                dataset, batch_size, ranks=args.world_size, rank=args.process_index, drop_last=drop_last
+            )
+            return DataLoader(_Stream(batches), batch_size=None, collate_fn=collate)
         batches = RowBatches(
             len(dataset),
             batch_size,
@@ -326,12 +346,8 @@ class BaseTrainer(Adoptable, Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             ranks=args.world_size,
             rank=args.process_index,
-            drop_last=is_training and args.dataloader_drop_last,
+            drop_last=drop_last,
         )
-        collate = self._collate
-        if not is_training and self.compute_metrics is not None:
-            collate = copy.copy(collate)
-            collate.labels = True
         return DataLoader(
             dataset,
             batch_sampler=batches,

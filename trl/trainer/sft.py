@@ -4,14 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from trl.config import BaseConfig, SequenceFields, say_once
 from trl.data import collate
+from trl.data.mixture import Mixture
 from trl.data.packing import STRATEGIES, packed, strategy_of
 from trl.data.report import DataReport
-from trl.data.tokens import prepare
+from trl.data.tokens import prepare, prepare_stream
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.sft import LOSSES, label_smoothing
@@ -90,28 +91,33 @@ class SFTTrainer(BaseTrainer):
         self.formatting_func = formatting_func
         super().__init__(*args, **kwargs)
 
-    def rows(self, dataset: Any, name: str) -> tuple[Dataset, DataReport]:
+    def rows(self, dataset: Any, name: str) -> tuple[Dataset | IterableDataset, DataReport]:
         args = self.args
-        if args.shuffle_dataset:
-            dataset = dataset.shuffle(seed=args.seed)
+        stream = isinstance(dataset, IterableDataset) or (isinstance(dataset, Mixture) and dataset.streaming)
         training = name.startswith("train")
         packs = args.packing if training or args.eval_packing is None else args.eval_packing
         window = args.max_length or self.window()
         if packs and window is None:
             raise ValueError("packing needs max_length: neither the model nor the tokenizer says how long a row may be")
-        splits = packs and args.packing_strategy != "bfd"
-        rows, report = prepare(
-            dataset,
-            self.processing_class,
-            text_field=args.dataset_text_field,
-            formatting_func=self.formatting_func,
-            max_length=None if splits else window,
-            truncation_mode=args.truncation_mode,
-            completion_only_loss=args.completion_only_loss,
-            assistant_only_loss=args.assistant_only_loss,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
+        if packs and stream:
+            raise ValueError("packing looks at all rows at once, which a stream does not have: load the data set whole")
+        options = {
+            "text_field": args.dataset_text_field,
+            "formatting_func": self.formatting_func,
+            # What a strategy splits must not be cut first.
+            "max_length": None if packs and args.packing_strategy != "bfd" else window,
+            "truncation_mode": args.truncation_mode,
+            "completion_only_loss": args.completion_only_loss,
+            "assistant_only_loss": args.assistant_only_loss,
+        }
+        if isinstance(dataset, Mixture):
+            rows, report = dataset.prepare(self.processing_class, name, args.dataset_num_proc, **options)
+        elif stream:
+            rows, report = prepare_stream(dataset, self.processing_class, name=name, **options)
+        else:
+            rows, report = prepare(dataset, self.processing_class, name=name, num_proc=args.dataset_num_proc, **options)
+        if args.shuffle_dataset:
+            rows = rows.shuffle(seed=args.seed)
         if packs:
             rows, report.packing = packed(rows, window, args.packing_strategy, args.seed, args.dataset_num_proc, name)
         return rows, report
