@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import pytest
 
 import trl
 from trl.cli import UsageError
-from trl.cli.parser import Kind, Parser
+from trl.cli.parser import Kind, Parser, set_environment
 
 
 class Colour(enum.Enum):
@@ -188,6 +189,181 @@ def test_help_shows_meaning_default_and_choices(capsys: pytest.CaptureFixture[st
     assert "--side left|right 100% of it [left]" in text
     assert "Settings of a test:" in text
     assert "--no_flag" not in text
+
+
+def test_the_usual_options_and_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    few = Parser([Settings], prog="trl test", common={"Often": {"steps": "Steps to go.", "absent": ""}})
+    texts = []
+    for flag in ("--help", "--help-all", "--help_all"):
+        with pytest.raises(SystemExit) as end:
+            few.read(["--steps", "3", flag])
+        assert end.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, everything, again = texts
+    assert everything == again
+    assert "Often:\n  --steps INTEGER" in short and "Steps to go." in short
+    assert "--rate" not in short and "--help-all" in short
+    assert everything.count("--steps INTEGER") == 1 and "--rate NUMBER" in everything
+
+
+def sft_parser(**options: Any) -> Parser:
+    return Parser([trl.ScriptArguments, trl.ModelConfig, trl.SFTConfig], prog="trl sft", **options)
+
+
+def test_help_of_a_training_command_fits_two_screens() -> None:
+    from trl.cli.train import COMMON, NOTES
+
+    parser = sft_parser(common=COMMON, notes=NOTES)
+    named = [name for options in COMMON.values() for name in options]
+    assert set(named) <= parser.kinds.keys() and 20 <= len(named) <= 28
+    short, everything = parser.help(everything=False), parser.help(everything=True)
+    assert len(short.splitlines()) <= 64
+    for name in named:
+        assert f"  --{name} " in short
+    for name in parser.kinds:
+        assert everything.count(f"\n  --{name} ") == 1, name
+    for title in COMMON:
+        assert f"\n{title}:\n" in short
+    for title in ("(SFTConfig):", "(BaseConfig):", "(ModelConfig):", "transformers.TrainingArguments:"):
+        assert title in everything and title not in short
+    for word in parser.older:
+        assert f"--{word} " not in everything
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "expected"),
+    [
+        ("--max_seq_length 64", "max_length", 64),
+        ("--max-seq-length=64", "max_length", 64),
+        ("--warmup_ratio 0.03", "warmup_steps", 0.03),
+        ("--warmup_ratio 3e-2", "warmup_steps", 0.03),
+        ("--evaluation_strategy epoch", "eval_strategy", "epoch"),
+        ("--no_cuda", "use_cpu", True),
+        ("--no_cuda false", "use_cpu", False),
+        ("--adafactor", "optim", "adafactor"),
+        ("--overwrite_output_dir", "output_dir", "trainer_output"),
+        ("--packing_strategy ffd", "packing_strategy", "bfd"),
+        ("--use_liger --use_cpu", "use_liger_kernel", True),
+    ],
+)
+def test_older_words(argv: str, field: str, expected: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from trl.config import _said
+
+    _said.clear()
+    config = sft_parser().parse(argv.split())[-1]
+    assert getattr(config, field) == expected
+    assert capsys.readouterr().out.count(argv.split()[0].split("=")[0][2:].replace("-", "_")) == 1
+
+
+def test_an_older_word_of_the_model() -> None:
+    assert sft_parser().parse(["--torch_dtype", "bfloat16"])[1].dtype == "bfloat16"
+
+
+def test_older_words_in_yaml_and_what_is_typed(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("max_seq_length: 64\nwarmup_ratio: 1e-1\nevaluation_strategy: no\ntorch_dtype: float16\n")
+    _, model, config = sft_parser().parse(["--config", str(path)])
+    assert (config.max_length, config.warmup_steps, model.dtype) == (64, 0.1, "float16")
+    _, model, config = sft_parser().parse(["--config", str(path), "--max_length", "32", "--warmup_steps", "5"])
+    assert (config.max_length, config.warmup_steps) == (32, 5)
+    path.write_text("max_length: 64\nwarmup_steps: 7\n")
+    _, _, config = sft_parser().parse(["--config", str(path), "--max_seq_length", "32", "--warmup_ratio", "0.5"])
+    assert (config.max_length, config.warmup_steps) == (32, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("--max_seq_length x", "--max_seq_length: needs a whole number, not `x`"),
+        ("--torch_dtype bfloat", "--torch_dtype: needs one of auto, bfloat16"),
+        ("--max_seq_lenght 3", "there is no option --max_seq_lenght; did you mean --max_length?"),
+        ("--max_seq_length 3 --max_length 4", "max_length=4 and max_seq_length=3 are the same argument"),
+        ("--warmup_ratio 3", "a share of all steps lies between 0 and 1"),
+        ("--past_index 3", "`past_index` is gone"),
+    ],
+)
+def test_older_words_that_cannot_be_meant(argv: str, sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        sft_parser().parse(argv.split())
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--resume_from_checkpoint", "true"),
+        ("--resume_from_checkpoint --packing", "true"),
+        ("--resume_from_checkpoint true", "true"),
+        ("--resume_from_checkpoint out/checkpoint-3", "out/checkpoint-3"),
+        ("--resume_from_checkpoint=out/checkpoint-3", "out/checkpoint-3"),
+    ],
+)
+def test_resume_with_and_without_a_value(argv: str, expected: str) -> None:
+    assert sft_parser().read(argv.split())["resume_from_checkpoint"] == expected
+
+
+def test_resume_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("resume_from_checkpoint: true\n")
+    assert sft_parser().read(["--config", str(path)])["resume_from_checkpoint"] == "true"
+
+
+FOREIGN = {"num_processes": True, "multi_gpu": False, "rate": True}
+
+
+def foreign_parser() -> Parser:
+    return Parser([Settings], prog="trl test", in_file=("datasets",), foreign=lambda: FOREIGN)
+
+
+@pytest.mark.parametrize(
+    ("argv", "foreign", "own"),
+    [
+        ("--num_processes 2 --steps 3", {"num_processes": "2"}, "--steps 3"),
+        ("--steps 3 --num-processes=2", {"num_processes": "2"}, "--steps 3"),
+        ("--flag --multi_gpu --steps 3", {"multi_gpu": True}, "--flag --steps 3"),
+        ("--multi_gpu false --flag", {"multi_gpu": False}, "--flag"),
+        ("--rate 0.5", {}, "--rate 0.5"),  # ours before theirs
+    ],
+)
+def test_options_of_another_program(argv: str, foreign: dict[str, Any], own: str) -> None:
+    _, found, rest = foreign_parser().read_apart(argv.split())
+    assert (found, rest) == (foreign, own.split())
+
+
+def test_options_of_another_program_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("num_processes: 4\nmulti_gpu: true\nsteps: 2\nenv:\n  A: 1\ndatasets:\n- path: a\n")
+    values, foreign, own = foreign_parser().read_apart(["--config", str(path), "--num_processes", "2"])
+    assert values == {"steps": 2, "datasets": [{"path": "a"}]}
+    assert foreign == {"num_processes": "2", "multi_gpu": True}
+    assert own == ["--config", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("--num_processes --flag", "--num_processes needs a value."),
+        ("--num_proceses 2", "there is no option --num_proceses; did you mean --num_processes?"),
+    ],
+)
+def test_options_of_another_program_that_cannot_be_meant(argv: str, sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        foreign_parser().read(argv.split())
+    assert sentence in str(error.value)
+
+
+def test_variables_of_the_yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("env:\n  TRL_TEST_A: 1\n  TRL_TEST_B: true\n  TRL_TEST_C: some text\nsteps: 1\n")
+    for name in "ABC":
+        monkeypatch.setenv(f"TRL_TEST_{name}", "before")
+    set_environment(["--steps", "3", "--config", str(path)])
+    assert [os.environ[f"TRL_TEST_{name}"] for name in "ABC"] == ["1", "true", "some text"]
+    assert read(f"--config={path}") == {"steps": 1}
+    for content, sentence in (("env: 3", "env holds `NAME: value` lines"), ("env: {A: }", "env: A needs one value")):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=sentence):
+            set_environment([f"--config={path}"])
 
 
 def test_a_nested_union_is_flattened() -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl.cli import UsageError
+from trl.cli.train import _check
 
 from .conftest import Command
 
@@ -101,3 +109,98 @@ def test_rows_that_cannot_be_read(trl_command: Command, tiny_path: str, tmp_path
     assert answer.returncode == 1
     assert "`question`" in answer.stderr and "`messages`" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_the_line_of_the_guide(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+    """Every option as people copy it; what is saved opens without this library."""
+    answer = trl_command(
+        *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--dataset_text_field", "messages"),
+        *("--output_dir", "./cli_sft_output", "--num_train_epochs", 3, "--per_device_train_batch_size", 2),
+        *("--gradient_accumulation_steps", 4, "--learning_rate", "2e-4", "--bf16", "--use_peft"),
+        *("--lora_r", 16, "--lora_alpha", 32),
+    )
+    assert answer.returncode == 0, answer.stderr
+    folder = tmp_path / "cli_sft_output"
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["epoch"]) == (3, 3.0)
+    script = """
+import sys
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, base = sys.argv[1:]
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+assert any(float(p.abs().max()) > 0 for n, p in model.named_parameters() if "lora_B" in n)
+merged = model.merge_and_unload()
+again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "What comes after 3?"}],
+    add_generation_prompt=True, return_tensors="pt", return_dict=True,
+)
+assert float((merged(**inputs).logits - again(**inputs).logits).abs().max()) < 1e-4
+assert not any(name == "trl" or name.startswith("trl.") for name in sys.modules)
+print("opened")
+"""
+    opened = subprocess.run(
+        [sys.executable, "-c", script, str(folder), tiny_path], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert opened.stdout.strip().endswith("opened"), opened.stderr
+
+
+def test_older_words_env_and_a_split_that_is_not_there(
+    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    (tmp_path / "run.yaml").write_text(
+        f"env:\n  HF_DATASETS_CACHE: {cache}\ntorch_dtype: float32\nmax_seq_length: 64\nsave_strategy: no\n"
+    )
+    answer = trl_command(
+        *("sft", "--config", "run.yaml", "--model_name_or_path", tiny_path, "--dataset_name", rows_file),
+        *("--dataset_train_split", "train_sft", "--evaluation_strategy", "no", "--warmup_ratio", "0.1", *FEW),
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "has no split 'train_sft'; its only split 'train' is read." in answer.stdout
+    assert "window 64" in answer.stdout
+    for old in ("torch_dtype", "max_seq_length", "evaluation_strategy", "warmup_ratio"):
+        assert answer.stdout.count(f"trl: `{old}` is ") == 1, old
+    # `datasets` read the variable as it was loaded.
+    assert any(cache.iterdir())
+
+
+def test_four_bits(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    answer = trl_command(
+        *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out"),
+        *("--load_in_4bit", "--use_bnb_nested_quant", "--use_peft", "--lora_target_modules", "all-linear", *FEW),
+    )
+    assert answer.returncode == 0, answer.stderr
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == tiny_path
+    assert len(logged(tmp_path / "out")) == 3
+
+
+def test_bare_resume_goes_on_from_the_newest_checkpoint(
+    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+) -> None:
+    line = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out")
+    assert trl_command(*line, *FEW).returncode == 0
+    answer = trl_command(*line, *FEW, "--max_steps", 4, "--resume_from_checkpoint")
+    assert answer.returncode == 0, answer.stderr
+    history = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"dataset_name": "a", "datasets": [{"path": "b"}]}, "dataset_name and datasets are both given"),
+        ({"datasets": "b"}, "datasets is a list"),
+        ({"dataset_name": "a", "test_split_size": 0.1}, "test_split_size belongs to datasets"),
+        ({"datasets": [{"path": "b"}], "test_split_size": "few"}, "test_split_size needs a number"),
+        ({"datasets": []}, "--dataset_name is missing"),
+    ],
+)
+def test_which_data_is_meant(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        _check({"model_name_or_path": "x", **values})
+    assert sentence in str(error.value)

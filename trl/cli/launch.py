@@ -192,7 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def config_file(name: str) -> str:
-    """The file that `--accelerate_config` names. A preset is written to a temporary one, for all GPUs of the machine."""
+    """The file that `--accelerate_config` names. A preset is written to a temporary one, for all GPUs there are."""
     if Path(name).expanduser().is_file():
         return str(Path(name).expanduser())
     if name not in PRESETS:

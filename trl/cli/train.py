@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,13 @@ NOTES = (
 
 
 def run(argv: Sequence[str], command: str) -> int:
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":  # the first process says what the others would repeat
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _run(argv, command)
+
+
+def _run(argv: Sequence[str], command: str) -> int:
     set_environment(argv)
     hide_library_notes()
 
@@ -140,14 +148,13 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 class _Notices(logging.Handler):
-    """Puts the library's notices beside its other lines, on stdout, once for all processes."""
+    """Puts the library's notices beside its other lines, on stdout."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"trl: {record.getMessage()}", flush=True)
+        print(f"trl: {record.getMessage()}", flush=True)
 
 
 def loading_arguments(model: Any) -> dict[str, Any]:
