@@ -159,6 +159,7 @@ class Worker:
         args = trl.SFTConfig(
             output_dir=settings["output_dir"],
             max_length=settings["max_length"],
+            packing=settings["packing"],
             per_device_train_batch_size=settings["batch_size"],
             gradient_accumulation_steps=settings["accumulation"],
             max_steps=settings["total_steps"],

@@ -40,6 +40,9 @@ class ScriptArguments(Adoptable):
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a named data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read rows as they are trained on, in their order; needs max_steps."}
+    )
 
 
 @dataclass

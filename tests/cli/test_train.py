@@ -197,6 +197,8 @@ def test_bare_resume_goes_on_from_the_newest_checkpoint(
         ({"datasets": "b"}, "datasets is a list"),
         ({"dataset_name": "a", "test_split_size": 0.1}, "test_split_size belongs to datasets"),
         ({"datasets": [{"path": "b"}], "test_split_size": "few"}, "test_split_size needs a number"),
+        ({"dataset_name": "a", "dataset_streaming": True}, "--max_steps is missing"),
+        ({"dataset_name": "a", "streaming": "yes"}, "streaming needs true or false"),
         ({"datasets": []}, "--dataset_name is missing"),
     ],
 )
@@ -204,3 +206,39 @@ def test_which_data_is_meant(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError) as error:
         _check({"model_name_or_path": "x", **values})
     assert sentence in str(error.value)
+
+
+def test_several_data_sets_as_one(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+    questions = [{"question": f"{number} + 1?", "answer": f"{number + 1}."} for number in range(10)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (tmp_path / "run.yaml").write_text(
+        f"""
+datasets:
+- path: {rows_file}
+- path: sums.jsonl
+  split: train
+  columns: {{prompt: question, completion: answer}}
+  fraction: 0.8
+test_split_size: 0.25
+eval_strategy: steps
+eval_steps: 3
+"""
+    )
+    line = ("sft", "--config", "run.yaml", "--model_name_or_path", tiny_path, "--output_dir", "out")
+    answer = trl_command(*line, *FEW)
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert (report["train"]["rows_read"], report["eval"]["rows_read"]) == (12, 4)
+    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [3]
+    # Given twice, or without rows to evaluate on.
+    both = trl_command(*line, "--dataset_name", rows_file)
+    assert both.returncode == 2
+    assert "dataset_name and datasets are both given" in both.stderr
+
+
+def test_a_stream(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+    line = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out")
+    answer = trl_command(*line, "--dataset_streaming", *FEW)
+    assert answer.returncode == 0, answer.stderr
+    assert len(logged(tmp_path / "out")) == 3

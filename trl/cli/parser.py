@@ -124,10 +124,9 @@ class Parser:
                     meant = nearest(str(name), [*self.kinds, *self.in_file])
                     raise UsageError(f"{config}: there is no option `{name}`{meant}")
             foreign = elsewhere | foreign
+        # What is typed is stronger than the file, in whichever of two words it says the same thing.
+        values = {name: value for name, value in values.items() if not any(self._same(name, each) for each in typed)}
         for name, value in typed.items():
-            # What is typed is stronger than the file, in whichever of two words it says the same thing.
-            for other in [other for other in values if other != name and self._same(other, name)]:
-                del values[other]
             values[name] = self._convert(name, value, where=f"--{name}")
         return values, foreign, words
 

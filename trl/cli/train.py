@@ -92,7 +92,7 @@ def _run(argv: Sequence[str], command: str) -> int:
         description=method.summary,
         common=COMMON,
         notes=NOTES,
-        in_file=("datasets", "test_split_size"),
+        in_file=("datasets", "test_split_size", "streaming"),
         foreign=launch.options,
     )
     values, elsewhere, own = parser.read_apart(argv)
@@ -100,9 +100,10 @@ def _run(argv: Sequence[str], command: str) -> int:
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
     script, model, config = parser.instances(values)
+    script.dataset_streaming = script.dataset_streaming or values.get("streaming", False)
     mixture = None
     if values.get("datasets"):
-        mixture = DatasetMixtureConfig(datasets=values["datasets"], test_split_size=values.get("test_split_size"))
+        mixture = DatasetMixtureConfig(values["datasets"], script.dataset_streaming, values.get("test_split_size"))
 
     from trl.models.adapters import lora_config
     from trl.models.load import quantization_config
@@ -137,6 +138,12 @@ def _check(values: Mapping[str, Any]) -> None:
         raise UsageError("--dataset_name is missing: the rows to train on, a file, a folder or a dataset's name.")
     if mixes and not isinstance(values["datasets"], list):
         raise UsageError("datasets is a list: each entry begins with `- path: ...`.")
+    if not isinstance(values.get("streaming", False), bool):
+        raise UsageError(f"streaming needs true or false, not `{values['streaming']}`.")
+    if (values.get("dataset_streaming") or values.get("streaming")) and values.get("max_steps", -1) <= 0:
+        raise UsageError(
+            "--max_steps is missing: a stream does not say how many rows it has, so that training ends there."
+        )
     if values.get("test_split_size") is not None:
         if not mixes:
             raise UsageError(
@@ -180,12 +187,13 @@ def rows(script: Any, mixture: Any, config: Any, notices: logging.Handler) -> tu
             raise UsageError("evaluation needs rows of its own: set some aside with `test_split_size: 0.05`.")
         parts = load_mixture(mixture, seed=config.seed)
         return parts["train"], parts["test"] if evaluates else None
-    train = load(script.dataset_name, script.dataset_train_split, script.dataset_config)
+    name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming
+    train = load(name, script.dataset_train_split, config_name, streaming=streams)
     if not evaluates:
         return train, None
     # That another split stands in is an error here, and told as one.
     notices.setLevel(logging.CRITICAL)
-    test = load(script.dataset_name, script.dataset_test_split, script.dataset_config)
+    test = load(name, script.dataset_test_split, config_name, streaming=streams)
     notices.setLevel(logging.WARNING)
     wanted = script.dataset_test_split.split("[")[0]
     # A file has one split, and `load` then reads that one, whatever the name. To train on, that is what was meant; to
