@@ -211,7 +211,8 @@ class Parser:
         if name in self.kinds:
             return self.kinds[name]
         row = self.older[name]
-        return self.kinds.get(row.name) if isinstance(row, compat.Now) and row.value is None else None
+        kind = self.kinds.get(row.name) if isinstance(row, compat.Now) else None
+        return kind if kind is not None and (row.value is None or kind.number) else None
 
     def _add_flag(self, title: str, *flags: str, **options: Any) -> argparse.Action:
         # Absent flags stay absent from the result, or they would override the YAML file.
@@ -420,11 +421,8 @@ def _plain(value: Any) -> Any:
     import yaml
 
     try:
-        return (
-            float(value)
-            if value.strip().lower() not in ("nan", "inf", "infinity") and "e" in value.lower()
-            else yaml.safe_load(value)
-        )
+        read = yaml.safe_load(value)
+        return float(read) if isinstance(read, str) else read  # `1e-4` is text to YAML
     except (ValueError, yaml.YAMLError):
         return value
 
