@@ -258,7 +258,7 @@ VALUES: dict[str, dict[str, dict[Any, Any]]] = {
     "SFTConfig": {
         "dataset_text_field": {None: "text"},
         "packing_strategy": {"ffd": "bfd", "bfd-requeue": "bfd_split"},
-        "loss_type": {None: "nll"},
+        "loss_type": {None: "nll", "chunked_nll": "nll"},
     },
 }
 

@@ -242,3 +242,18 @@ def test_a_stream(trl_command: Command, tiny_path: str, rows_file: Path, tmp_pat
     answer = trl_command(*line, "--dataset_streaming", *FEW)
     assert answer.returncode == 0, answer.stderr
     assert len(logged(tmp_path / "out")) == 3
+
+
+def test_a_saved_data_set_without_splits_is_not_evaluated_on_itself(
+    trl_command: Command, tiny_path: str, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": f"a small row number {number}"} for number in range(4)]).save_to_disk(
+        tmp_path / "saved"
+    )
+    answer = trl_command(
+        *("sft", "--model_name_or_path", tiny_path, "--dataset_name", "saved", "--output_dir", "out"),
+        *("--max_steps", 1, "--eval_strategy", "steps", "--report_to", "none"),
+    )
+    assert answer.returncode == 2 and "evaluation needs rows of its own" in answer.stderr

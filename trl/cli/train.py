@@ -198,7 +198,8 @@ def rows(script: Any, mixture: Any, config: Any, notices: logging.Handler) -> tu
     wanted = script.dataset_test_split.split("[")[0]
     # A file has one split, and `load` then reads that one, whatever the name. To train on, that is what was meant; to
     # evaluate on, it would be the training rows.
-    if test.split is not None and str(test.split).split("[")[0] != wanted:
+    another = test.split is not None and str(test.split).split("[")[0] != wanted
+    if another or (not streams and test._fingerprint == train._fingerprint):
         raise UsageError(
             f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. Set some aside: "
             "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
-from trl.config import BaseConfig, SequenceFields, say_once
+from trl.config import BaseConfig, SequenceFields
 from trl.data import collate
 from trl.data.mixture import Mixture
 from trl.data.packing import STRATEGIES, packed, strategy_of
@@ -67,9 +67,6 @@ class SFTConfig(SequenceFields, BaseConfig):
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
 
     def __post_init__(self) -> None:
-        if self.loss_type == "chunked_nll":
-            say_once("loss_type='chunked_nll' is 'nll': the loss is always computed in chunks")
-            self.loss_type = "nll"
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type={self.loss_type!r} is not one of {', '.join(LOSSES)}")
         self.packing_strategy = strategy_of(self.packing_strategy)
