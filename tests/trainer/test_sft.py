@@ -478,3 +478,21 @@ def test_a_mixture_of_data_sets(tmp_path, tokenizer):
 def test_a_stream_cannot_be_packed(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="packing looks at all rows at once"):
         sft(tmp_path, tiny(tokenizer), tokenizer, stream_of(chat_rows(4)), packing=True, max_length=64, max_steps=1)
+
+
+def test_rows_for_a_collator_of_the_users_own(tmp_path, tokenizer):
+    def collator(rows):
+        ids = [tokenizer(row["raw"])["input_ids"] for row in rows]
+        width = max(map(len, ids))
+        grid = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+        return {"input_ids": grid, "labels": grid.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+    rows = [{"raw": "the cat"}, {"raw": "a red bird flies"}]
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 1, "assistant_only_loss": False}
+    config = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(1), **settings).args
+    trainer = SFTTrainer(tiny(tokenizer), config, collator, rows, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.log_history[0]["num_tokens"] == sum(len(tokenizer(row["raw"])["input_ids"]) for row in rows)
+    with pytest.raises(ValueError, match="dataset_kwargs understands skip_prepare_dataset alone, not add_eos"):
+        sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(1), dataset_kwargs={"add_eos": True})

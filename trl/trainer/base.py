@@ -201,6 +201,12 @@ class BaseTrainer(Adoptable, Trainer):
             raise ValueError(
                 "packing makes rows of several samples, which a data_collator of your own cannot tell apart"
             )
+        options = getattr(args, "dataset_kwargs", None) or {}
+        if set(options) - {"skip_prepare_dataset"}:
+            raise ValueError(f"dataset_kwargs understands skip_prepare_dataset alone, not {', '.join(options)}")
+        # Rows for a collator of the user's own are left as they are. Tokenised rows need no skipping: they are seen to
+        # be such.
+        self._users_rows = bool(options.get("skip_prepare_dataset")) and data_collator is not None
         self.args, self.model = args, model
         self.reports: dict[str, DataReport] = {}
         train_dataset = self._prepared(train_dataset, "train")
@@ -253,6 +259,8 @@ class BaseTrainer(Adoptable, Trainer):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
         if isinstance(dataset, Dataset) and {"input_ids", "loss_mask", "row"} <= set(dataset.column_names):
             return dataset
+        if self._users_rows:
+            return formats.load(dataset)
         with self.args.main_process_first(desc="preparing the data"):
             dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
             rows, self.reports[name] = self.rows(dataset, name)

@@ -61,7 +61,10 @@ class SFTConfig(SequenceFields, BaseConfig):
         metadata={"help": "Chat template: a file, or the name or folder of a tokenizer that has it."},
     )
     dataset_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'For older scripts: {"skip_prepare_dataset": true} for tokenised rows.'}
+        default=None,
+        metadata={
+            "help": '{"skip_prepare_dataset": true} leaves the rows as they are for a data_collator of your own.'
+        },
     )
 
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
