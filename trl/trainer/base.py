@@ -234,7 +234,7 @@ class BaseTrainer(Adoptable, Trainer):
         self.neftune_noise_alpha = None
         self.attachment = self._collate.attachment = attach(model)
 
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
         self._tokens_seen = 0  # of this rank, over the whole run
         self._step_batches: list[Batch] = []  # of the optimizer step under way, to name a row that breaks it
         self._between_logs: dict[str, Any] | None = None
@@ -468,27 +468,26 @@ class BaseTrainer(Adoptable, Trainer):
     # --- metrics --------------------------------------------------------------------------------------------------
 
     def _add(self, mode: str, metrics: dict[str, Metric]) -> None:
+        """Totals stay on their device and counts on the host, if that is where they are: nothing waits here."""
         sums = self._sums[mode]
-        for name, metric in metrics.items():
-            pair = torch.stack(
-                [torch.as_tensor(part, dtype=torch.float64, device=metric.total.device) for part in metric]
-            )
-            sums[name] = sums[name] + pair if name in sums else pair
+        for name, (total, items) in metrics.items():
+            before, count = sums.get(name, (0.0, 0.0))
+            sums[name] = (before + total.double(), count + items)
 
     def _reduced(self, mode: str, **totals: int) -> dict[str, float]:
         """Means over all micro-batches and ranks since the last call, and the totals over ranks: one collective."""
-        sums = self._sums[mode]
+        sums, device = self._sums[mode], self.args.device
         names = sorted(sums)
-        # Totals ride along as pairs.
-        device = self.args.device
-        pairs = [sums[name] for name in names]
-        pairs += [torch.tensor([float(value), 1.0], dtype=torch.float64, device=device) for value in totals.values()]
+        # Totals ride along, with a count that nobody reads.
+        pairs = [*(sums[name] for name in names), *((float(value), 1.0) for value in totals.values())]
         if not pairs:
             return {}
-        table = torch.stack([pair.to(device) for pair in pairs])
+        table = torch.stack(
+            [torch.as_tensor(part, dtype=torch.float64, device=device) for pair in pairs for part in pair]
+        )
         if self.args.world_size > 1:
             torch.distributed.all_reduce(table)
-        values = table.tolist()
+        values = table.view(-1, 2).tolist()
         sums.clear()
         means = {name: total / count for name, (total, count) in zip(names, values, strict=False) if count}
         return {**means, **{name: int(pair[0]) for name, pair in zip(totals, values[len(names) :], strict=True)}}
@@ -602,7 +601,9 @@ class BaseTrainer(Adoptable, Trainer):
             state["sums"] = {}
             state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()
         self._tokens_seen = state["tokens_seen"]
-        self._sums["train"].update({name: pair.to(self.args.device) for name, pair in state["sums"].items()})
+        self._sums["train"].update(
+            {name: (total.to(self.args.device), items) for name, (total, items) in state["sums"].items()}
+        )
         self._between_logs = state
 
     def _restore_between_logs(self) -> None:
