@@ -66,7 +66,7 @@ class Size:
 
 
 FULL = Size("three minutes", steps=32, held_out=48, reloaded=16, exact_match=0.7, loss_ratio=0.25)
-QUICK = Size("one minute", steps=6, held_out=12, reloaded=4, exact_match=0.0, loss_ratio=0.5)
+QUICK = Size("one minute", steps=5, held_out=8, reloaded=4, exact_match=0.0, loss_ratio=0.5)
 BATCH = 8
 LEARNING_RATE = 2e-3
 
@@ -78,7 +78,7 @@ def run(argv: Sequence[str], command: str) -> int:
         f"{FULL.minutes} on two processor cores. The exit status is 1 if it did not learn.",
     )
     parser.add_argument("--output_dir", default="trl-demo", help="where everything is written [trl-demo]")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the steps: a check that everything works")
+    parser.add_argument("--quick", action="store_true", help="a sixth of the steps: a check that everything works")
     parser.add_argument("--seed", type=int, default=0, help="for the rows, the adapter and their order [0]")
     options = parser.parse_args(argv)
     size = QUICK if options.quick else FULL
