@@ -10,38 +10,102 @@ __version__ = "2.0.0.dev0"
 if TYPE_CHECKING:
     from .config import ModelConfig, ScriptArguments
     from .data.completion_only import DataCollatorForCompletionOnlyLM
+    from .data.convert import (
+        apply_chat_template,
+        extract_prompt,
+        is_conversational,
+        is_conversational_from_value,
+        maybe_apply_chat_template,
+        maybe_convert_to_chatml,
+        maybe_extract_prompt,
+        maybe_unpair_preference_dataset,
+        unpair_preference_dataset,
+    )
     from .data.mixture import DatasetMixtureConfig
     from .data.packing import pack_dataset
     from .models.adapters import get_peft_config
     from .models.load import get_quantization_config
     from .models.vocabulary import clone_chat_template
+    from .trainer.bco import BCOConfig, BCOTrainer
+    from .trainer.cpo import CPOConfig, CPOTrainer
+    from .trainer.dpo import DPOConfig, DPOTrainer
+    from .trainer.kto import KTOConfig, KTOTrainer
+    from .trainer.orpo import ORPOConfig, ORPOTrainer
+    from .trainer.prm import PRMConfig, PRMTrainer
+    from .trainer.reward import RewardConfig, RewardTrainer
     from .trainer.sft import SFTConfig, SFTTrainer
 
 _home = {
+    "BCOConfig": "trl.trainer.bco",
+    "BCOTrainer": "trl.trainer.bco",
+    "CPOConfig": "trl.trainer.cpo",
+    "CPOTrainer": "trl.trainer.cpo",
+    "DPOConfig": "trl.trainer.dpo",
+    "DPOTrainer": "trl.trainer.dpo",
     "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
+    "KTOConfig": "trl.trainer.kto",
+    "KTOTrainer": "trl.trainer.kto",
     "ModelConfig": "trl.config",
-    "ScriptArguments": "trl.config",
+    "ORPOConfig": "trl.trainer.orpo",
+    "ORPOTrainer": "trl.trainer.orpo",
+    "PRMConfig": "trl.trainer.prm",
+    "PRMTrainer": "trl.trainer.prm",
+    "RewardConfig": "trl.trainer.reward",
+    "RewardTrainer": "trl.trainer.reward",
     "SFTConfig": "trl.trainer.sft",
     "SFTTrainer": "trl.trainer.sft",
+    "ScriptArguments": "trl.config",
+    "apply_chat_template": "trl.data.convert",
     "clone_chat_template": "trl.models.vocabulary",
+    "extract_prompt": "trl.data.convert",
     "get_peft_config": "trl.models.adapters",
     "get_quantization_config": "trl.models.load",
+    "is_conversational": "trl.data.convert",
+    "is_conversational_from_value": "trl.data.convert",
+    "maybe_apply_chat_template": "trl.data.convert",
+    "maybe_convert_to_chatml": "trl.data.convert",
+    "maybe_extract_prompt": "trl.data.convert",
+    "maybe_unpair_preference_dataset": "trl.data.convert",
     "pack_dataset": "trl.data.packing",
+    "unpair_preference_dataset": "trl.data.convert",
 }
 
 __all__ = [
+    "BCOConfig",
+    "BCOTrainer",
+    "CPOConfig",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
     "DataCollatorForCompletionOnlyLM",
     "DatasetMixtureConfig",
+    "KTOConfig",
+    "KTOTrainer",
     "ModelConfig",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "PRMConfig",
+    "PRMTrainer",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "ScriptArguments",
     "__version__",
+    "apply_chat_template",
     "clone_chat_template",
+    "extract_prompt",
     "get_peft_config",
     "get_quantization_config",
+    "is_conversational",
+    "is_conversational_from_value",
+    "maybe_apply_chat_template",
+    "maybe_convert_to_chatml",
+    "maybe_extract_prompt",
+    "maybe_unpair_preference_dataset",
     "pack_dataset",
+    "unpair_preference_dataset",
 ]
 
 

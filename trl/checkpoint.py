@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def resolve(output_dir: Path, resume: str | Path | bool) -> tuple[Path, list[str
         f"nothing to resume from: {output_dir} holds no complete checkpoint"
         + (f" ({'; '.join(passed)})" if passed else "; leave resume_from_checkpoint out to start from the beginning")
     )
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    write(aside)
+    _sync(aside)
+    os.replace(aside, path)
 
 
 def _sync(path: Path) -> None:

@@ -136,6 +136,9 @@ class BaseConfig(Adoptable, TrainingArguments):
         default=False, metadata={"help": "Run model code that comes with a checkpoint given by name or path."}
     )
     disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the model to zero."})
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep saved activations in host memory between forward and backward pass."}
+    )
     share_prompt: bool = field(
         default=True,
         metadata={"help": "Compute a prompt once for all that continues it (its dropout draw is shared too)."},
@@ -162,6 +165,16 @@ class BaseConfig(Adoptable, TrainingArguments):
 
 
 @dataclass
+class RouterFields:
+    """What a mixture of experts adds to the loss."""
+
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of a mixture of experts' load-balancing term. Default: the model's configuration's."},
+    )
+
+
+@dataclass
 class SequenceFields:
     """How rows become token sequences."""
 
@@ -176,6 +189,45 @@ class SequenceFields:
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token, if not the tokenizer's."})
     pad_token: str | None = field(default=None, metadata={"help": "Padding token, if not the tokenizer's."})
+
+
+@dataclass
+class PreferenceFields(SequenceFields):
+    """How rows of prompts and judged completions become token sequences."""
+
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; a longer one loses its beginning. Default: any."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Longest completion in tokens; a longer one loses its end. Default: any."}
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "Has no effect on flat rows; padded rows are as wide as their longest."}
+    )
+    generate_during_eval: bool = field(
+        default=False,
+        metadata={"help": "At each evaluation, write the answers to a few of its prompts into the folder `answers`."},
+    )
+
+
+@dataclass
+class ReferenceFields:
+    """Which policy the trained one is compared with, and how."""
+
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Compute the reference's log-probs once, before the first step, and keep them on disk."},
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows a batch in that computation. Default: the training batch's."}
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Move the reference towards the policy as training goes on (TR-DPO)."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy in the reference after such a move."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two such moves."})
 
 
 def non_default(config: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
 from trl.data.formats import DataError, load
-from trl.data.tokens import Tokenise, detect, prepare
+from trl.data.tokens import Sequences, Tokenise, detect, prepare
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 
@@ -504,7 +504,7 @@ def test_the_second_time_comes_from_the_cache(tmp_path: Any, monkeypatch: pytest
 
 def test_the_mapped_function_can_be_pickled() -> None:
     dataset = load([{"messages": TALK}])
-    tokenise = Tokenise(chatml(), detect(dataset), assistant_only_loss=True)
+    tokenise = Tokenise(chatml(), detect(dataset), Sequences(assistant_only_loss=True))
     again = pickle.loads(pickle.dumps(tokenise))
     assert again(dataset[:], [0]) == tokenise(dataset[:], [0])
 

@@ -75,7 +75,7 @@ def test_dft_weighs_by_the_likelihood(tmp_path, tokenizer):
     model = tiny(tokenizer)
     trainer = sft(tmp_path, model, tokenizer, chat_rows(3), loss_type="dft", max_steps=1, per_device_train_batch_size=3)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
-    total, _ = trainer.loss(model, batch)
+    total = trainer.loss(model, batch)[0]["tokens"]
     from trl.engine.score import score
 
     logp_N = score(model, batch).logp_N
@@ -277,8 +277,8 @@ def test_label_smoothing_is_the_one_of_transformers(tmp_path, tokenizer):
     model = tiny(tokenizer)
     trainer = sft(tmp_path, model, tokenizer, chat_rows(4), label_smoothing_factor=0.2)
     rows = [trainer.train_dataset[index] for index in range(4)]
-    ours, _ = trainer.loss(model, trainer.data_collator(rows))
-    batch = with_labels(padded(trainer.trees(rows)))
+    ours = trainer.loss(model, trainer.data_collator(rows))[0]["tokens"]
+    batch = with_labels(trainer.batch(rows, padded))
     outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     theirs = LabelSmoother(epsilon=0.2)(outputs, batch["labels"], shift_labels=True) * (batch["labels"] != -100).sum()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -291,8 +291,8 @@ def test_label_smoothing_is_the_one_of_transformers(tmp_path, tokenizer):
 def test_neftune_noise_in_training_alone(tmp_path, tokenizer):
     trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), neftune_noise_alpha=5.0, max_steps=1)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-    evaluated = [trainer.loss(trainer.model.eval(), batch)[0].item() for _ in range(2)]
-    trained = [trainer.loss(trainer.model.train(), batch)[0].item() for _ in range(2)]
+    evaluated = [trainer.loss(trainer.model.eval(), batch)[0]["tokens"].item() for _ in range(2)]
+    trained = [trainer.loss(trainer.model.train(), batch)[0]["tokens"].item() for _ in range(2)]
     assert evaluated[0] == evaluated[1] and len({*trained, evaluated[0]}) == 3
     trainer.train()
 
@@ -312,15 +312,16 @@ def test_the_load_balancing_term_of_a_mixture_of_experts(tmp_path, tokenizer):
     rows = [trainer.train_dataset[index] for index in range(3)]
     batch = trainer.data_collator(rows)
     with torch.no_grad():
-        total, metrics = trainer.loss(model, batch)
+        sums, metrics = trainer.loss(model, batch)
         trainer.args.router_aux_loss_coef = 0.0
-        plain, _ = trainer.loss(model, batch)
+        plain = trainer.loss(model, batch)[0]["tokens"]
         routed = [
             model(input_ids=torch.tensor([row["input_ids"]]), output_router_logits=True).router_logits for row in rows
         ]
     expected = load_balancing_loss_func(tuple(torch.cat(layer) for layer in zip(*routed, strict=True)), 4, 2)
     assert metrics["aux_loss"].total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert total.item() == pytest.approx(plain.item() + 0.5 * expected.item() * trainer.items(batch), rel=1e-5)
+    with_balance = plain.item() + 0.5 * expected.item() * trainer.counts(batch)["tokens"]
+    assert sums["tokens"].item() == pytest.approx(with_balance, rel=1e-5)
     trainer.args.router_aux_loss_coef = 0.5
     trainer.train()
     assert "aux_loss" in trainer.state.log_history[0]

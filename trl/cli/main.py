@@ -23,6 +23,13 @@ class Command(NamedTuple):
 # Each module has `run(argv, command) -> int`.
 COMMANDS = {
     "sft": Command("trl.cli.train", "supervised fine-tuning: texts, chats, prompts with completions"),
+    "dpo": Command("trl.cli.train", "preferences: pairs of a better and a worse completion"),
+    "kto": Command("trl.cli.train", "preferences: completions labelled good or bad"),
+    "orpo": Command("trl.cli.train", "fine-tuning and preferences at once, without a reference model"),
+    "cpo": Command("trl.cli.train", "pairs without a reference model: CPO, SimPO, AlphaPO"),
+    "bco": Command("trl.cli.train", "completions labelled good or bad, as a binary classifier"),
+    "reward": Command("trl.cli.train", "a reward model, from pairs"),
+    "prm": Command("trl.cli.train", "a process reward model, from labelled steps"),
     "demo": Command("trl.cli.demo", "train a small real model here and now, offline, and see what it learned"),
     "env": Command("trl.cli.env", "versions and devices, to paste into a report of a problem"),
 }

@@ -13,13 +13,24 @@ from trl.cli.parser import Parser, set_environment
 
 
 class Method(NamedTuple):
-    config: str
-    trainer: str
+    name: str  # of its trainer and its configuration
     summary: str
+    head: str = "CausalLM"  # what transformers calls the kind of model that comes out
 
 
 METHODS = {
-    "sft": Method("SFTConfig", "SFTTrainer", "Supervised fine-tuning: trains a model to continue as the rows do."),
+    "sft": Method("SFT", "Supervised fine-tuning: trains a model to continue as the rows do."),
+    "dpo": Method(
+        "DPO", "Direct preference optimisation and its family: trains on pairs of a better and a worse completion."
+    ),
+    "kto": Method("KTO", "Kahneman-Tversky optimisation: trains on completions that are labelled good or bad."),
+    "orpo": Method("ORPO", "Odds-ratio preference optimisation: fine-tunes and prefers at once, without a reference."),
+    "cpo": Method("CPO", "Contrastive preference optimisation, SimPO and AlphaPO: pairs without a reference."),
+    "bco": Method("BCO", "Binary classifier optimisation: trains on completions that are labelled good or bad."),
+    "reward": Method(
+        "Reward", "Reward model: trains a score that tells the better of two completions.", "SequenceClassification"
+    ),
+    "prm": Method("PRM", "Process reward model: trains a label for each step of a solution.", "TokenClassification"),
 }
 
 # What `--help` shows: the options people use, by what they are about. A sentence here stands for the field's own.
@@ -36,6 +47,19 @@ COMMON = {
         "max_length": "",
         "packing": "",
         "assistant_only_loss": "",
+        "max_prompt_length": "",
+        "max_completion_length": "",
+        "step_separator": "",
+    },
+    "Loss": {
+        "loss_type": "",
+        "beta": "",
+        "cpo_alpha": "",
+        "simpo_gamma": "",
+        "desirable_weight": "",
+        "undesirable_weight": "",
+        "center_rewards_coefficient": "",
+        "precompute_ref_log_probs": "",
     },
     "Adapter": {
         "use_peft": "",
@@ -85,7 +109,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     from trl.data.mixture import DatasetMixtureConfig
 
     method = METHODS[command]
-    config_class, trainer_class = getattr(trl, method.config), getattr(trl, method.trainer)
+    config_class, trainer_class = getattr(trl, f"{method.name}Config"), getattr(trl, f"{method.name}Trainer")
     parser = Parser(
         [trl.ScriptArguments, trl.ModelConfig, config_class],
         prog=f"trl {command}",
@@ -123,7 +147,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.process_index == 0:
-        print(closing(command, trainer.args.output_dir, script.dataset_name or "..."), flush=True)
+        print(closing(command, method.head, trainer.args.output_dir, script.dataset_name or "..."), flush=True)
     return 0
 
 
@@ -207,10 +231,10 @@ def rows(script: Any, mixture: Any, config: Any, notices: logging.Handler) -> tu
     return train, test
 
 
-def closing(command: str, output_dir: str, dataset_name: str) -> str:
+def closing(command: str, head: str, output_dir: str, dataset_name: str) -> str:
     """Where the result is, and what can be done with it."""
     adapter = os.path.exists(os.path.join(output_dir, "adapter_config.json"))
-    package, opener = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
+    package, opener = ("peft", f"AutoPeftModelFor{head}") if adapter else ("transformers", f"AutoModelFor{head}")
     again = f"trl {command} --model_name_or_path {output_dir} --dataset_name {dataset_name} --output_dir ..."
     return "\n".join(
         [

@@ -290,7 +290,7 @@ class ChatTemplate:
             for changed in ({"role": "assistant", "content": other}, {**message, "content": other}):
                 altered = self._try([*before, changed, *after], **kwargs)
                 if altered is not None and altered != text and other in altered:
-                    limit = _common_prefix(text, altered)
+                    limit = common_prefix(text, altered)
                     rest = _common_suffix(text[limit:], altered[limit:])
                     end = self._end_of_turn(text, len(text) - rest, **kwargs)
                     break
@@ -306,7 +306,7 @@ class ChatTemplate:
         before = messages[:index]
         prompt = self._try(before, add_generation_prompt=True, **kwargs)
         if prompt is not None:
-            common = _common_prefix(prompt, text)
+            common = common_prefix(prompt, text)
             if common == len(prompt):
                 return min(common, limit)
             # The generation prompt may say more than the turn does (open a think block, say): they agree up to
@@ -339,6 +339,14 @@ class ChatTemplate:
         """Whether what ends a turn in this template follows at `position`."""
         end = self.facts(**kwargs).end
         return bool(end) and text.startswith(end, _past_space(text, position))
+
+    def without_tail(self, text: str, **kwargs: Any) -> str:
+        """A rendered text that ends with a turn, without what the template writes after the end of that turn."""
+        end = self.facts(**kwargs).end
+        place = text.rfind(end) + len(end) if end and end in text else -1
+        if place >= 0 and not self.special.sub("", text[place:]).strip():
+            return text[:place]
+        return text.rstrip()  # the turn has another end, or none
 
     # -- markers ------------------------------------------------------------------------------------------------------
 
@@ -401,7 +409,7 @@ class ChatTemplate:
             # What ends a turn follows both an answer in the middle and the last one.
             middle = text[text.index(answers[0]) + len(answers[0]) : text.index(questions[1])]
             last = text[text.index(answers[1]) + len(answers[1]) :]
-            common = middle[: _common_prefix(middle, last)]
+            common = middle[: common_prefix(middle, last)]
             specials = list(self.special.finditer(common))
             return Facts(tuple(leads), common[: specials[-1].end()].lstrip() if specials else "")
         return Facts()
@@ -411,7 +419,7 @@ class ChatTemplate:
         if prompt is None or plain is None:
             return None
         asked = text.index(question) + len(question)
-        end = min(_common_prefix(prompt, text), answer)
+        end = min(common_prefix(prompt, text), answer)
         begin = len(plain) if prompt.startswith(plain) and asked <= len(plain) < end else asked
         return Lead(text[begin:end], text[end:answer]) if begin < end else None
 
@@ -488,7 +496,7 @@ def _past_space(text: str, position: int) -> int:
     return position
 
 
-def _common_prefix(one: str, other: str) -> int:
+def common_prefix(one: str, other: str) -> int:
     """Length of the longest common prefix. Comparing slices is far faster than comparing characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:
@@ -501,4 +509,4 @@ def _common_prefix(one: str, other: str) -> int:
 
 
 def _common_suffix(one: str, other: str) -> int:
-    return _common_prefix(one[::-1], other[::-1])
+    return common_prefix(one[::-1], other[::-1])

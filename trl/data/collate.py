@@ -1,6 +1,6 @@
 """What the engine is fed: prompts as roots, the continuations of a prompt as branches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -8,18 +8,20 @@ class Branch(NamedTuple):
     """A run of tokens, and which of them are trained.
 
     `ids` are token ids, length L. `mask` has length L too; truthy means that the loss is taken on predicting this
-    token from those before it.
+    token from those before it. `row` is the index of the row in the user's data set where it is not that of the tree.
     """
 
     ids: Sequence[int]
     mask: Sequence[bool | int]
+    row: int | None = None
 
 
 class Tree(NamedTuple):
     """One prompt and what grows from it.
 
-    Every branch continues the root. A plain sequence is a root alone. `row` is the index of the row in the user's
-    data set, for error messages; -1 when there is none.
+    Every branch continues the root. A plain sequence is a root alone. A root that has branches and trained tokens is a
+    sequence of its own, before them. `row` is the index of the row in the user's data set, for error messages; -1 when
+    there is none.
     """
 
     root: Branch
@@ -59,4 +61,39 @@ def labelled(batch: Mapping[str, Any], rows: Sequence[int]) -> list[Tree]:
         mask = (labels != -100).tolist()
         mask[:1] = [False]
         trees.append(Tree(root=Branch(ids=ids.tolist(), mask=mask), row=row))
+    return trees
+
+
+def by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """An order of the rows in which equal prompts (`prompt_ids`) stand together, the earliest first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(tuple(row["prompt_ids"]), []).append(index)
+    return [index for group in groups.values() for index in group]
+
+
+def tokens_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> int:
+    """Tokens of the rows, a row's prompt counted once; what rows share is counted in each, whatever batch they are in."""
+    return sum(len(row["prompt_ids"]) + sum(len(row[column]) for column in columns) for row in rows)
+
+
+def under_prompts(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    trained: Callable[[Sequence[int]], Sequence[bool]] = lambda ids: [True] * len(ids),
+) -> list[Tree]:
+    """Rows with `prompt_ids`, `row` and the completions in `columns` to one tree for each run of equal prompts.
+
+    The branches are the completions, row by row, each row's in the order of `columns`; `trained` says which tokens of a
+    completion are trained.
+    """
+    trees: list[Tree] = []
+    prompt: Sequence[int] | None = None
+    for row in rows:
+        branches = tuple(Branch(row[column], trained(row[column]), int(row["row"])) for column in columns)
+        if trees and row["prompt_ids"] == prompt:
+            trees[-1] = trees[-1]._replace(branches=trees[-1].branches + branches)
+        else:
+            prompt = row["prompt_ids"]
+            trees.append(Tree(Branch(prompt, [False] * len(prompt)), branches, int(row["row"])))
     return trees

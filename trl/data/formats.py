@@ -17,7 +17,7 @@ __all__ = ["DataError", "Shape", "detect", "load", "messages_of", "place", "text
 class Shape:
     """How the rows of a data set are read.
 
-    `kind` is a kind of `READINGS`; `columns` maps each part of that reading to the column that holds it (absent
+    `kind` is a kind of the readings tried; `columns` maps each part of that reading to the column that holds it (absent
     optional parts are left out); `conversational` says that the chat template is applied; `sentence` is one line for
     people: what was seen and how it is read. `formatting` is '' or says how a `formatting_func` is called: with a
     `row`, or with a `batch` of them.
@@ -30,10 +30,16 @@ class Shape:
     formatting: str = ""
 
     def with_template(self, there_is_one: bool) -> "Shape":
-        """Two strings, a question and its answer, are a conversation where the tokenizer has a chat template."""
-        if self.kind != "dialogue":
+        """Two strings, a question and its answer, are a conversation where the tokenizer has a chat template; so is a
+        transcript."""
+        if self.kind not in ("dialogue", "ranked", "transcripts") or self.conversational:
             return self
-        how = "a conversation of two turns" if there_is_one else "text under headings: the tokenizer has no template"
+        if self.kind == "transcripts":
+            how = "a conversation" if there_is_one else "text: the tokenizer has no template"
+        else:
+            how = (
+                "a conversation of two turns" if there_is_one else "text under headings: the tokenizer has no template"
+            )
         return replace(self, conversational=there_is_one, sentence=f"{self.sentence}, each row as {how}")
 
 
@@ -64,6 +70,7 @@ _TOOLS = (
 )
 _MASK = ("integers", "booleans", "empty")
 _TALK = ("messages", "from_value")
+_SAID = (*_TALK, "turn")  # a completion that is of messages, of one or of several
 
 
 def _conversations(*names: str) -> Reading:
@@ -127,6 +134,183 @@ READINGS: tuple[Reading, ...] = (
     ),
 )
 
+
+def _number(*names: str) -> Part:
+    return Part(names[0], names, ("number", "empty"), optional=True)
+
+
+def _tokens(*names: str, optional: bool = False) -> Part:
+    return Part(names[0], names, ("integers", "empty"), optional)
+
+
+_REFERENCES = (
+    _number("ref_chosen_logps", "reference_chosen_logps"),
+    _number("ref_rejected_logps", "reference_rejected_logps"),
+)
+_JUDGED = (_number("margin"), *_REFERENCES)
+_LABEL = Part("label", ("label", "kto_tag"), ("number", "empty", "text"))
+_ASKED = ("question", "query", "instruction", "input")
+_FURTHER = Part("input", ("input", "context"), ("text",), optional=True)
+
+
+def _two(contents: tuple[str, ...]) -> tuple[Part, Part]:
+    """The preferred completion and the other one."""
+    return (
+        Part("chosen", ("chosen", "chosen_response"), contents),
+        Part("rejected", ("rejected", "rejected_response"), contents),
+    )
+
+
+def _pairs(says: str, names: tuple[str, ...], prompt: tuple[str, ...], completion: tuple[str, ...]) -> Reading:
+    says = f"{says} in {{prompt}}, answered in {{chosen}} and, worse, in {{rejected}}"
+    extras = (_SYSTEM, *_TOOLS) if prompt != ("text",) or completion != ("text",) else ()
+    return Reading("pairs", says, (Part("prompt", names, prompt), *_two(completion), *extras, *_JUDGED))
+
+
+# Rows of two completions, of which one is preferred; read by `samples`.
+PAIR_READINGS: tuple[Reading, ...] = (
+    Reading(
+        "tokens",
+        "token ids in {chosen} and, of the worse, in {rejected}",
+        (
+            _tokens("prompt_ids", optional=True),
+            Part("chosen", ("chosen_ids", "chosen_input_ids"), ("integers", "empty")),
+            Part("rejected", ("rejected_ids", "rejected_input_ids"), ("integers", "empty")),
+            _number("row"),
+            *_JUDGED,
+        ),
+    ),
+    _pairs("prompts", ("prompt",), ("text",), ("text",)),
+    _pairs("prompts", ("prompt",), ("text", "turn", *_TALK), ("text", *_SAID)),
+    _pairs("conversations", ("conversations", "messages"), _TALK, ("text", *_SAID)),
+    _pairs("questions", _ASKED, ("text",), _SAID),
+    Reading(
+        "dialogue",
+        "questions in {prompt}, answered in {chosen} and, worse, in {rejected}",
+        (Part("prompt", _ASKED, ("text",)), _FURTHER, *_two(("text",)), _SYSTEM, *_JUDGED),
+    ),
+    Reading(
+        "implicit",
+        "conversations in {chosen} and, worse, in {rejected}; what they begin with alike is the prompt",
+        (*_two(_TALK), _SYSTEM, *_TOOLS, *_JUDGED),
+    ),
+    Reading(
+        "transcripts",
+        "transcripts in {chosen} and, worse, in {rejected}; what they begin with alike is the prompt",
+        (*_two(("transcript",)), _SYSTEM, *_JUDGED),
+    ),
+    Reading(
+        "implicit",
+        "texts in {chosen} and, worse, in {rejected}; what they begin with alike is the prompt",
+        (*_two(("text",)), *_JUDGED),
+    ),
+    Reading(
+        "ranked",
+        "prompts in {prompt} and, of the answers in {responses}, the best against the worst by {scores}",
+        (
+            Part("prompt", ("prompt", *_ASKED), ("text", *_TALK)),
+            _FURTHER,
+            Part("responses", ("responses", "completions", "answers"), ("texts",)),
+            Part("scores", ("scores", "ratings", "rewards"), ("integers", "floats", "empty")),
+            _SYSTEM,
+        ),
+    ),
+)
+
+# Rows of one completion and whether it is wanted; or else of two, each of which makes a row.
+UNPAIRED_READINGS: tuple[Reading, ...] = (
+    Reading(
+        "tokens",
+        "token ids in {completion}, wanted or not by {label}",
+        (
+            _tokens("prompt_ids"),
+            Part("completion", ("completion_ids",), ("integers", "empty")),
+            _LABEL,
+            _number("row"),
+            _number("ref_logps"),
+            _tokens("kl_completion_ids", optional=True),
+            _number("ref_KL_logps"),
+        ),
+    ),
+    Reading(
+        "unpaired",
+        "prompts in {prompt} and completions in {completion}, wanted or not by {label}",
+        (
+            Part("prompt", ("prompt",), ("text",)),
+            Part("completion", ("completion",), ("text",)),
+            _LABEL,
+            _number("ref_logps", "reference_logps"),
+        ),
+    ),
+    Reading(
+        "unpaired",
+        "prompts in {prompt} and completions in {completion}, wanted or not by {label}",
+        (
+            Part("prompt", ("prompt",), ("text", "turn", *_TALK)),
+            Part("completion", ("completion",), ("text", *_SAID)),
+            _LABEL,
+            _SYSTEM,
+            *_TOOLS,
+            _number("ref_logps", "reference_logps"),
+        ),
+    ),
+    Reading(
+        "implicit",
+        "conversations in {completion}, the last turn wanted or not by {label}",
+        (Part("completion", ("messages", "conversations"), _TALK), _LABEL, _SYSTEM, *_TOOLS, _number("ref_logps")),
+    ),
+    Reading(
+        "dialogue",
+        "questions in {prompt} and answers in {completion}, wanted or not by {label}",
+        (
+            Part("prompt", ("prompt", *_ASKED), ("text",)),
+            _FURTHER,
+            Part("completion", ("answer", "response", "output"), ("text",)),
+            _LABEL,
+            _SYSTEM,
+            _number("ref_logps"),
+        ),
+    ),
+    *PAIR_READINGS,
+)
+
+# Rows of a solution in steps, each of which is judged.
+STEP_READINGS: tuple[Reading, ...] = (
+    Reading(
+        "tokens",
+        "token ids in {completion}, whose steps end by {step_mask} and are right or not by {labels}",
+        (
+            _tokens("prompt_ids"),
+            Part("completion", ("completion_ids",), ("integers", "empty")),
+            Part("step_mask", ("step_mask",), _MASK),
+            Part("labels", ("step_labels",), _MASK),
+            _number("row"),
+        ),
+    ),
+    Reading(
+        "steps",
+        "prompts in {prompt} and steps in {completion}, right or not by {labels}",
+        (
+            Part("prompt", ("prompt", *_ASKED), ("text", "turn", *_TALK)),
+            Part("completion", ("completions", "steps"), ("texts", "empty")),
+            Part("labels", ("labels",), (*_MASK, "floats", "texts")),
+            _SYSTEM,
+            *_TOOLS,
+        ),
+    ),
+)
+
+UNDERSTOOD_PAIRS = (
+    "`prompt`, `chosen` and `rejected` (strings, or lists of {role, content} or {from, value}), `chosen` and "
+    "`rejected` alone (both with the prompt they share), `question` or `instruction`, `chosen` and `rejected`, "
+    "`conversations` with `chosen` and `rejected`, or `prompt`, `responses` and `scores`"
+)
+UNDERSTOOD_UNPAIRED = (
+    "`prompt`, `completion` and `label` (true or false), `messages` and `label`, `question`, `answer` and `label`, or "
+    f"pairs: {UNDERSTOOD_PAIRS}"
+)
+UNDERSTOOD_STEPS = "`prompt`, `completions` (a list of steps) and `labels` (a list of true and false)"
+
 UNDERSTOOD = (
     "`text` (a string), `messages` or `conversations` (a list of {role, content} or {from, value}), `prompt` and "
     "`completion` (strings or such lists), `instruction` and `output`, `question` and `answer`, or `input_ids` (with "
@@ -141,8 +325,11 @@ def detect(
     text_field: str = "text",
     columns: Mapping[str, str] | None = None,
     formatting_func: Callable[[Any], Any] | None = None,
+    readings: Sequence[Reading] = READINGS,
+    understood: str = UNDERSTOOD,
 ) -> Shape:
-    """Finds how the rows of `dataset` are to be read. `text_field` names the column of text, or of conversations.
+    """Finds how the rows of `dataset` are to be read: by the first of `readings` that fits, which are described by
+    `understood`. `text_field` names the column of text, or of conversations.
 
     `columns` says which column holds which part, as in `{"prompt": "question", "completion": "answer"}`; parts have the
     names that such a column is known by. `formatting_func` makes of a row a text or a list of messages, or of a batch
@@ -155,27 +342,34 @@ def detect(
         return _detect_formatting(dataset, formatting_func)
     contents = {column: _contents(dataset, column) for column in dataset.column_names}
     if columns:
-        return _detect_named(contents, columns)
+        return _detect_named(contents, columns, readings, understood)
     for column, content in contents.items():
         if content == "images" or (column in IMAGE_COLUMNS and content != "empty"):
             raise DataError(
                 f"The column `{column}` holds images, and {NO_IMAGES}. To train on the text alone, remove it with "
                 f"`dataset.remove_columns({column!r})`."
             )
-    for reading in READINGS:
+    for reading in readings:
         found = _match(reading, contents, text_field)
         if found is not None:
             sentence = _sentence(reading, found, list(contents), text_field)
             return Shape(reading.kind, found, _conversational(found, contents), sentence)
+    if readings is READINGS:
+        remedy = (
+            "columns={'prompt': ..., 'completion': ...}, or name the column of text or conversations with "
+            f"`dataset_text_field` (now {text_field!r})."
+        )
+    else:
+        parts = [part.name for part in readings[1].parts if not part.optional]
+        remedy = f"columns={{{', '.join(f'{part!r}: ...' for part in parts)}}}."
     raise DataError(
-        f"Cannot read the rows: the columns are {_columns_in_words(contents)}. Understood are {UNDERSTOOD}. Say which "
-        "column is which with `columns`, as in columns={'prompt': ..., 'completion': ...}, or name the column of text "
-        f"or conversations with `dataset_text_field` (now {text_field!r})."
+        f"Cannot read the rows: the columns are {_columns_in_words(contents)}. Understood are {understood}. Say which "
+        f"column is which with `columns`, as in {remedy}"
     )
 
 
 def _conversational(columns: Mapping[str, str], contents: Mapping[str, str]) -> bool:
-    return any(contents[column] in _TALK for column in columns.values())
+    return any(contents[column] in _SAID for column in columns.values())
 
 
 def _columns_in_words(contents: Mapping[str, str]) -> str:
@@ -190,7 +384,7 @@ def _match(reading: Reading, contents: Mapping[str, str], text_field: str) -> di
             names = [text_field]
         elif part.columns == (NAMED,):
             names = [text_field] if text_field != "text" else []
-        fitting = [name for name in names if contents.get(name) in part.contents and name not in columns.values()]
+        fitting = [name for name in names if _fits(contents.get(name), part) and name not in columns.values()]
         if not part.columns and len(fitting) > 1:
             which = ", ".join(f"`{name}`" for name in fitting)
             raise DataError(
@@ -201,6 +395,10 @@ def _match(reading: Reading, contents: Mapping[str, str], text_field: str) -> di
         elif not part.optional:
             return None
     return columns
+
+
+def _fits(content: str | None, part: Part) -> bool:
+    return content in part.contents or (content == "transcript" and "text" in part.contents)
 
 
 def _sentence(reading: Reading, columns: Mapping[str, str], seen: Sequence[str], text_field: str) -> str:
@@ -220,7 +418,9 @@ def _reads_as(reading: Reading, columns: Mapping[str, str], seen: Sequence[str])
     return f"columns {', '.join(seen)}: read as {says}", [f"{', '.join(ignored)} ignored"] if ignored else []
 
 
-def _detect_named(contents: Mapping[str, str], named: Mapping[str, str]) -> Shape:
+def _detect_named(
+    contents: Mapping[str, str], named: Mapping[str, str], readings: Sequence[Reading], understood: str
+) -> Shape:
     """The reading of which `named` (part -> column) names parts, all of those that it cannot do without."""
     for column in named.values():
         if column not in contents:
@@ -229,21 +429,21 @@ def _detect_named(contents: Mapping[str, str], named: Mapping[str, str]) -> Shap
             there = _columns_in_words(contents)
             raise DataError(f"columns={dict(named)} names `{column}`, but the columns are {there}.{meant}")
     wrong = ""
-    for reading in READINGS:
+    for reading in readings:
         parts = {name: part for part in reading.parts for name in (*_names(part), part.name)}
         if any(key not in parts for key in named):
             continue
         found = {parts[key].name: column for key, column in named.items()}
         for part in reading.parts:  # what is not named may be there under its own name
             for name in _names(part):
-                if part.name not in found and contents.get(name) in part.contents and name not in found.values():
+                if part.name not in found and _fits(contents.get(name), part) and name not in found.values():
                     found[part.name] = name
         if any(part.name not in found and not part.optional for part in reading.parts):
             continue
-        bad = [part for part in reading.parts if part.name in found and contents[found[part.name]] not in part.contents]
+        bad = [part for part in reading.parts if part.name in found and not _fits(contents[found[part.name]], part)]
         if bad:
             column = found[bad[0].name]
-            may = " or ".join(_CONTENTS_IN_WORDS[content] for content in bad[0].contents)
+            may = " or ".join(dict.fromkeys(_CONTENTS_IN_WORDS[content] for content in bad[0].contents))
             wrong = wrong or f"`{column}` holds {_CONTENTS_IN_WORDS[contents[column]]}, and what is wanted is {may}"
             continue
         # Not in the order in which the user happened to name them.
@@ -253,13 +453,13 @@ def _detect_named(contents: Mapping[str, str], named: Mapping[str, str]) -> Shap
         return Shape(reading.kind, found, _conversational(found, contents), f"{sentence} ({'; '.join(notes)})")
     if wrong:
         raise DataError(f"columns={dict(named)} does not fit the data: {wrong}.")
-    known = sorted({name for reading in READINGS for part in reading.parts for name in (*_names(part), part.name)})
+    known = sorted({name for reading in readings for part in reading.parts for name in (*_names(part), part.name)})
     for key in named:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise DataError(f"columns={dict(named)}: no row has a part {key!r}; parts are {', '.join(known)}.{meant}")
-    raise DataError(f"columns={dict(named)} does not describe a whole row. Understood are {UNDERSTOOD}.")
+    raise DataError(f"columns={dict(named)} does not describe a whole row. Understood are {understood}.")
 
 
 def _names(part: Part) -> tuple[str, ...]:
@@ -268,9 +468,12 @@ def _names(part: Part) -> tuple[str, ...]:
 
 _CONTENTS_IN_WORDS = {
     "text": "text",
+    "transcript": "text",
     "messages": "messages",
+    "turn": "single messages",
     "from_value": "turns of {from, value}",
     "integers": "lists of numbers",
+    "floats": "lists of numbers",
     "booleans": "lists of true and false",
     "texts": "lists of texts",
     "images": "images",
@@ -289,7 +492,8 @@ def _contents(dataset: datasets.Dataset, column: str) -> str:
         return "images"
     if isinstance(feature, datasets.Value):
         if feature.dtype in ("string", "large_string"):
-            return "text"
+            first = dataset.with_format(None).select_columns([column])[:1][column]
+            return "transcript" if first and str(first[0]).startswith(TRANSCRIPT) else "text"
         return "empty" if feature.dtype == "null" else "number"
     if isinstance(feature, dict):
         return _contents_of_record(feature)
@@ -304,6 +508,8 @@ def _contents(dataset: datasets.Dataset, column: str) -> str:
                 return "booleans"
             if item.dtype in ("string", "large_string"):
                 return "texts"
+            if item.dtype.startswith("float"):
+                return "floats"
             return "integers" if item.dtype.startswith(("int", "uint")) else "other"
     first = dataset.with_format(None).select_columns([column])[:100][column]
     return _contents_of_value(next((value for value in first if value), None))
@@ -314,7 +520,7 @@ def _contents_of_record(record: Mapping[str, Any]) -> str:
         return "images"
     if isinstance(record.get("text"), datasets.List):  # {text: [...], answer_start: [...]}, as in SQuAD
         return "texts"
-    return "struct"
+    return "turn" if _contents_of_records(record) in _TALK else "struct"
 
 
 def _contents_of_records(record: Iterable[str]) -> str:
@@ -332,7 +538,7 @@ def _contents_of_value(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, Mapping):
-        return "struct"
+        return _contents_of_record(value)
     if isinstance(value, list) and isinstance(value[0], Mapping):
         return _contents_of_records(value[0])
     return "other"
@@ -366,6 +572,9 @@ def _detect_formatting(dataset: datasets.Dataset, function: Callable[[Any], Any]
     what = "conversations" if talk else "texts"
     sentence = f"columns {', '.join(dataset.column_names)}: read as the {what} that formatting_func `{name}` makes"
     return Shape("messages" if talk else "text", {}, talk, sentence, calling)
+
+
+TRANSCRIPT = "\n\nHuman:"  # how a conversation that is written out as text begins
 
 
 def is_talk(value: Any) -> bool:

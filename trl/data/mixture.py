@@ -10,10 +10,12 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .formats import Shape, detect
+from . import recipe
+from .preference import Preferences
+from .recipe import Recipe
 from .report import DataReport
 from .sources import DataError, load
-from .tokens import aggregate, prepare_stream, tabulate
+from .tokens import Sequences
 
 
 @dataclass
@@ -93,70 +95,61 @@ class Mixture:
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, name: str = "train", num_proc: int | None = None, **options: Any
     ) -> tuple[Any, DataReport]:
-        """As `tokens.prepare`, or `prepare_stream` for streams; `options` are theirs. Rows are numbered through all
-        parts; the report has one for each part under `parts`."""
+        """As `tokens.prepare`, or with a `kind` as `preference.prepare_preferences`, or their twins for streams;
+        `options` are theirs. Rows are numbered through all parts; the report has one for each part under `parts`."""
+        columns = options.pop("columns", None)
+        wanted = Preferences(**options) if "kind" in options else Sequences(**options)
+        recipes = [dataclasses.replace(wanted, columns=part.columns or columns) for part in self.parts]
         if self.streaming:
-            return self._prepare_stream(tokenizer, name, options)
-        max_length = options.get("max_length")
+            return self._prepare_stream(tokenizer, name, recipes)
         tables, reports, first_row = [], [], 0
         shape = None
-        for part in self.parts:
+        for part, own in zip(self.parts, recipes, strict=True):
             # Shapes are found before the first is tokenised, so that the mistake in the last is known at once.
             try:
-                columns = part.columns or options.get("columns")
-                detect(part.rows, options.get("text_field", "text"), columns, options.get("formatting_func"))
+                own.detect(part.rows)
             except DataError as error:
                 raise DataError(f"{part.label}: {error}") from error
-        for part in self.parts:
-            what = f"{name}, {part.label}"
-            own = {**options, "columns": part.columns or options.get("columns")}
+        for part, own in zip(self.parts, recipes, strict=True):
             try:
-                shape, table = tabulate(part.rows, tokenizer, name=what, num_proc=num_proc, first_row=first_row, **own)
+                shape, table = recipe.tabulate(
+                    own, part.rows, tokenizer, num_proc, f"{name}, {part.label}", first_row=first_row
+                )
             except DataError as error:
                 raise DataError(f"{part.label}: {error}") from error
-            reports.append(aggregate(table, tokenizer, shape, max_length, part.label, first_row)[1])
+            reports.append(own.aggregate(table, tokenizer, shape, part.label, first_row)[1])
             tables.append(table)
             first_row += len(part.rows)
         assert shape is not None
-        whole = Shape(shape.kind, shape.columns, shape.conversational, f"a mix of {len(self.parts)} data sets")
-        prepared, report = aggregate(datasets.concatenate_datasets(tables), tokenizer, whole, max_length, name)
+        tables, note = _alike(tables)
+        whole = dataclasses.replace(shape, sentence=f"a mix of {len(self.parts)} data sets{note}")
+        prepared, report = wanted.aggregate(datasets.concatenate_datasets(tables), tokenizer, whole, name)
         report.parts = reports
         return prepared, report
 
     def _prepare_stream(
-        self, tokenizer: PreTrainedTokenizerBase, name: str, options: dict[str, Any]
+        self, tokenizer: PreTrainedTokenizerBase, name: str, recipes: Sequence[Recipe]
     ) -> tuple[Any, DataReport]:
         streams, reports = [], []
-        for part in self.parts:
-            own = {**options, "columns": part.columns or options.get("columns")}
+        for part, own in zip(self.parts, recipes, strict=True):
             try:
-                stream, report = prepare_stream(part.rows, tokenizer, name=part.label, **own)
+                stream, report = recipe.prepare_stream(own, part.rows, tokenizer, name=part.label)
             except DataError as error:
                 raise DataError(f"{part.label}: {error}") from error
             streams.append(stream)
             reports.append(report)
-        total = dataclasses.replace(
-            reports[0],
-            name=name,
-            sentence=f"a mix of {len(self.parts)} streams, one behind the other",
-            parts=reports,
-            dropped=[entry for report in reports for entry in report.dropped],
-            **{count: sum(getattr(report, count) for report in reports) for count in _COUNTS},
-        )
-        total.looked_at = sum(report.looked_at or 0 for report in reports)
-        total.lengths = {
-            "min": min(report.lengths["min"] for report in reports),
-            "median": round(float(np.median([report.lengths["median"] for report in reports]))),
-            "p95": max(report.lengths["p95"] for report in reports),
-            "max": max(report.lengths["max"] for report in reports),
-        }
-        return datasets.concatenate_datasets(streams), total
+        streams, note = _alike(streams)
+        sentence = f"a mix of {len(self.parts)} streams, one behind the other{note}"
+        return datasets.concatenate_datasets(streams), type(reports[0]).of_parts(reports, name, sentence)
 
 
-_COUNTS = (
-    *("rows_read", "rows_kept", "tokens", "trained_tokens", "rows_cut", "tokens_cut", "trained_tokens_cut"),
-    *("end_of_turn", "bos_doubled", "boundary_tokens"),
-)
+def _alike(parts: list[Any]) -> tuple[list[Any], str]:
+    """The parts with the columns that all of them have, and a remark where that leaves some out."""
+    all_columns = dict.fromkeys(column for part in parts for column in part.column_names)
+    common = [column for column in all_columns if all(column in part.column_names for part in parts)]
+    missing = ", ".join(f"`{column}`" for column in all_columns if column not in common)
+    note = f" ({missing} left out: not all of them have it)" if missing else ""
+    return [part.select_columns(common) for part in parts], note
 
 
 def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) -> dict[str, Mixture]:

@@ -1,8 +1,9 @@
 """What will be trained on, in a few lines that a person reads before the first step."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from typing import Any, ClassVar, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,6 +55,29 @@ class DataReport:
     looked_at: int | None = None
     parts: list["DataReport"] = field(default_factory=list)
 
+    # What a mix has the sum of.
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        *("rows_read", "rows_kept", "tokens", "trained_tokens", "rows_cut", "tokens_cut", "trained_tokens_cut"),
+        *("end_of_turn", "bos_doubled", "boundary_tokens"),
+    )
+    SPREADS: ClassVar[tuple[str, ...]] = ("lengths",)
+
+    @classmethod
+    def of_parts(cls, parts: "list[DataReport]", name: str, sentence: str) -> "DataReport":
+        """The report of a mix of streams, of which no table tells the numbers: sums, and middles of middles."""
+        sums: dict[str, Any] = {count: sum(getattr(part, count) for part in parts) for count in cls.COUNTS}
+        spreads: dict[str, Any] = {field: _spread_of([getattr(part, field) for part in parts]) for field in cls.SPREADS}
+        return replace(
+            parts[0],
+            name=name,
+            sentence=sentence,
+            parts=parts,
+            dropped=[entry for part in parts for entry in part.dropped],
+            looked_at=sum(part.looked_at or 0 for part in parts),
+            **sums,
+            **spreads,
+        )
+
     @property
     def share(self) -> float:
         """Trained tokens over tokens, 0 to 1."""
@@ -61,14 +85,10 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report as plain lines, warnings last but for the sample."""
-        lengths = self.lengths
         lines = [
             f"{self.name}: {_rows(self.rows_read)} read, {self.rows_kept:,} kept; {self.sentence}",
             *(f"  {part.one_line()}" for part in self.parts),
-            f"tokens: {self.tokens:,}, of which {self.trained_tokens:,} are trained on ({self.share:.1%})",
-            f"row lengths before any cut: shortest {lengths['min']:,}, median {lengths['median']:,}, "
-            f"95 % up to {lengths['p95']:,}, longest {lengths['max']:,} tokens; "
-            + (f"window {self.max_length:,}" if self.max_length is not None else "no window set"),
+            *self._measures(),
         ]
         if self.looked_at is not None:
             first = f"first {self.looked_at:,} rows" if self.looked_at > 1 else "first row"
@@ -77,6 +97,15 @@ class DataReport:
             lines.append(f"beginning of text: written in {_rows(self.bos_doubled)} already, so not added a second time")
         packing = self.packing.lines() if self.packing is not None else []
         return [*lines, *packing, *self._ending(), *self._losses(), f"row {self.sample_row}: {self.sample}"]
+
+    def _measures(self) -> list[str]:
+        lengths = self.lengths
+        return [
+            f"tokens: {self.tokens:,}, of which {self.trained_tokens:,} are trained on ({self.share:.1%})",
+            f"row lengths before any cut: shortest {lengths['min']:,}, median {lengths['median']:,}, "
+            f"95 % up to {lengths['p95']:,}, longest {lengths['max']:,} tokens; "
+            + (f"window {self.max_length:,}" if self.max_length is not None else "no window set"),
+        ]
 
     def one_line(self) -> str:
         """What the report of a mix says of one of its parts."""
@@ -105,10 +134,7 @@ class DataReport:
                 f"warning: {_rows(self.rows_cut)} cut to {self.max_length:,} tokens; {self.tokens_cut:,} tokens lost, "
                 f"{self.trained_tokens_cut:,} of them to be trained on (raise `max_length` to keep them)"
             )
-        for dropped in self.dropped:
-            more = ", …" if dropped["count"] > len(dropped["rows"]) else ""
-            which = ", ".join(map(str, dropped["rows"]))
-            lines.append(f"warning: {_rows(dropped['count'])} dropped: {dropped['reason']} (row {which}{more})")
+        lines += self._drops()
         if self.share < FEW_TRAINED:
             lines.append(f"warning: only {self.share:.1%} of the tokens are trained on; check the masks in the sample")
         if self.boundary_tokens:
@@ -118,9 +144,103 @@ class DataReport:
             )
         return lines
 
+    def _drops(self) -> list[str]:
+        lines = []
+        for dropped in self.dropped:
+            more = ", …" if dropped["count"] > len(dropped["rows"]) else ""
+            which = ", ".join(map(str, dropped["rows"]))
+            lines.append(f"warning: {_rows(dropped['count'])} dropped: {dropped['reason']} (row {which}{more})")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dicts."""
         return {**asdict(self), "share": self.share, "parts": [part.to_dict() for part in self.parts]}
+
+
+@dataclass
+class PreferenceReport(DataReport):
+    """What `preference.prepare_preferences` read, kept, cut and dropped.
+
+    Tokens are distinct ones: a prompt counts once, however many completions it has. `lengths` are those of prompts with
+    the longer completion. `trained_tokens` are those of the completions, and of steps those where one is judged.
+    `boundary_tokens` counts the rows whose completions do not begin where the prompt alone ends. `limits` are the
+    options that say how long something may be; `labels_true` and `labels_false` count rows, or steps.
+    """
+
+    kind: str = "pairs"
+    prompt_lengths: dict[str, int] = field(default_factory=dict)
+    completion_lengths: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    prompts_cut: int = 0
+    prompt_tokens_cut: int = 0
+    completions_cut: int = 0
+    completion_tokens_cut: int = 0
+    empty_completions: int = 0
+    labels_true: int = 0
+    labels_false: int = 0
+
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        *DataReport.COUNTS,
+        *("prompts_cut", "prompt_tokens_cut", "completions_cut", "completion_tokens_cut"),
+        *("empty_completions", "labels_true", "labels_false"),
+    )
+    SPREADS: ClassVar[tuple[str, ...]] = ("lengths", "prompt_lengths", "completion_lengths")
+
+    def _measures(self) -> list[str]:
+        def long(lengths: dict[str, int]) -> str:
+            return f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['max']:,}"
+
+        what = "steps judged" if self.kind == "steps" else "trained on"
+        window = f"window {self.max_length:,}" if self.max_length is not None else "no window set"
+        lines = [
+            f"tokens: {self.tokens:,}, each prompt once, of which {self.trained_tokens:,} are {what} "
+            f"({self.share:.1%})",
+            f"lengths before any cut: prompts {long(self.prompt_lengths)}; completions {long(self.completion_lengths)} "
+            f"tokens; {window}",
+        ]
+        if self.kind != "pairs":
+            lines.append(f"labels: {self.labels_true:,} true, {self.labels_false:,} false")
+        return lines
+
+    def _ending(self) -> list[str]:
+        return [] if self.kind == "steps" else super()._ending()
+
+    def _losses(self) -> list[str]:
+        lines = []
+        if self.rows_cut:
+            what = "1 pair" if self.rows_cut == 1 else f"{self.rows_cut:,} pairs"
+            limits = ", ".join(f"{limit} {value:,}" for limit, value in self.limits.items())
+            losses = [
+                f"{self.prompt_tokens_cut:,} tokens of {self.prompts_cut:,} prompts" if self.prompts_cut else "",
+                f"{self.completion_tokens_cut:,} tokens of the completions of {_rows(self.completions_cut)}"
+                if self.completions_cut
+                else "",
+            ]
+            lines.append(
+                f"warning: {what if self.kind == 'pairs' else _rows(self.rows_cut)} cut, which lost "
+                f"{' and '.join(filter(None, losses))} ({limits}: raise it to keep them)"
+            )
+        lines += self._drops()
+        if self.empty_completions:
+            what = "steps are" if self.kind == "steps" else "completions are"
+            what = what if self.empty_completions > 1 else what.replace("s are", " is")
+            lines.append(f"warning: {self.empty_completions:,} {what} empty; the model learns from them to say nothing")
+        if self.boundary_tokens:
+            lines.append(
+                f"warning: in {_rows(self.boundary_tokens)} the prompt alone ends in other tokens than before its "
+                "completion, and what differs is trained on with the completion; end the prompt without a space, or "
+                "set a chat template that writes it alike"
+            )
+        return lines
+
+
+def _spread_of(parts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {
+        "min": min(part["min"] for part in parts),
+        "median": round(median(part["median"] for part in parts)),
+        "p95": max(part["p95"] for part in parts),
+        "max": max(part["max"] for part in parts),
+    }
 
 
 def _rows(count: int) -> str:

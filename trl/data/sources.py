@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import difflib
 import gzip
 import hashlib
 import json
@@ -55,7 +56,9 @@ def load(
     to a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (also with .gz, .bz2, .xz or .zst behind), a folder
     written by `save_to_disk`, a folder of such files, or else a name on the Hugging Face Hub or of a reader of
     `datasets` such as `json` (`config`, `data_dir` and `data_files` are its arguments). `split` may be a slice, such as
-    `"train[:10%]"`. When the split is missing and there is only one, that one is read and a log line says so.
+    `"train[:10%]"`. When the split is missing and there is only one, that one is read. Where there are more, the only
+    one whose name begins with `train` stands in for "train", and the only one that begins with `test`, or else with
+    `validation` or `eval`, for "test". A log line says so.
 
     With `streaming`, or where `source` streams already, a `datasets.IterableDataset` is returned: rows are read as they
     are asked for. Raises `DataError` when there is nothing to read.
@@ -406,13 +409,32 @@ def _split_name(split: str) -> str:
     return re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
 
 
+# What may stand in for a split that is missing: the only one whose name begins so, the earlier beginning first. To
+# evaluate on rows that are trained on would tell nothing, so that no `train` stands in for a `test`.
+STAND_INS = {"train": ("train",), "test": ("test", "validation", "eval")}
+
+
 def _other_split(there: Sequence[str], split: str, what: str) -> str:
-    """`split` with its name replaced by that of the only split there is."""
-    if len(there) != 1:
-        names = ", ".join(map(repr, there))
-        raise DataError(f"{what} has no split {_split_name(split)!r}; it has {names}: name one of them.")
-    logger.warning("%s has no split %r; its only split %r is read.", what, _split_name(split), there[0])
-    return there[0] + split[len(_split_name(split)) :]
+    """`split` with its name replaced by that of the only split there is, or of the only one that can stand in."""
+    wanted = _split_name(split)
+    if len(there) == 1:
+        found = there[0]
+        logger.warning("%s has no split %r; its only split %r is read.", what, wanted, found)
+    else:
+        for beginning in STAND_INS.get(wanted, ()):
+            alike = [name for name in there if name.startswith(beginning)]
+            if alike:
+                break
+        else:
+            alike = []
+        if len(alike) != 1:
+            names = ", ".join(map(repr, there))
+            near = difflib.get_close_matches(wanted, there, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{what} has no split {wanted!r}; it has {names}: name one of them.{meant}")
+        found = alike[0]
+        logger.warning("%s has no split %r; %r stands in for it.", what, wanted, found)
+    return found + split[len(wanted) :]
 
 
 def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str) -> datasets.Dataset:

@@ -1,8 +1,8 @@
 """Layouts: how a forest of token trees becomes the tensors of one forward pass.
 
 Both layouts list the trained tokens in the same order (tree by tree, sequence by sequence, left to right), so that
-whatever is computed from them can be compared entry by entry. A sequence is a leaf: a root without branches, or a
-branch (its text is the root's tokens followed by its own).
+whatever is computed from them can be compared entry by entry. A sequence is a root without branches, or a branch (its
+text is the root's tokens followed by its own), or a root that is trained beside its branches, which comes before them.
 
 Dimensions: `T` tokens in the flat row, `B, L` rows and columns of the padded layout, `N` trained tokens,
 `S` sequences, `M` segments.
@@ -40,18 +40,19 @@ def _arrays(tree: Tree) -> tuple[tuple[np.ndarray, np.ndarray], list[tuple[np.nd
     branches = [convert(branch, f"branch {index}") for index, branch in enumerate(tree.branches)]
     if len(root[0]) == 0:
         raise ValueError(f"row {tree.row}: the prompt has no tokens, so nothing predicts the first token after it")
-    if branches and root[1].any():
-        raise ValueError(
-            f"row {tree.row}: a shared prompt cannot be trained on, its tokens belong to several sequences"
-        )
     return root, branches
 
 
-def _finish(batch: Batch, predict: list, target: list, seq: list, rows: list, tokens: int) -> Batch:
+def _row(tree: Tree, branch: Branch) -> int:
+    return tree.row if branch.row is None else branch.row
+
+
+def _finish(batch: Batch, predict: list, at: list, target: list, seq: list, rows: list, tokens: int) -> Batch:
     def join(parts: list) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
 
-    batch["predict_N"], batch["target_N"], batch["seq_N"] = join(predict), join(target), join(seq)
+    batch["predict_N"], batch["at_N"] = join(predict), join(at)
+    batch["target_N"], batch["seq_N"] = join(target), join(seq)
     batch["row_S"] = torch.tensor(rows, dtype=torch.int64)
     # Host-side counts: reading them never waits for a device.
     batch["tokens"] = tokens
@@ -66,6 +67,7 @@ def flat(trees: Iterable[Tree]) -> Batch:
         input_ids [1, T], position_ids [1, T]   positions restart at each root; a branch goes on where its root ends
         segments                                what attention needs, see below
         predict_N [N]                           index in the row of the hidden state that predicts the trained token
+        at_N [N]                                index in the row of the trained token itself
         target_N [N], seq_N [N]                 the trained token's id and the sequence it belongs to
         row_S [S]                               the data-set row each sequence came from
         tokens                                  distinct tokens of the forest, an int (= T: no token is computed twice)
@@ -80,43 +82,43 @@ def flat(trees: Iterable[Tree]) -> Batch:
     keys: list[np.ndarray] = []
     spans: list[tuple[int, int]] = []
     predict: list[np.ndarray] = []
+    at: list[np.ndarray] = []
     target: list[np.ndarray] = []
     seq: list[np.ndarray] = []
     rows: list[int] = []
-    at = 0
+    width = 0
     trees = list(trees)
 
     def segment(tokens: np.ndarray, first_position: int, root: int, root_start: int) -> int:
-        nonlocal at
-        start = at
+        nonlocal width
+        start = width
         ids.append(tokens)
         positions.append(np.arange(first_position, first_position + len(tokens)))
         own = np.arange(start, start + len(tokens))
         keys.append(own if root < 0 else np.concatenate([np.arange(root_start, root_start + first_position), own]))
         spans.append((len(tokens), root))
-        at += len(tokens)
+        width += len(tokens)
         return start
+
+    def sequence(start: int, offsets: np.ndarray, wanted: np.ndarray, before: int, row: int) -> None:
+        # What stands before the run predicts its first token.
+        predict.append(np.where(offsets == 0, before, start + offsets - 1))
+        at.append(start + offsets)
+        target.append(wanted)
+        seq.append(np.full(len(offsets), len(rows)))
+        rows.append(row)
 
     for tree in trees:
         (root_ids, root_mask), branches = _arrays(tree)
         root_number = len(spans)
         root_start = segment(root_ids, 0, -1, 0)
         root_last = root_start + len(root_ids) - 1
-        if not branches:
-            offsets, wanted = _trained(root_ids, root_mask, 1)
-            predict.append(root_start + offsets - 1)
-            target.append(wanted)
-            seq.append(np.full(len(offsets), len(rows)))
-            rows.append(tree.row)
-        for branch_ids, branch_mask in branches:
-            offsets, wanted = _trained(branch_ids, branch_mask, 0)
-            if len(branch_ids):
-                start = segment(branch_ids, len(root_ids), root_number, root_start)
-                # The root's last state predicts the first token of every branch.
-                predict.append(np.where(offsets == 0, root_last, start + offsets - 1))
-                target.append(wanted)
-                seq.append(np.full(len(offsets), len(rows)))
-            rows.append(tree.row)
+        if not branches or root_mask.any():
+            sequence(root_start, *_trained(root_ids, root_mask, 1), root_start, _row(tree, tree.root))
+        for branch, (branch_ids, branch_mask) in zip(tree.branches, branches, strict=True):
+            # A branch without tokens is a sequence without trained tokens, and no segment.
+            start = segment(branch_ids, len(root_ids), root_number, root_start) if len(branch_ids) else 0
+            sequence(start, *_trained(branch_ids, branch_mask, 0), root_last, _row(tree, branch))
 
     if not spans:
         segment(np.zeros(1, dtype=np.int64), 0, -1, 0)
@@ -135,14 +137,14 @@ def flat(trees: Iterable[Tree]) -> Batch:
             "longest_key": max(key_lengths),
         },
     }
-    return _finish(batch, predict, target, seq, rows, at if trees else 0)
+    return _finish(batch, predict, at, target, seq, rows, width if trees else 0)
 
 
 def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
     """Lay a forest out as one right-padded row per sequence, the prompt repeated in each.
 
     For models that the probe refuses in one flat row. Same trained tokens in the same order as `flat`. Returns a dict
-    with input_ids, attention_mask [B, L], predict_N as an index into the flattened B * L grid, and
+    with input_ids, attention_mask [B, L], predict_N and at_N as indices into the flattened B * L grid, and
     target_N, seq_N, row_S, tokens as in `flat` (`tokens` counts distinct tokens, not positions).
     """
     sequences: list[tuple[np.ndarray, np.ndarray]] = []
@@ -151,36 +153,37 @@ def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
     for tree in trees:
         (root_ids, root_mask), branches = _arrays(tree)
         tokens += len(root_ids) + sum(len(branch_ids) for branch_ids, _ in branches)
-        if not branches:
+        if not branches or root_mask.any():
             sequences.append((root_ids, root_mask))
-            rows.append(tree.row)
-        for branch_ids, branch_mask in branches:
+            rows.append(_row(tree, tree.root))
+        for branch, (branch_ids, branch_mask) in zip(tree.branches, branches, strict=True):
             mask = np.concatenate([np.zeros(len(root_ids), dtype=bool), branch_mask])
             sequences.append((np.concatenate([root_ids, branch_ids]), mask))
-            rows.append(tree.row)
+            rows.append(_row(tree, branch))
     width = max((len(ids) for ids, _ in sequences), default=1)
     grid = np.full((max(len(sequences), 1), width), pad_id, dtype=np.int64)
     attention = np.zeros_like(grid)
     attention[len(sequences) :] = 1  # an empty batch: one stand-in token, as in `flat`
-    predict, target, seq = [], [], []
+    predict, at, target, seq = [], [], [], []
     for number, (ids, mask) in enumerate(sequences):
         grid[number, : len(ids)] = ids
         attention[number, : len(ids)] = 1
         offsets, wanted = _trained(ids, mask, 1)
         predict.append(number * width + offsets - 1)
+        at.append(number * width + offsets)
         target.append(wanted)
         seq.append(np.full(len(offsets), number))
     batch: Batch = {
         "input_ids": torch.from_numpy(grid),
         "attention_mask": torch.from_numpy(attention),
     }
-    return _finish(batch, predict, target, seq, rows, tokens)
+    return _finish(batch, predict, at, target, seq, rows, tokens)
 
 
 def with_labels(batch: Batch) -> Batch:
     """A padded batch with `labels` [B, L]: the token where it is trained, -100 elsewhere (not shifted)."""
     labels = torch.full_like(batch["input_ids"], -100)
-    labels.view(-1)[batch["predict_N"] + 1] = batch["target_N"]
+    labels.view(-1)[batch["at_N"]] = batch["target_N"]
     return {**batch, "labels": labels}
 
 
@@ -188,12 +191,12 @@ def unshared(trees: Iterable[Tree]) -> list[Tree]:
     """The same sequences with each prompt repeated before its branch: independent dropout draws, at full price."""
     out: list[Tree] = []
     for tree in trees:
-        if not tree.branches:
-            out.append(tree)
+        if not tree.branches or any(tree.root.mask):
+            out.append(Tree(tree.root, row=_row(tree, tree.root)))
         for branch in tree.branches:
             ids = [*tree.root.ids, *branch.ids]
             mask = [*(False for _ in tree.root.ids), *branch.mask]
-            out.append(Tree(Branch(ids, mask), row=tree.row))
+            out.append(Tree(Branch(ids, mask), row=_row(tree, branch)))
     return out
 
 

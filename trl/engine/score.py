@@ -24,6 +24,7 @@ from .forest import Batch, flat, padded
 from .head import EXTRAS, Readout, TokenStats, _Logits, token_stats
 
 _REQUEST = "trl_request"
+_SCALAR_HEAD = "score"  # what transformers calls the head of decoders that classify
 _LAYOUT_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
 
 
@@ -53,6 +54,11 @@ def causal_lm(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
+
+
+def scalar_head(base: Any) -> nn.Module | None:
+    """The head of a model that scores sequences or tokens, or None for a language model."""
+    return getattr(base, _SCALAR_HEAD, None) or getattr(base, "classifier", None)
 
 
 def score(
@@ -110,15 +116,15 @@ def attach(model: nn.Module) -> Attachment:
     recomputed), adds one keyword to `forward`, then probes. In a distributed run the first rank's verdict holds.
     """
     base = causal_lm(model)
-    if base.get_output_embeddings() is None:
+    if base.get_output_embeddings() is None and scalar_head(base) is None:
         raise ValueError(
-            f"{type(base).__name__} has no language-model head to read log-probs from: "
-            "load it with AutoModelForCausalLM"
+            f"{type(base).__name__} has neither a language-model head to read log-probs from nor one that scores: load "
+            "it with AutoModelForCausalLM, or with AutoModelForSequenceClassification to train a reward model"
         )
     _add_keyword(base)
     configs = _configs(base)
     if not hasattr(base, "_trl_attention"):
-        base._trl_attention = {id(config): config._attn_implementation for config in configs}
+        base._trl_attention = [config._attn_implementation for config in configs]
     config = base.config.get_text_config()
     attachment = Attachment(True, None, _readout(config), pad_id=getattr(config, "pad_token_id", None) or 0)
     base._trl_attachment = attachment
@@ -131,10 +137,13 @@ def attach(model: nn.Module) -> Attachment:
             reason = _first_failure(model, base)
         if reason is not None:
             # Padded, with the attention that the model came with.
-            for each in configs:
-                each._attn_implementation = base._trl_attention[id(each)]
+            for each, own in zip(configs, base._trl_attention, strict=True):
+                each._attn_implementation = own
             attachment.is_flat, attachment.reason = False, reason
-        attachment.head_reason = _head_failure(model, base, attachment)
+        if scalar_head(base) is None:
+            attachment.head_reason = _head_failure(model, base, attachment)
+        elif not hasattr(base, _SCALAR_HEAD):
+            attachment.head_reason = f"{type(base).__name__} scores by more than one layer on its last hidden state"
     _agree(attachment, base, configs)
     return attachment
 
@@ -168,12 +177,16 @@ def _plain_forward(base: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     attachment: Attachment = base._trl_attachment
-    known = attachment.readout
-    readout = replace(
-        known, temperature=request["temperature"], extras=tuple(request["extras"]), grads=tuple(request["grads"])
-    )
     for name in ("labels", "output_hidden_states", "output_attentions", "return_dict"):
         kwargs.pop(name, None)
+    if request.get("scalar"):
+        return {"scalar": _scalar(base, request, *args, **kwargs)}
+    readout = replace(
+        attachment.readout,
+        temperature=request["temperature"],
+        extras=tuple(request["extras"]),
+        grads=tuple(request["grads"]),
+    )
     if request.get("router"):
         kwargs["output_router_logits"] = True
     aux = {}
@@ -195,6 +208,18 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
     if request.get("router"):
         aux["aux"] = _load_balance(base, outputs, kwargs.get("attention_mask"))
     return {**dict(zip(("logp", *readout.extras), columns, strict=True)), **aux}
+
+
+def _scalar(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    """What the model's scoring head says of each trained token, [N, labels]."""
+    if base._trl_attachment.head_reason is None:
+        hidden_NH = _predicting(_backbone(base)(*args, **kwargs)[0], request)
+        if isinstance(getattr(base, "dropout", None), nn.Dropout):
+            hidden_NH = base.dropout(hidden_NH)
+        return getattr(base, _SCALAR_HEAD)(hidden_NH)
+    logits = _plain_forward(base, *args, **kwargs).logits
+    # One score a sequence, as the model itself pools it; or one a token.
+    return logits[: request["predict_N"].shape[0]] if logits.ndim == 2 else _predicting(logits, request)
 
 
 def _load_balance(base: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
@@ -256,16 +281,23 @@ def _configs(base: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, the random state left as it was."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, for as long as it lasts."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, the random state left as it was."""
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        yield
 
 
 def _chunked_reason(config: PreTrainedConfig) -> str | None:
@@ -381,6 +413,5 @@ def _agree(attachment: Attachment, base: Any, configs: list[Any]) -> None:
     verdict = [(attachment.is_flat, attachment.reason, attachment.head_reason)]
     torch.distributed.broadcast_object_list(verdict, src=0)
     attachment.is_flat, attachment.reason, attachment.head_reason = verdict[0]
-    for config in configs:
-        name = attention.NAME if attachment.is_flat else base._trl_attention[id(config)]
-        config._attn_implementation = name
+    for config, own in zip(configs, base._trl_attention, strict=True):
+        config._attn_implementation = attention.NAME if attachment.is_flat else own

@@ -1,7 +1,11 @@
 """Adapters: putting one on, waking one up, what quantised weights need beneath one, and what of a model trains."""
 
+import contextlib
+import copy
 import importlib
 import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +228,127 @@ class _Once(logging.Filter):
         new = message not in self.said
         self.said.add(message)
         return new
+
+
+# --- one model, two policies --------------------------------------------------------------------------------------
+
+TWIN = "reference"  # the name of the frozen copy of an adapter
+
+
+def _switches(model: nn.Module) -> list[Any]:
+    """The layers of an adapter, and the modules that it trains in full."""
+    peft = require_peft("the model carries an adapter")
+    kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def is_untouched(model: Any) -> bool:
+    """Whether the adapter leaves the model's outputs as they are, so that "adapter off" is the model as it is now.
+
+    So it is with a new LoRA adapter (its B is zero), and not with one that was trained or that begins as a part of the
+    weights (PiSSA, OLoRA, LoftQ). Virtual tokens, which begin at random, are taken off too.
+    """
+    if getattr(model.peft_config[_active(model)], "is_prompt_learning", False):
+        return True
+    added = [
+        parameter for key, parameter in model.named_parameters() if ".lora_B." in key or ".lora_embedding_B." in key
+    ]
+    copies = [layer for layer in _switches(model) if hasattr(layer, "modules_to_save")]
+    equal = all(
+        torch.equal(saved, original)
+        for layer in copies
+        for module in layer.modules_to_save.values()
+        for saved, original in zip(module.parameters(), layer.original_module.parameters(), strict=True)
+    )
+    return bool(added) and equal and not any(parameter.any() for parameter in added)
+
+
+@contextlib.contextmanager
+def without(model: nn.Module) -> Iterator[None]:
+    """The model beneath its adapter."""
+    if _injected(model):
+        model.disable_adapters()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.enable_adapters()  # type: ignore[operator]
+    else:
+        with model.disable_adapter():  # type: ignore[operator]
+            yield
+
+
+def add_twin(model: Any) -> None:
+    """Put a frozen copy of the model's adapter beside it, under the name `TWIN`: the state at this moment."""
+    name = _active(model)
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    config.init_lora_weights = True  # its weights are overwritten; other ways change the weights beneath
+    training = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        if _injected(model):
+            model.add_adapter(config, TWIN)
+            model.set_adapter(name)
+        else:
+            model.add_adapter(TWIN, config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(training.get(parameter, False))
+    with torch.no_grad():
+        for ours, twin in _twins(model, name):
+            twin.data = ours.detach().to(copy=True)
+
+
+def _active(model: Any) -> str:
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"{len(active)} adapters are active ({', '.join(active)}); one at a time can be trained here")
+    return active[0]
+
+
+def _twins(model: nn.Module, name: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Each parameter of the adapter `name` with that of its twin."""
+    named = dict(model.named_parameters())
+    for key, parameter in named.items():
+        if f".{name}" in key:
+            twin = named.get(f".{TWIN}".join(key.rsplit(f".{name}", 1)))
+            if twin is not None:
+                yield parameter, twin
+
+
+def twin_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: parameter for key, parameter in model.named_parameters() if f".{TWIN}" in key}
+
+
+@contextlib.contextmanager
+def as_twin(model: nn.Module) -> Iterator[None]:
+    """The model with the twin in the adapter's place. What trains stays what trains (`set_adapter` changes that)."""
+    layers = [(layer, layer._active_adapter) for layer in _switches(model)]
+    for layer, _ in layers:
+        layer._active_adapter = [TWIN]  # a layer that has none by this name lets it pass
+    try:
+        yield
+    finally:
+        for layer, active in layers:
+            layer._active_adapter = active
+
+
+@contextlib.contextmanager
+def twin_hidden(model: Any) -> Iterator[None]:
+    """The model as if it had no twin, to be saved."""
+    config = getattr(model, "peft_config", {}).pop(TWIN, None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            model.peft_config[TWIN] = config
+
+
+def follow(model: nn.Module, share: float) -> None:
+    """Move the twin towards the adapter: `share` of the adapter, the rest of the twin."""
+    with torch.no_grad():
+        for ours, twin in _twins(model, _active(model)):
+            twin.lerp_(ours.to(twin.dtype), share)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -49,14 +51,29 @@ def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
     and `load_in_8bit=True` stand for the usual ones. `device_map` is for one process; under a launcher each process
     holds a whole model, on its own device. Raises `ModelError` with a remedy.
     """
-    name_or_path = str(name_or_path)
-    kwargs = _placed(_quantised(_typed(kwargs)))
+    return _load(AutoModelForCausalLM, str(name_or_path), _placed(_quantised(_typed(kwargs))))
+
+
+def load_scorer(
+    name_or_path: str | os.PathLike, *, per_token: bool = False, num_labels: int = 1, **kwargs: Any
+) -> PreTrainedModel | Any:
+    """A model that scores sequences (or, `per_token`, every token), with `num_labels` numbers each.
+
+    A checkpoint without such a head gets a new one, which is said. The adapter of a language model is merged into its
+    base first, since its folder has no head to go on from. Otherwise as `load_causal_lm`.
+    """
+    kind = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
+    kwargs = {"num_labels": num_labels, **_placed(_quantised(_typed(kwargs)))}
+    return _load(kind, str(name_or_path), kwargs)
+
+
+def _load(kind: Any, name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedModel | Any:
     base = adapter_base(name_or_path)
     if base is not None:
-        return _with_adapter(base, str(Path(name_or_path).expanduser()), kwargs)
+        return _with_adapter(kind, base, str(Path(name_or_path).expanduser()), kwargs)
     _check_path(name_or_path)
     try:
-        return AutoModelForCausalLM.from_pretrained(_expanded(name_or_path), **kwargs)
+        model, found = kind.from_pretrained(_expanded(name_or_path), output_loading_info=True, **kwargs)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model {name_or_path!r}: {_first_sentence(error)}") from error
     except ImportError as error:
@@ -64,6 +81,12 @@ def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
         if "bitsandbytes" in str(error):
             _require_bitsandbytes(f"the model {name_or_path!r} is quantised", error)
         raise
+    fresh = [key for key in found["missing_keys"] if key.split(".")[0] in ("score", "classifier")]
+    if fresh:
+        say_once(
+            f"{name_or_path} has no scoring head: a new one ({', '.join(sorted(fresh))}) is trained from the start"
+        )
+    return model
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -83,7 +106,7 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
         ) from error
 
 
-def _with_adapter(base: str, folder: str, kwargs: dict[str, Any]) -> Any:
+def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> Any:
     peft = require_peft("an adapter folder was given")
     _check_base(base, folder)
     if adapter_base(base) is not None:
@@ -92,13 +115,20 @@ def _with_adapter(base: str, folder: str, kwargs: dict[str, Any]) -> Any:
             "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), then save_pretrained) "
             "and name the merged folder in adapter_config.json"
         )
-    model = load_causal_lm(base, **kwargs)
+    model = _load(kind, base, kwargs)
     # An adapter trained with more tokens than the base knows brings its own, longer embeddings.
     rows = _saved_rows(Path(folder))
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         with torch.random.fork_rng(devices=[]):  # the new rows are overwritten at once
             model.resize_token_embeddings(rows, mean_resizing=False)
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    if kind is AutoModelForCausalLM:
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    config = peft.PeftConfig.from_pretrained(folder)
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    say_once(f"the adapter in {folder} is of a language model: it is merged into the weights below the scoring head")
+    config.task_type = None
+    return peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload()
 
 
 def _saved_rows(folder: Path) -> int | None:

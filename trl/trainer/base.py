@@ -1,20 +1,21 @@
 """What every method shares, and every place where `transformers.Trainer` is touched.
 
-A method supplies its config and four things: `rows` (how the data set is read), `trees` (what a row becomes),
-`items` (what the loss is averaged over) and `loss` (a sum, and metrics). Everything else is here, once.
+A method supplies its config and four things: `rows` (how the data set is read), `batch` (what rows become), `counts`
+(what the loss is averaged over) and `loss` (sums, and metrics). Everything else is here, once.
 
 Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
 
     _get_dataloader     the order of rows is a pure function of (seed, epoch), equal on all ranks, with nothing repeated
                         at the end of an epoch. Goes when accelerate shards without repeating rows.
-    get_batch_samples   counts the trained items of the whole optimizer step on all ranks before its first backward pass
-    compute_loss        divides by that count: any split of the same rows gives the same gradient
+    get_batch_samples   counts the trained items of the whole optimizer step on all ranks, and takes what statistics a
+                        method needs of it, before its first backward pass
+    compute_loss        divides by those counts: any split of the same rows gives the same gradient
     training_step       keeps saved activations on the host where that is asked for
     prediction_step, evaluation_loop    evaluation as sums and counts; no logits are kept
     _get_grad_norm      a loss or gradient that is not finite stops the run before the weights are touched
     log                 adds the metrics: one collective a log step
     _save_checkpoint    written aside, synced, renamed; keeps what `Trainer` forgets between logs
-    save_model          writes the model card beside the weights
+    save_model          leaves the reference's adapter out, and writes the model card beside the weights
     _load_from_checkpoint   also an adapter that transformers put into the model itself
     train               resolves the checkpoint to resume from, and prints the report before step 1
 """
@@ -49,6 +50,7 @@ from trl.models import adapters, load, offload, vocabulary
 from .card import model_card
 
 _RANK_STATE = "trl_state_{rank}.pt"
+_PART = "loss over "  # the means that add up to the loss of an evaluation
 LARGEST_KEPT_LOGITS = 2**31  # bytes
 
 
@@ -64,20 +66,21 @@ class Collate:
 
     def __init__(
         self,
-        trees: Callable[[Sequence[Any]], list[Tree]],
+        batch: Callable[[Sequence[Any], Callable[[list[Tree]], Batch]], Batch],
         users: Callable | None,
         share_prompt: bool,
         labels: bool = False,
     ) -> None:
-        self.trees, self.users, self.share_prompt, self.labels = trees, users, share_prompt, labels
+        self.batch, self.users, self.share_prompt, self.labels = batch, users, share_prompt, labels
         self.attachment: Attachment | None = None  # known when the model is in place
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
-        assert self.attachment is not None
         if self.users is not None and len(rows):
-            trees = labelled(self.users(rows), [int(row.get("row", -1)) for row in rows])
-        else:
-            trees = self.trees(rows)
+            return self.lay(labelled(self.users(rows), [int(row.get("row", -1)) for row in rows]))
+        return self.batch(rows, self.lay)
+
+    def lay(self, trees: list[Tree]) -> Batch:
+        assert self.attachment is not None
         if self.labels:
             return with_labels(padded(trees, self.attachment.pad_id))
         return self.attachment.batch(trees if self.share_prompt else unshared(trees))
@@ -118,18 +121,43 @@ class BaseTrainer(Adoptable, Trainer):
         """The data set as this method trains on it, tokenised, and what was found on the way."""
         raise NotImplementedError
 
+    prepared_columns: frozenset[str] = frozenset({"input_ids", "loss_mask", "row"})
+
+    def is_prepared(self, dataset: Any) -> bool:
+        """Whether the data set is one that `rows` has made."""
+        return isinstance(dataset, Dataset) and self.prepared_columns <= set(dataset.column_names)
+
     @staticmethod
-    def trees(rows: Sequence[Any]) -> list[Tree]:
-        """Prepared rows -> trees of tokens."""
+    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+        """Prepared rows -> a batch: their trees as `lay` lays them out, and what else the loss reads of a row."""
         raise NotImplementedError
 
-    def items(self, batch: Batch) -> int:
-        """What the loss is averaged over, counted in this batch: its trained tokens, unless a method differs."""
-        return trained(batch)
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many items of each kind that the loss is averaged over this batch has: its trained tokens, unless a
+        method differs."""
+        return {"tokens": trained(batch)}
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
-        """The loss summed over the items of the batch, and metrics under their logged names."""
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
+        """Statistics over the micro-batches of an optimizer step (or one batch of evaluation), put into them."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+        """The loss as sums, each to be divided by the count of its kind over the whole optimizer step and then added;
+        and metrics under their logged names."""
         raise NotImplementedError
+
+    def derived(self, means: dict[str, float]) -> dict[str, float]:
+        """Metrics that are made of the means of others."""
+        return {}
+
+    def ready(self) -> None:
+        """Called once, at the end of the construction."""
+
+    def method_state(self) -> dict[str, Any]:
+        """What a checkpoint must keep of the method itself: tensors, numbers and strings."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take up what `method_state` gave."""
 
     # --- construction ---------------------------------------------------------------------------------------------
 
@@ -171,7 +199,7 @@ class BaseTrainer(Adoptable, Trainer):
                 names = ("revision", "trust_remote_code")
                 kwargs = {name: init_kwargs[name] for name in names if name in init_kwargs}
                 processing_class = load.load_tokenizer(model, **kwargs)
-            model = load.load_causal_lm(model, **init_kwargs)
+            model = self.load_model(model, **init_kwargs)
         elif init_kwargs:
             raise ValueError(
                 f"{', '.join(init_kwargs)} are for a model given by name or path; this one is already loaded"
@@ -187,7 +215,7 @@ class BaseTrainer(Adoptable, Trainer):
             )
             vocabulary.check_added_tokens(model, peft_config, added)
         _special_tokens(self.processing_class, getattr(args, "eos_token", None), getattr(args, "pad_token", None))
-        model = adapters.for_training(model, peft_config)
+        model = adapters.for_training(model, self.adapter_config(peft_config))
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -213,7 +241,7 @@ class BaseTrainer(Adoptable, Trainer):
         eval_dataset = self._prepared(eval_dataset, "eval")
         if (args.gradient_checkpointing_kwargs or {}).get("selective"):
             offload.understand_selective(causal_lm(model))
-        self._collate = Collate(self.trees, data_collator, args.share_prompt, labels=compute_loss_func is not None)
+        self._collate = Collate(self.batch, data_collator, args.share_prompt, labels=compute_loss_func is not None)
 
         super().__init__(
             model=model,
@@ -237,7 +265,17 @@ class BaseTrainer(Adoptable, Trainer):
         self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
         self._tokens_seen = 0  # of this rank, over the whole run
         self._step_batches: list[Batch] = []  # of the optimizer step under way, to name a row that breaks it
+        self._step_counts: dict[str, Tensor] = {}  # of its items, on all ranks
         self._between_logs: dict[str, Any] | None = None
+        self.ready()
+
+    def load_model(self, name: str, **kwargs: Any) -> Any:
+        """The model that goes by a name or path."""
+        return load.load_causal_lm(name, **kwargs)
+
+    def adapter_config(self, peft_config: Any) -> Any:
+        """The adapter's configuration, as the method needs it."""
+        return peft_config
 
     def _check_something_trains(self, model: nn.Module) -> None:
         count, total = adapters.trainable(model)
@@ -257,14 +295,20 @@ class BaseTrainer(Adoptable, Trainer):
             return None
         if isinstance(dataset, dict) and all(_is_data_set(value) for value in dataset.values()):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
-        if isinstance(dataset, Dataset) and {"input_ids", "loss_mask", "row"} <= set(dataset.column_names):
+        dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
+        if self._users_rows or self.is_prepared(dataset):
             return dataset
-        if self._users_rows:
-            return formats.load(dataset)
         with self.args.main_process_first(desc="preparing the data"):
-            dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
             rows, self.reports[name] = self.rows(dataset, name)
         return rows
+
+    def router_aux_loss_coef(self) -> float:
+        """The weight of the load-balancing term: as set, else the model's own where its configuration asks for it."""
+        if getattr(self.args, "router_aux_loss_coef", None) is not None:
+            return self.args.router_aux_loss_coef
+        config = self.model.config.get_text_config()
+        asks = getattr(config, "output_router_logits", False)
+        return getattr(config, "router_aux_loss_coef", 0.0) if asks else 0.0
 
     def window(self) -> int | None:
         """The longest sequence the model takes, in tokens, or None when nobody says."""
@@ -369,27 +413,32 @@ class BaseTrainer(Adoptable, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        items = torch.tensor(float(sum(self.items(batch) for batch in samples)), device=device)
+        found = [self.counts(batch) for batch in samples]
+        kinds = list(found[0]) if found else []
+        totals = torch.tensor([float(sum(counts[kind] for counts in found)) for kind in kinds], device=device)
         if self.args.world_size > 1:
-            torch.distributed.all_reduce(items)
+            torch.distributed.all_reduce(totals)
+        self._step_counts = dict(zip(kinds, totals.clamp(min=1), strict=True))
         self._step_batches = samples
         self._tokens_seen += sum(batch["tokens"] for batch in samples)
-        return samples, items.clamp(min=1)
+        if samples:
+            self.before_step(self.model_wrapped, samples, training=True)
+        return samples, next(iter(self._step_counts.values()), None)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
                      num_items_in_batch: Tensor | int | None = None) -> Tensor:  # fmt: skip
-        assert num_items_in_batch is not None
         if self.compute_loss_func is not None:
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
             return loss * self.args.world_size
-        total, metrics = self.loss(model, inputs)
+        sums, metrics = self.loss(model, inputs)
         self._add("train", metrics)
+        means = [total / self._step_counts[kind] for kind, total in sums.items()]
         # Gradients are averaged over the ranks afterwards.
-        return total * (self.args.world_size / num_items_in_batch)
+        return torch.stack(means).sum() * self.args.world_size
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if not getattr(self.args, "activation_offloading", False):
+        if not self.args.activation_offloading:
             return super().training_step(model, *args, **kwargs)
         with offload.on_host(model):
             return super().training_step(model, *args, **kwargs)
@@ -399,16 +448,18 @@ class BaseTrainer(Adoptable, Trainer):
     ) -> tuple[Tensor, Any, Any]:
         logits = labels = None
         with torch.no_grad(), self.compute_loss_context_manager():
+            self.before_step(model, [inputs], training=False)
             batch = self._prepare_inputs(inputs)
-            total, metrics = self.loss(model, batch)
+            sums, metrics = self.loss(model, batch)
             if "labels" in batch and not prediction_loss_only:
                 labels = batch["labels"]
                 grid = {key: batch[key] for key in ("input_ids", "attention_mask")}
                 logits = model(**grid, use_cache=False).logits
                 self._refuse_to_keep(logits)
-        items = float(self.items(batch))
-        self._add("eval", {**metrics, "loss": Metric(total.detach(), items)})
-        return total / max(items, 1.0), logits, labels
+        counts = self.counts(batch)
+        parts = {f"{_PART}{kind}": Metric(total.detach(), float(counts[kind])) for kind, total in sums.items()}
+        self._add("eval", {**metrics, **parts})
+        return torch.stack([total / max(counts[kind], 1) for kind, total in sums.items()]).sum(), logits, labels
 
     def _refuse_to_keep(self, logits: Tensor) -> None:
         """`compute_metrics` gets what `preprocess_logits_for_metrics` makes of each batch; whole logits only if few."""
@@ -433,7 +484,9 @@ class BaseTrainer(Adoptable, Trainer):
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
         self._sums["eval"].clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        for name, value in self._reduced("eval").items():
+        found = self._reduced("eval")
+        found["loss"] = sum(found.pop(name) for name in list(found) if name.startswith(_PART))
+        for name, value in found.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
@@ -490,7 +543,11 @@ class BaseTrainer(Adoptable, Trainer):
         values = table.view(-1, 2).tolist()
         sums.clear()
         means = {name: total / count for name, (total, count) in zip(names, values, strict=False) if count}
-        return {**means, **{name: int(pair[0]) for name, pair in zip(totals, values[len(names) :], strict=True)}}
+        return {
+            **means,
+            **self.derived(means),
+            **{name: int(pair[0]) for name, pair in zip(totals, values[len(names) :], strict=True)},
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a line of training
@@ -499,7 +556,8 @@ class BaseTrainer(Adoptable, Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        with adapters.twin_hidden(self.model):
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.create_model_card(folder=output_dir)  # over PEFT's own; a push to the Hub writes it again by itself
 
@@ -554,6 +612,7 @@ class BaseTrainer(Adoptable, Trainer):
                     "sums": self._sums["train"],
                     "loss_since_log": self._tr_loss,
                     "last_logged_step": self._globalstep_last_logged,
+                    "method": self.method_state(),
                 },
                 os.path.join(staging, _RANK_STATE.format(rank=self.args.process_index)),
             )
@@ -601,6 +660,7 @@ class BaseTrainer(Adoptable, Trainer):
             state["sums"] = {}
             state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()
         self._tokens_seen = state["tokens_seen"]
+        self.load_method_state(state["method"])
         self._sums["train"].update(
             {name: (total.to(self.args.device), items) for name, (total, items) in state["sums"].items()}
         )

@@ -33,7 +33,17 @@ _CARD = """---
 Written by trl {version} (transformers {transformers}, torch {torch}, datasets {datasets}).
 {citation}"""
 
-_METHODS = {"sft": ("supervised fine-tuning", "")}
+# How a method is called, and its paper.
+_METHODS = {
+    "sft": ("supervised fine-tuning", ""),
+    "dpo": ("direct preference optimisation", "Rafailov et al. 2023, arXiv:2305.18290"),
+    "kto": ("Kahneman–Tversky optimisation", "Ethayarajh et al. 2024, arXiv:2402.01306"),
+    "orpo": ("odds-ratio preference optimisation", "Hong et al. 2024, arXiv:2403.07691"),
+    "cpo": ("contrastive preference optimisation", "Xu et al. 2024, arXiv:2401.08417"),
+    "bco": ("binary classifier optimisation", "Jung et al. 2024, arXiv:2404.04656"),
+    "reward": ("reward modelling", "Ouyang et al. 2022, arXiv:2203.02155"),
+    "prm": ("process reward modelling", "Lightman et al. 2023, arXiv:2305.20050"),
+}
 
 
 def model_card(
@@ -45,7 +55,8 @@ def model_card(
     if base and not Path(base).exists():
         header += f"base_model: {base}\n"
     header += f"tags:\n- trl\n- {method}\n"
-    opener = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    head = {"reward": "SequenceClassification", "prm": "TokenClassification"}.get(method, "CausalLM")
+    opener = f"AutoPeftModelFor{head}" if adapter else f"AutoModelFor{head}"
     package = "peft" if adapter else "transformers"
     thing = "A LoRA adapter for" if adapter else "A model fine-tuned from"
     return _CARD.format(
@@ -60,5 +71,5 @@ def model_card(
         transformers=transformers.__version__,
         torch=torch.__version__,
         datasets=datasets.__version__,
-        citation=citation,
+        citation=f"\nMethod: {citation}.\n" if citation else "",
     )

@@ -1,19 +1,20 @@
 """Supervised fine-tuning: the log-likelihood of the tokens that the data marks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
-from trl.config import BaseConfig, SequenceFields
+from trl.config import BaseConfig, RouterFields, SequenceFields
 from trl.data import collate
+from trl.data.collate import Tree
 from trl.data.mixture import Mixture
 from trl.data.packing import STRATEGIES, packed, strategy_of
 from trl.data.report import DataReport
 from trl.data.tokens import prepare, prepare_stream
-from trl.engine.forest import Batch
+from trl.engine.forest import Batch, trained
 from trl.engine.score import score
 from trl.losses.sft import LOSSES, label_smoothing
 from trl.losses.tokens import Metric, mean
@@ -22,7 +23,7 @@ from .base import BaseTrainer
 
 
 @dataclass
-class SFTConfig(SequenceFields, BaseConfig):
+class SFTConfig(SequenceFields, RouterFields, BaseConfig):
     """What can be set for `SFTTrainer`, beside all of `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate of AdamW."})
@@ -34,13 +35,6 @@ class SFTConfig(SequenceFields, BaseConfig):
         default=False, metadata={"help": "Train on the assistant's turns alone, whatever the chat template."}
     )
     loss_type: str = field(default="nll", metadata={"help": "Loss of each token.", "choices": sorted(LOSSES)})
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={"help": "Weight of a mixture of experts' load-balancing term. Default: the model's configuration's."},
-    )
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep saved activations in host memory between forward and backward pass."}
-    )
     shuffle_dataset: bool = field(
         default=False, metadata={"help": "Shuffle the rows once, before anything else (epochs are shuffled anyway)."}
     )
@@ -85,7 +79,6 @@ class SFTTrainer(BaseTrainer):
 
     config_class = SFTConfig
     method = "sft"
-    trees = staticmethod(collate.sequences)
 
     def __init__(self, *args: Any, formatting_func: Callable | None = None, **kwargs: Any) -> None:
         self.formatting_func = formatting_func
@@ -122,7 +115,11 @@ class SFTTrainer(BaseTrainer):
             rows, report.packing = packed(rows, window, args.packing_strategy, args.seed, args.dataset_num_proc, name)
         return rows, report
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
+    @staticmethod
+    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+        return lay(collate.sequences(rows))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args, smoothing = self.args, self.args.label_smoothing_factor
         balance = self.router_aux_loss_coef()
         stats = score(
@@ -142,14 +139,6 @@ class SFTTrainer(BaseTrainer):
         metrics = {"entropy": mean(stats.entropy_N), "mean_token_accuracy": mean(stats.top1_N)}
         if stats.aux is not None:
             # A mean over this batch's tokens, so it weighs by them in the step's mean.
-            total = total + balance * stats.aux * self.items(batch)
+            total = total + balance * stats.aux * trained(batch)
             metrics["aux_loss"] = mean(stats.aux)
-        return total, metrics
-
-    def router_aux_loss_coef(self) -> float:
-        """The weight of the load-balancing term: as set, else the model's own where its configuration asks for it."""
-        if self.args.router_aux_loss_coef is not None:
-            return self.args.router_aux_loss_coef
-        config = self.model.config.get_text_config()
-        asks = getattr(config, "output_router_logits", False)
-        return getattr(config, "router_aux_loss_coef", 0.0) if asks else 0.0
+        return {"tokens": total}, metrics

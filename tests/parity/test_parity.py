@@ -1,0 +1,120 @@
+"""The first optimizer step beside the numbers that `record.py` took from upstream TRL 1.16: loss, gradients, metrics."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.parity import tiny
+from tests.trainer.helpers import first_gradient, preference
+
+RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("*.json"))}
+CASES = [(method, name) for method, recorded in RECORDED.items() for name in recorded["cases"]]
+TRAINERS = {"dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "cpo": "CPO", "reward": "Reward"}
+
+# Logged by both, and another number here: the methods, the metrics, and in which cases.
+ALWAYS: dict[str, Any] = {}
+DIFFERENT = [
+    # A prompt is counted once for its two completions, because it is computed once.
+    (("dpo", "reward"), ("num_tokens",), ALWAYS),
+    # Upstream averages over the prompt's positions and padding too, which say nothing of the completion.
+    (("orpo", "cpo"), ("logits/chosen", "logits/rejected"), ALWAYS),
+    # Upstream logs 0 for a term that has no weight; here it is still measured.
+    (("cpo",), ("nll_loss",), {"cpo_alpha": 0.0}),
+    (("cpo",), ("nll_loss",), {"loss_type": "alphapo"}),
+    # Upstream logs 0 for an estimate that the loss does not take; here nothing is logged.
+    (("kto",), ("kl",), {"loss_type": "apo_zero_unpaired"}),
+]
+# Losses that compare pairs, or are averaged over tokens: what a split might change.
+SPLIT = ["aot", "aot smoothed", "aot_unpaired", "aot_unpaired smoothed", "aot mpo", "sft", "mpo", "ld with sft"]
+
+
+def step(path: Path, method: str, name: str, *, size: int, accumulated: int = 1) -> tuple[float, dict, dict]:
+    """Loss, metrics and gradients of our trainer's first step on the recorded rows."""
+    case = RECORDED[method]["cases"][name]
+    rows = [{**row, "row": index} for index, row in enumerate(RECORDED[method]["rows"])]
+    if method == "reward" and name != "margin":
+        rows = [{key: value for key, value in row.items() if key != "margin"} for row in rows]
+    model, reference = tiny.scorer() if method == "reward" else tiny.policy(), None
+    if method in ("dpo", "kto"):
+        reference = tiny.reference()
+    if case.get("exchanged"):
+        model, reference = reference, model
+    trainer = preference(
+        TRAINERS[method],
+        path,
+        model,
+        tiny.tokenizer(),
+        Dataset.from_list(rows),
+        ref_model=reference,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulated,
+        max_steps=1,
+        **case["settings"],
+    )
+    losses = []
+    of_a_batch = trainer.compute_loss
+
+    def keeping(*args: Any, **kwargs: Any) -> torch.Tensor:
+        losses.append(of_a_batch(*args, **kwargs))
+        return losses[-1]
+
+    trainer.compute_loss = keeping
+    with contextlib.redirect_stdout(None):
+        gradients = first_gradient(trainer)
+    # What is logged is rounded.
+    return sum(loss.item() for loss in losses), trainer.state.log_history[0], gradients
+
+
+def check(expected: dict[str, Any], loss: float, gradients: dict[str, torch.Tensor]) -> None:
+    assert loss == pytest.approx(expected["loss"], rel=1e-5, abs=1e-5)
+    for name, values in expected["gradients"].items():
+        gradient = gradients[name]
+        torch.testing.assert_close(
+            gradient, torch.tensor(values).view_as(gradient), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("method", "name"), CASES, ids=[f"{method} {name}" for method, name in CASES])
+def test_the_first_step_is_upstreams(method, name, tmp_path):
+    expected = RECORDED[method]["cases"][name]
+    loss, logged, gradients = step(tmp_path, method, name, size=len(RECORDED[method]["rows"]))
+    check(expected, loss, gradients)
+    different = {
+        metric
+        for methods, metrics, settings in DIFFERENT
+        for metric in metrics
+        if method in methods and settings.items() <= expected["settings"].items()
+    }
+    for metric, value in expected["metrics"].items():
+        if metric not in different:
+            assert logged[metric] == pytest.approx(value, rel=1e-4, abs=1e-4), metric
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_so_is_that_of_single_pairs_accumulated(name, tmp_path):
+    loss, _, gradients = step(tmp_path, "dpo", name, size=1, accumulated=len(RECORDED["dpo"]["rows"]))
+    check(RECORDED["dpo"]["cases"][name], loss, gradients)
+
+
+def test_the_exceptions_are_needed(tmp_path):
+    """Each metric that is left out is one that upstream logs; a name that is gone would hide a difference."""
+    for methods, metrics, settings in DIFFERENT:
+        for method in methods:
+            cases = [
+                case for case in RECORDED[method]["cases"].values() if settings.items() <= case["settings"].items()
+            ]
+            assert cases and all(metric in case["metrics"] for metric in metrics for case in cases)
+
+
+def test_what_the_cases_are_about():
+    """The rows and models tell the cases apart: the order of the pairs matters, and the estimate is not clamped."""
+    dpo, kto = RECORDED["dpo"]["cases"], RECORDED["kto"]["cases"]
+    assert len({dpo[name]["loss"] for name in ("sigmoid", "aot", "aot_unpaired")}) == 3
+    assert kto["kto"]["metrics"]["kl"] > 0.1
+    assert kto["kto clamped"]["metrics"]["kl"] == 0
+    assert kto["kto"]["loss"] != kto["apo_zero_unpaired"]["loss"]

@@ -1,0 +1,185 @@
+"""From one shape of rows to another, for those who prepare a data set themselves. The trainers need none of it."""
+
+import os.path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from .chat import common_prefix
+from .sources import DataError
+
+__all__ = [
+    "apply_chat_template",
+    "extract_prompt",
+    "is_conversational",
+    "is_conversational_from_value",
+    "maybe_apply_chat_template",
+    "maybe_convert_to_chatml",
+    "maybe_extract_prompt",
+    "maybe_unpair_preference_dataset",
+    "unpair_preference_dataset",
+]
+
+TALKS = ("prompt", "chosen", "rejected", "completion", "messages")  # the fields that may hold messages
+ROWS = (
+    {"messages"},
+    {"prompt"},
+    {"prompt", "completion"},
+    {"prompt", "completion", "label"},
+    {"prompt", "chosen", "rejected"},
+    {"chosen", "rejected"},
+)
+
+
+def is_conversational(example: Mapping[str, Any]) -> bool:
+    """Whether the row's texts are lists of messages {role, content}."""
+    return next((_is_talk(example[field], {"role"}) for field in TALKS if field in example), False)
+
+
+def is_conversational_from_value(example: Mapping[str, Any]) -> bool:
+    """Whether the row has `conversations` of {from, value}."""
+    return _is_talk(example.get("conversations"), {"from", "value"})
+
+
+def _is_talk(value: Any, keys: set[str]) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and keys <= set(value[0])
+
+
+def apply_chat_template(
+    example: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    tools: Sequence[dict | Callable] | None = None,
+    **template_kwargs: Any,
+) -> dict[str, Any]:
+    """The row with its messages rendered as text.
+
+    `messages` becomes `text`. A prompt gets what the assistant's turn begins with, or, where the assistant speaks last,
+    is left open for it to go on; its completions are what follows it. The row's own `chat_template_kwargs` and those
+    given here reach the template. A tokenizer's template is used, or a processor's. Raises `DataError` for fields that
+    make no row.
+    """
+    found = {field for field in (*TALKS, "label") if field in example}
+    if found not in ROWS:
+        raise DataError(
+            f"The fields {sorted(example)} make no row that can be rendered: give `messages`, or `prompt`, alone or "
+            "with `completion` or with `chosen` and `rejected`."
+        )
+    options = {"tools": tools or None, **(example.get("chat_template_kwargs") or {}), **template_kwargs}
+
+    def render(messages: Any, **more: Any) -> str:
+        return processing_class.apply_chat_template(messages, tokenize=False, **more, **options)
+
+    if "messages" in example:
+        return {"text": render(example["messages"])}
+    said = [field for field in ("completion", "chosen", "rejected") if field in example]
+    rendered: dict[str, Any] = {}
+    if "prompt" in example:
+        role = example["prompt"][-1]["role"]
+        if role not in ("user", "tool", "assistant"):
+            raise DataError(
+                f"The last message of `prompt` has the role {role!r}: it has to be the user's, a tool's or the "
+                "assistant's."
+            )
+        goes_on = role == "assistant"
+        prompt = render(example["prompt"], add_generation_prompt=not goes_on, continue_final_message=goes_on)
+        wholes = {field: render(example["prompt"] + example[field]) for field in said}
+        # What a template writes at the end of a prompt alone may be missing before a completion.
+        prompt = prompt[: min((common_prefix(prompt, whole) for whole in wholes.values()), default=len(prompt))]
+        rendered = {"prompt": prompt, **{field: whole[len(prompt) :] for field, whole in wholes.items()}}
+    else:
+        rendered = {field: render(example[field]) for field in said}
+    if "label" in example:
+        rendered["label"] = example["label"]
+    return rendered
+
+
+def maybe_apply_chat_template(
+    example: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    tools: Sequence[dict | Callable] | None = None,
+    **template_kwargs: Any,
+) -> Mapping[str, Any]:
+    """`apply_chat_template` for a row of messages; any other row as it is."""
+    if not is_conversational(example):
+        return example
+    return apply_chat_template(example, processing_class, tools, **template_kwargs)
+
+
+def extract_prompt(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What `chosen` and `rejected` begin with alike, as `prompt`, and the rest of both.
+
+    Both are texts or lists of messages. The space before a word is left to the word. Where one of them begins with all
+    of the other, the last character or message of the shorter stays.
+    """
+    chosen, rejected = example["chosen"], example["rejected"]
+    shorter = min(len(chosen), len(rejected))
+    if not shorter:
+        raise DataError("`chosen` or `rejected` is empty, so they have no beginning in common: remove the row.")
+    if isinstance(chosen, str):
+        common = len(os.path.commonprefix([chosen, rejected]))
+    else:
+        common = next((at for at in range(shorter) if chosen[at] != rejected[at]), shorter)
+    if common == shorter:
+        common -= 1
+    elif common and chosen[common - 1] == " ":
+        common -= 1
+    return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+
+
+def maybe_extract_prompt(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`extract_prompt` for a row of `chosen` and `rejected` without a prompt, or with one that is text where they are
+    messages, which begin with it then; any other row as it is."""
+    if "chosen" not in example or "rejected" not in example:
+        return example
+    if "prompt" in example and is_conversational({"chosen": example["chosen"]}) == is_conversational(
+        {"prompt": example["prompt"]}
+    ):
+        return example
+    return extract_prompt(example)
+
+
+def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
+    """The row with turns of {from, value} as messages {role, content}, and `conversations` called `messages`. It is
+    changed in place; roles keep their names."""
+    for field in (*TALKS, "conversations"):
+        turns = example.get(field)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                for old, new in (("from", "role"), ("value", "content")):
+                    if old in turn:
+                        turn[new] = turn.pop(old)
+    if "conversations" in example:
+        example["messages"] = example.pop("conversations")
+    return example
+
+
+def unpair_preference_dataset(dataset: Any, **map_kwargs: Any) -> Any:
+    """Two rows of each pair: `completion` is the chosen one with `label` true, and the rejected one with false.
+
+    `dataset` is a `datasets.Dataset`, an `IterableDataset` or a dict of them; `map_kwargs` are for its `map`. In each
+    batch of `map` the chosen ones come first. Other columns stay, in both rows.
+    """
+    first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    columns = first.column_names or list(next(iter(first)))
+    return dataset.map(_unpaired, batched=True, remove_columns=columns, **map_kwargs)
+
+
+def _unpaired(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    rows = len(batch["chosen"])
+    return {
+        "completion": batch["chosen"] + batch["rejected"],
+        "label": [True] * rows + [False] * rows,
+        **{column: values * 2 for column, values in batch.items() if column not in ("chosen", "rejected")},
+    }
+
+
+def maybe_unpair_preference_dataset(
+    dataset: datasets.Dataset | datasets.DatasetDict, num_proc: int | None = None, desc: str | None = None
+) -> datasets.Dataset | datasets.DatasetDict:
+    """`unpair_preference_dataset` for a data set that has the columns `chosen` and `rejected`; any other as it is."""
+    first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    if not {"chosen", "rejected"} <= set(first.column_names):
+        return dataset
+    return unpair_preference_dataset(dataset, num_proc=num_proc, desc=desc)

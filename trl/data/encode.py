@@ -1,0 +1,283 @@
+"""Texts and conversations to tokens: what a row goes through whatever it is for.
+
+A text is tokenised whole, never in parts, so that its tokens are those that the model meets elsewhere.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import datasets
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from . import chat
+from .formats import DataError, Shape, place, without_none
+from .words import Words
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+RECIPE = 3  # raise it when the same options come to give other tokens, so that no stale cache is read
+
+
+class Text(NamedTuple):
+    """A text to be tokenised, and which characters of it are trained (None: all). Of an `open` text more follows: it
+    gets nothing that ends a text."""
+
+    text: str
+    spans: list[chat.Span] | None = None
+    open: bool = False
+
+
+class Tokens(NamedTuple):
+    """A text as tokens, before it is cut."""
+
+    ids: list[int]
+    mask: list[bool]
+    bos_doubled: bool = False
+    straddles: bool = False
+
+
+class Encoder:
+    """Base of the functions that `datasets.map` runs over batches: pickled and hashed, so it holds plain values only.
+
+    A subclass makes of a batch the columns of `features`. Those that begin with `_` are counters: they travel beside
+    the tokens until the report is written. `_dropped` is one of them, and 0 for a row that is kept.
+    """
+
+    features: datasets.Features
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, recipe: "Recipe", first_row: int = 0):
+        self.tokenizer = tokenizer
+        self.vocabulary = len(tokenizer)
+        self.shape = shape
+        self.recipe = recipe
+        self.first_row = first_row
+        self.frame: tuple[list[int], list[int]] | None = None
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        raise NotImplementedError
+
+    def fingerprint(self, dataset: datasets.Dataset) -> str:
+        """Names the result in the cache of `datasets`, which by itself takes seconds to hash a large vocabulary."""
+        tokenizer = self.tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        )
+        options = {field.name: getattr(self.recipe, field.name) for field in fields(self.recipe)}
+        options["formatting_func"] = datasets.fingerprint.Hasher.hash(options.get("formatting_func"))
+        special = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)
+        own = (type(self.recipe).__name__, self.shape, self.first_row, sorted(options.items()))
+        parts = (RECIPE, dataset._fingerprint, transformers.__version__, vocabulary, special, own)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    # -- conversations to text ----------------------------------------------------------------------------------------
+
+    def _template_options(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[dict[str, Any]] | None:
+        """The keyword arguments for the template of each row, or None if no row has any."""
+        tools, further = self.shape.columns.get("tools"), self.shape.columns.get("chat_template_kwargs")
+        if tools is None and further is None:
+            return None
+        options = []
+        for position, row in enumerate(indices):
+            option = dict(without_none(batch[further][position] or {})) if further else {}
+            value = batch[tools][position] if tools else None
+            if isinstance(value, str) and value.strip():
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{place(row, tools or 'tools')} is not valid JSON ({error.msg}).") from error
+            if value and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
+                raise DataError(
+                    f"{place(row, tools or 'tools')} is a {type(value).__name__}, not a list of tools. Give a list of "
+                    "their JSON schemas, or that as JSON."
+                )
+            if value:
+                option["tools"] = without_none(value)
+            options.append(option)
+        return options if any(options) else None
+
+    def _render(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        options: list[dict[str, Any]] | None,
+        indices: Sequence[int],
+        column: str,
+        add_generation_prompt: bool = False,
+    ) -> list[str]:
+        template = chat.chat_template(self.tokenizer)
+        if options is None:
+            try:
+                return template.render_all(conversations, add_generation_prompt)
+            except DataError:
+                options = [{}] * len(conversations)  # one by one, to find the row
+        texts = []
+        for messages, row, option in zip(conversations, indices, options, strict=True):
+            try:
+                texts.append(template.render(messages, add_generation_prompt, **option))
+            except DataError as error:
+                raise DataError(f"{place(row, column)}: {error}") from error
+        return texts
+
+    def _assistant_spans(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        options: list[dict[str, Any]] | None,
+        indices: Sequence[int],
+        column: str,
+    ) -> list[tuple[str, list[chat.Span]]]:
+        template = chat.chat_template(self.tokenizer)
+        results: list[tuple[str, list[chat.Span]] | DataError]
+        if options is None:
+            results = template.spans_all(conversations)
+        else:
+            pairs = zip(conversations, options, strict=True)
+            results = [template.spans_or_error(messages, **option) for messages, option in pairs]
+        found = []
+        for result, row in zip(results, indices, strict=True):
+            if isinstance(result, DataError):
+                raise DataError(f"{place(row, column)}: {result}") from result
+            found.append(result)
+        return found
+
+    # -- text to tokens -----------------------------------------------------------------------------------------------
+
+    def _tokenise(self, texts: list[Text], plain: bool) -> list[Tokens]:
+        """`plain` text gets the tokenizer's special tokens and an EOS; a rendered conversation has its own."""
+        if not self.tokenizer.is_fast:
+            return [self._tokenise_pieces(text, plain) for text in texts]
+        words = Words.of(self.tokenizer)
+        if words is None:
+            return self._tokenise_batch(texts, plain)
+        rows = [self._tokenise_words(words, text, plain) for text in texts]
+        if not words.right:
+            logger.warning(
+                "Tokens by the word differ from the tokenizer's own, which are used from here on. Please report the "
+                "name of this tokenizer; to be certain of the rows before, prepare the data again in this process."
+            )
+            return self._tokenise_batch(texts, plain)
+        missing = [index for index, row in enumerate(rows) if row is None]
+        for index, row in zip(missing, self._tokenise_batch([texts[index] for index in missing], plain), strict=True):
+            rows[index] = row
+        return rows  # type: ignore[return-value]
+
+    def _tokenise_words(self, words: Words, text: Text, plain: bool) -> Tokens | None:
+        straddles = False
+        if text.spans is None:
+            ids = words.encode(text.text)
+            if ids is None:
+                return None
+            mask = [True] * len(ids)
+        else:
+            marked = words.encode_spans(text.text, text.spans)
+            if marked is None:
+                return None
+            ids, mask, straddles = marked.ids, marked.mask, marked.straddles and plain
+        if plain:
+            ids, mask = self._framed(text, ids, mask)
+        return self._finish(text, ids, mask, plain, straddles)
+
+    def _tokenise_batch(self, texts: list[Text], plain: bool) -> list[Tokens]:
+        if not texts:
+            return []
+        masked = any(text.spans is not None for text in texts)
+        encoded = self.tokenizer(
+            [text.text for text in texts],
+            add_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=masked,
+            verbose=False,
+        )
+        trimmed = masked and chat.trims_offsets(self.tokenizer)
+        rows = []
+        for index, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+            straddles = False
+            if text.spans is None:
+                mask = [True] * len(ids)
+            else:
+                offsets = encoded["offset_mapping"][index]
+                mask = chat.mask_tokens(offsets, text.spans, trimmed)
+                if plain:
+                    first = chat.first_token_at(offsets, text.spans[0][0], trimmed)
+                    straddles = first > 0 and offsets[first - 1][1] > text.spans[0][0]
+            if plain and text.open and (after := self._frame()[1]):
+                ids, mask = ids[: -len(after)], mask[: -len(after)]
+            rows.append(self._finish(text, ids, mask, plain, straddles))
+        return rows
+
+    def _tokenise_pieces(self, text: Text, plain: bool) -> Tokens:
+        """Without offsets: every trained piece, and every piece between two, is tokenised on its own."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        whole = len(text.text)
+        position = 0
+        for start, end in [*([(0, whole)] if text.spans is None else text.spans), (whole, whole)]:
+            for trained, piece in ((False, text.text[position:start]), (True, text.text[start:end])):
+                new = self._encode(piece, special=False) if piece else []
+                ids += new
+                mask += [trained] * len(new)
+            position = end
+        if plain:
+            ids, mask = self._framed(text, ids, mask)
+        return self._finish(text, ids, mask, plain, False)
+
+    def _framed(self, text: Text, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        before, after = self._frame()
+        if text.open:
+            after = []
+        if not before and not after:
+            return ids, mask
+        return [*before, *ids, *after], [False] * len(before) + mask + [text.spans is None] * len(after)
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer sets around a text."""
+        if self.frame is None:
+            bare, framed = self._encode("a", special=False), self._encode("a", special=True)
+            before = next(shift for shift in range(len(framed)) if framed[shift : shift + len(bare)] == bare)
+            self.frame = framed[:before], framed[before + len(bare) :]
+        return self.frame
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _finish(self, text: Text, ids: list[int], mask: list[bool], plain: bool, straddles: bool) -> Tokens:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        doubled = bos is not None and ids[:2] == [bos, bos] and text.text.startswith(str(self.tokenizer.bos_token))
+        if doubled:
+            ids, mask = ids[1:], mask[1:]
+        if plain and self.recipe.add_eos and not text.open and eos is not None:
+            if ids and ids[-1] == eos:
+                mask[-1] = True  # also where the tokenizer added it, at no place of the text
+            else:
+                ids, mask = [*ids, eos], [*mask, True]
+        return Tokens(ids, mask, doubled, straddles)
+
+    def _check_ids(self, ids: Any, where: str) -> list[int]:
+        """`ids` if they are tokens of this tokenizer. Raises `DataError`, which begins with `where`."""
+        if ids is None:
+            raise DataError(f"{where} is None. Remove such rows with `dataset.filter`.")
+        for index, token in enumerate(ids):
+            if token is None or token < 0:
+                raise DataError(f"{where}[{index}] is {token}, which is no token id. Correct or remove the row.")
+            if token >= self.vocabulary:
+                raise DataError(
+                    f"{where}[{index}] is {token}, but the tokenizer has {self.vocabulary:,} tokens. Tokenise the data "
+                    "with the tokenizer of this model."
+                )
+        return list(ids)
+
+    def _stops(self) -> set[int]:
+        """The tokens that end a text or a turn."""
+        stops = {self.tokenizer.eos_token_id} - {None}
+        if self.tokenizer.chat_template:
+            template = chat.chat_template(self.tokenizer)
+            for name in template.special.findall(template.facts().end):
+                stops.add(self.tokenizer.convert_tokens_to_ids(name))
+        return stops

@@ -1,0 +1,546 @@
+"""Judged completions to tokens: pairs of which one is preferred, single ones with a label, solutions in steps.
+
+A prompt and each of its completions are tokenised as one text. The prompt's tokens are those with which the prompt
+alone and all of these texts begin; what follows them is the completion, so that all completions continue one prompt.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from . import chat, recipe, samples
+from .encode import Encoder, Text, Tokens
+from .formats import (
+    PAIR_READINGS,
+    STEP_READINGS,
+    UNDERSTOOD_PAIRS,
+    UNDERSTOOD_STEPS,
+    UNDERSTOOD_UNPAIRED,
+    UNPAIRED_READINGS,
+    DataError,
+    Reading,
+    Shape,
+    detect,
+    place,
+)
+from .recipe import KEPT, Recipe
+from .report import PreferenceReport, show
+from .samples import EMPTY, IDENTICAL, NO_CHOICE, NO_PROMPT, PARTED, Sample, number_of, truth_of
+
+EQUAL_CUT, PROMPT_FILLS, ALL_CUT = range(NO_CHOICE + 1, NO_CHOICE + 4)
+REASONS = {
+    NO_PROMPT: "no token stands before the completion",
+    EMPTY: "a completion has no token",
+    IDENTICAL: "both completions are the same",
+    PARTED: "the two conversations part at a turn that is not the assistant's",
+    NO_CHOICE: "no response is better than another",
+    EQUAL_CUT: "both completions are the same once they are cut",
+    PROMPT_FILLS: "the prompt alone fills max_length",
+    ALL_CUT: "every step ends beyond the cut",
+}
+REMEDIES = {
+    NO_PROMPT: "Nothing predicts the first token of a completion without a prompt: fill the field.",
+    EMPTY: "Fill the field, or leave add_eos at True.",
+    IDENTICAL: "A pair needs two different completions: check the columns.",
+    PARTED: "Give the prompt in a column `prompt`, and in the others the assistant's turns that follow it.",
+    NO_CHOICE: "Give at least two responses with different scores.",
+    EQUAL_CUT: "Raise `max_length` or `max_completion_length`.",
+    PROMPT_FILLS: "Raise `max_length`, set `max_prompt_length` below it, or truncation_mode='keep_end'.",
+    ALL_CUT: "Raise `max_length` or `max_completion_length`.",
+}
+MAIN_PARTS = ("prompt", "prompt_ids", "chosen", "rejected", "completion", "responses")
+COUNTERS = (
+    *("_dropped", "_prompt", "_first", "_second", "_prompt_kept", "_kept", "_trainable", "_trained"),
+    *("_end", "_bos_doubled", "_straddles", "_empty"),
+)
+_IDS = datasets.List(datasets.Value("int32"))
+_NUMBER = datasets.Value("float64")
+
+
+class Kind(NamedTuple):
+    """What is judged: the readings tried, the columns that are always there, and those that the data may have."""
+
+    readings: tuple[Reading, ...]
+    understood: str
+    columns: Mapping[str, Any]
+    extras: Mapping[str, Any] = {}
+
+
+KINDS = {
+    "pairs": Kind(
+        PAIR_READINGS,
+        UNDERSTOOD_PAIRS,
+        {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS},
+        {"margin": _NUMBER, "ref_chosen_logps": _NUMBER, "ref_rejected_logps": _NUMBER},
+    ),
+    "unpaired": Kind(
+        UNPAIRED_READINGS,
+        UNDERSTOOD_UNPAIRED,
+        {"prompt_ids": _IDS, "completion_ids": _IDS, "label": datasets.Value("bool")},
+        {"ref_logps": _NUMBER, "kl_completion_ids": _IDS, "ref_KL_logps": _NUMBER},
+    ),
+    "steps": Kind(
+        STEP_READINGS,
+        UNDERSTOOD_STEPS,
+        {
+            "prompt_ids": _IDS,
+            "completion_ids": _IDS,
+            "step_mask": datasets.List(datasets.Value("bool")),
+            "step_labels": _IDS,
+        },
+    ),
+}
+
+
+def prepare_preferences(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_proc: int | None = None,
+    name: str = "train",
+    **options: Any,
+) -> tuple[datasets.Dataset, PreferenceReport]:
+    """Turns rows of judged completions into tokens; `options` are the fields of `Preferences`, of which `kind` is one.
+
+    Returns a data set, whose `row` is the index in `dataset`, and the report of what was done. Its columns are
+    `prompt_ids` and
+
+    - of "pairs": `chosen_ids`, `rejected_ids`, and where the data have them `margin`, `ref_chosen_logps` and
+      `ref_rejected_logps`;
+    - "unpaired": `completion_ids`, `label`, and maybe `ref_logps`; a pair makes two rows;
+    - "steps": `completion_ids`, `step_mask` (true at the last token of each step) and `step_labels` (1 or 0, one for
+      each step).
+
+    A data set that has these columns already is cut and checked, and else stays as it is. Raises `DataError`, which
+    names the row, the field and the remedy, for a row that cannot be read, for options that do not fit, and when no row
+    is left.
+    """
+    return recipe.prepare(Preferences(**options), dataset, tokenizer, num_proc, name)  # type: ignore[return-value]
+
+
+def prepare_preference_stream(
+    stream: datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "train",
+    look_at: int = 1000,
+    **options: Any,
+) -> tuple[datasets.IterableDataset, PreferenceReport]:
+    """`prepare_preferences` for a stream, as `recipe.prepare_stream` says."""
+    return recipe.prepare_stream(Preferences(**options), stream, tokenizer, name, look_at)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences(Recipe):
+    """Rows to prompts and completions. `kind` is a key of `KINDS`.
+
+    `max_prompt_length` keeps the end of a prompt, `max_completion_length` the beginning of a completion. What is then
+    longer than `max_length` is cut as `truncation_mode` says: `keep_start` cuts completions at their end, and a row
+    whose prompt leaves no room for them is dropped; `keep_end` cuts the prompt at its beginning, by what the longer
+    completion needs, but for its last token, and then completions at their beginning.
+
+    Of steps: `step_separator` is written after each; `train_on_last_step_only` judges the last alone.
+    """
+
+    kind: str
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    step_separator: str = "\n"
+    train_on_last_step_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DataError(f"kind={self.kind!r} is not known: choose one of {', '.join(map(repr, KINDS))}.")
+
+    def detect(self, dataset: datasets.Dataset) -> Shape:
+        kind = KINDS[self.kind]
+        shape = detect(dataset, columns=self.columns, readings=kind.readings, understood=kind.understood)
+        if self.kind != "unpaired" or "label" in shape.columns or not hasattr(dataset, "__len__"):
+            return shape
+        pairs = f"{len(dataset):,} pair{'s' if len(dataset) > 1 else ''} read as {2 * len(dataset):,} rows"
+        return Shape(shape.kind, shape.columns, shape.conversational, f"{shape.sentence}; {pairs}")
+
+    def check(self, shape: Shape, tokenizer: PreTrainedTokenizerBase) -> None:
+        for option in ("max_prompt_length", "max_completion_length"):
+            if (value := getattr(self, option)) is not None and value < 1:
+                raise DataError(f"{option}={value} leaves nothing: give at least 1, or None for no limit.")
+        if self.kind == "steps" and not tokenizer(self.step_separator, add_special_tokens=False)["input_ids"]:
+            raise DataError(
+                f"step_separator={self.step_separator!r} has no token, and its last one is where a step is judged: "
+                "give a text such as '\\n'."
+            )
+        super().check(shape, tokenizer)
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, first_row: int = 0) -> "Tokenise":
+        return Tokenise(tokenizer, shape, self, first_row)
+
+    def cut(self, prompt: int, completions: Sequence[int]) -> tuple[int, list[slice]] | None:
+        """Where a prompt of so many tokens begins, and what stays of completions of so many; None where the prompt
+        leaves no room for them."""
+        begin = 0 if self.max_prompt_length is None else max(0, prompt - self.max_prompt_length)
+        longest = self.max_completion_length
+        ends = [length if longest is None else min(length, longest) for length in completions]
+        starts = [0] * len(ends)
+        over = 0 if self.max_length is None else prompt - begin + max(ends) - self.max_length
+        if over > 0:
+            assert self.max_length is not None
+            if self.truncation_mode == "keep_end":
+                begin += min(over, prompt - begin - 1)
+            room = self.max_length - (prompt - begin)
+            if room < 1:
+                return None
+            if self.truncation_mode == "keep_end":
+                starts = [max(0, end - room) for end in ends]
+            else:
+                ends = [min(end, room) for end in ends]
+        return begin, [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+
+    def aggregate(
+        self,
+        table: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        shape: Shape,
+        name: str,
+        first_row: int = 0,
+    ) -> tuple[datasets.Dataset, PreferenceReport]:
+        count = recipe.counters(table)
+        prepared, dropped = recipe.left(table, count, shape, name, first_row, REASONS, REMEDIES, MAIN_PARTS)
+        kept = count["_dropped"] == KEPT
+        prompt, first, second, prompt_kept, completions_kept, trainable, trained, empty = (
+            count[counter][kept]
+            for counter in ("_prompt", "_first", "_second", "_prompt_kept", "_kept", "_trainable", "_trained", "_empty")
+        )
+        completions = first + np.maximum(second, 0)  # -1: there is no second one
+        ends = Counter(count["_end"][kept].tolist())
+        ending = sum(ends.values()) - ends.pop(-1, 0)
+        limits = ("max_length", "max_prompt_length", "max_completion_length")
+        labels = [label for row in prepared["step_labels"] for label in row] if self.kind == "steps" else []
+        labels = prepared["label"][:] if self.kind == "unpaired" else labels
+        return prepared, PreferenceReport(
+            name=name,
+            sentence=shape.sentence,
+            rows_read=len(table),
+            rows_kept=int(kept.sum()),
+            tokens=int((prompt_kept + completions_kept).sum()),
+            trained_tokens=int(trained.sum()),
+            lengths=recipe.spread(prompt + np.maximum(first, second)),
+            max_length=self.max_length,
+            rows_cut=int(((prompt_kept < prompt) | (completions_kept < completions)).sum()),
+            tokens_cut=int((prompt - prompt_kept + completions - completions_kept).sum()),
+            trained_tokens_cut=int((trainable - trained).sum()),
+            dropped=dropped,
+            end_of_turn=ending,
+            end_of_turn_token=str(tokenizer.convert_ids_to_tokens(ends.most_common(1)[0][0])) if ending else None,
+            bos_doubled=int(count["_bos_doubled"].sum()),
+            boundary_tokens=int(count["_straddles"][kept].sum()),
+            sample=_shown(tokenizer, self.kind, prepared[0]),
+            sample_row=int(prepared[0]["row"]) - first_row,
+            kind=self.kind,
+            prompt_lengths=recipe.spread(prompt),
+            completion_lengths=recipe.spread(np.concatenate([first, second[second >= 0]])),
+            limits={limit: value for limit in limits if (value := getattr(self, limit)) is not None},
+            prompts_cut=int((prompt_kept < prompt).sum()),
+            prompt_tokens_cut=int((prompt - prompt_kept).sum()),
+            completions_cut=int((completions_kept < completions).sum()),
+            completion_tokens_cut=int((completions - completions_kept).sum()),
+            empty_completions=int(empty.sum()),
+            labels_true=sum(map(bool, labels)),
+            labels_false=len(labels) - sum(map(bool, labels)),
+        )
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, kind: str, row: Mapping[str, Any]) -> str:
+    """The text of a prepared row on one line."""
+
+    def text(column: str) -> str:
+        return show(tokenizer, row[column], [column != "prompt_ids"] * len(row[column]))
+
+    if kind == "pairs":
+        return f"prompt {text('prompt_ids')} chosen {text('chosen_ids')} rejected {text('rejected_ids')}"
+    if kind == "unpaired":
+        return f"prompt {text('prompt_ids')} completion {text('completion_ids')} label {str(row['label']).lower()}"
+    steps = show(tokenizer, row["completion_ids"], row["step_mask"])
+    return f"prompt {text('prompt_ids')} steps {steps} labels {', '.join(map(str, row['step_labels']))}"
+
+
+@dataclass
+class _Encoded:
+    """A sample as tokens, before it is cut. Of steps there is one completion, `mask` is true where one ends, and
+    `labels` has an entry for each of these; else `labels` has one for each completion."""
+
+    prompt: list[int] = field(default_factory=list)
+    completions: list[list[int]] = field(default_factory=list)
+    labels: tuple[bool, ...] = ()
+    mask: list[bool] = field(default_factory=list)
+    dropped: int = KEPT
+    bos_doubled: bool = False
+    straddles: bool = False
+    empty: int = 0
+
+
+class Tokenise(Encoder):
+    """Batches of rows to prompts and completions."""
+
+    recipe: Preferences
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, recipe: Preferences, first_row: int = 0):
+        super().__init__(tokenizer, shape, recipe, first_row)
+        kind = KINDS[recipe.kind]
+        parts = set(shape.columns)
+        if recipe.kind == "unpaired" and {"ref_chosen_logps", "ref_rejected_logps"} <= parts:
+            parts.add("ref_logps")
+        self.extras = [column for column in kind.extras if column in parts]
+        self.features = datasets.Features(
+            {
+                **kind.columns,
+                "row": datasets.Value("int64"),
+                **{column: kind.extras[column] for column in self.extras},
+                **{counter: datasets.Value("int32") for counter in COUNTERS},
+            }
+        )
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        columns = self.shape.columns
+        rows = [{part: batch[column][position] for part, column in columns.items()} for position in range(len(indices))]
+        if self.shape.kind == "tokens":
+            encoded = [self._given(values, row) for values, row in zip(rows, indices, strict=True)]
+        else:
+            read = [samples.read(self.shape, values, row) for values, row in zip(rows, indices, strict=True)]
+            options = self._template_options(batch, indices)
+            tokenise = self._steps if self.recipe.kind == "steps" else self._continuations
+            encoded = tokenise(read, options, indices)
+        made: list[dict[str, Any]] = []
+        stops = self._stops()
+        for sample, values, row in zip(encoded, rows, indices, strict=True):
+            for found in self._rows(sample, stops):
+                found.update(self._extras(values, row, found.get("label", True)))
+                found["row"] = self.first_row + int(row if values.get("row") is None else values["row"])
+                made.append(found)
+        return {column: [found[column] for found in made] for column in self.features}
+
+    def _extras(self, values: Mapping[str, Any], row: int, label: bool) -> dict[str, Any]:
+        """What the data have beside texts."""
+        extras = {}
+        for column in self.extras:
+            part = column
+            if column == "ref_logps" and column not in values:
+                part = "ref_chosen_logps" if label else "ref_rejected_logps"
+            where = place(row, self.shape.columns[part])
+            ids = column == "kl_completion_ids"
+            extras[column] = self._check_ids(values[part], where) if ids else number_of(values[part], where)
+        return extras
+
+    # -- prompts and what continues them ------------------------------------------------------------------------------
+
+    def _continuations(
+        self, read: list[Sample], options: list[dict[str, Any]] | None, indices: list[int]
+    ) -> list[_Encoded]:
+        usable = [position for position, sample in enumerate(read) if sample.dropped == KEPT]
+        wholes = [(position, completion) for position in usable for completion in read[position].completions]
+        if self.shape.conversational:
+            texts = self._rendered(read, usable, wholes, options, indices)
+        else:
+            texts = [Text(read[position].prompt, open=True) for position in usable]
+            texts += [Text(read[position].prompt + completion) for position, completion in wholes]
+        tokens = self._each_once(texts, plain=not self.shape.conversational)
+        prompts, rest = tokens[: len(usable)], iter(tokens[len(usable) :])
+        encoded = [_Encoded(labels=sample.labels, dropped=sample.dropped) for sample in read]
+        for position, prompt in zip(usable, prompts, strict=True):
+            sample = read[position]
+            found = [next(rest) for _ in sample.completions]
+            common = min(_alike(prompt.ids, whole.ids) for whole in found)
+            completions = [whole.ids[common:] for whole in found]
+            encoded[position] = _Encoded(
+                prompt=found[0].ids[:common],
+                completions=completions,
+                labels=sample.labels,
+                dropped=_fault(common, completions),
+                bos_doubled=any(whole.bos_doubled for whole in found),
+                straddles=common < len(prompt.ids),
+                empty=sum(map(_is_blank, sample.completions)),
+            )
+        return encoded
+
+    def _rendered(
+        self,
+        read: list[Sample],
+        usable: list[int],
+        wholes: list[tuple[int, Any]],
+        options: list[dict[str, Any]] | None,
+        indices: list[int],
+    ) -> list[Text]:
+        """The prompts with what the assistant's turn begins with, then all prompts with a completion, which end with
+        the last turn: what the template writes behind its end is nothing that a model has to say."""
+
+        def rendered(conversations: list[Any], of: list[int], part: str, prompt: bool) -> list[str]:
+            own = None if options is None else [options[position] for position in of]
+            column = self.shape.columns[part if part in self.shape.columns else said]
+            return self._render(conversations, own, [indices[position] for position in of], column, prompt)
+
+        template = chat.chat_template(self.tokenizer)
+        said = next(part for part in ("chosen", "completion", "responses") if part in self.shape.columns)
+        prompts = rendered([read[position].prompt for position in usable], usable, "prompt", True) if usable else []
+        whole = [read[position].prompt + completion for position, completion in wholes]
+        texts = rendered(whole, [position for position, _ in wholes], said, False) if usable else []
+        ended = [
+            template.without_tail(text, **(options[position] if options is not None else {}))
+            for text, (position, _) in zip(texts, wholes, strict=True)
+        ]
+        return [*(Text(prompt, open=True) for prompt in prompts), *map(Text, ended)]
+
+    def _each_once(self, texts: list[Text], plain: bool) -> list[Tokens]:
+        """Their tokens; a text that comes again is not tokenised again."""
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        tokens = self._tokenise(list(places), plain)
+        return [tokens[places[text]] for text in texts]
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _steps(self, read: list[Sample], options: list[dict[str, Any]] | None, indices: list[int]) -> list[_Encoded]:
+        """Every step is tokenised by itself, and the separator's tokens follow it."""
+        prompts = [sample.prompt for sample in read]
+        if self.shape.conversational:
+            prompts = self._render(prompts, options, indices, self.shape.columns["prompt"], True)
+        texts = [*prompts, *(step for sample in read for step in sample.completions), self.recipe.step_separator]
+        *tokens, separator = self._each_once([Text(text, open=True) for text in texts], plain=False)
+        rest = iter(tokens[len(read) :])
+        bos = self.tokenizer.bos_token_id
+        encoded = []
+        for sample, prompt in zip(read, tokens[: len(read)], strict=True):
+            # As a text begins, whether or not the tokenizer would say so: what the step is judged on begins a text.
+            begins = bos is None or self.shape.conversational or prompt.ids[:1] == [bos]
+            steps = [next(rest).ids for _ in sample.completions]
+            mask = [
+                number + 1 == len(step) + len(separator.ids)
+                for step in steps
+                for number in range(len(step) + len(separator.ids))
+            ]
+            if self.recipe.train_on_last_step_only and mask:
+                mask = [False] * (len(mask) - 1) + [True]
+            ids = prompt.ids if begins else [bos, *prompt.ids]
+            encoded.append(
+                _Encoded(
+                    prompt=ids,
+                    completions=[[token for step in steps for token in (*step, *separator.ids)]],
+                    labels=sample.labels[-1:] if self.recipe.train_on_last_step_only else sample.labels,
+                    mask=mask,
+                    dropped=NO_PROMPT if not ids else EMPTY if not steps else KEPT,
+                    empty=sum(not step.strip() for step in sample.completions),
+                )
+            )
+        return encoded
+
+    # -- tokens given by the user -------------------------------------------------------------------------------------
+
+    def _given(self, values: Mapping[str, Any], row: int) -> _Encoded:
+        wheres = {part: place(row, column) for part, column in self.shape.columns.items()}
+        parts = [part for part in ("chosen", "rejected", "completion") if part in values]
+        completions = [self._check_ids(values[part], wheres[part]) for part in parts]
+        if "prompt_ids" in values:
+            prompt = self._check_ids(values["prompt_ids"], wheres["prompt_ids"])
+        else:  # each completion is told with its prompt
+            common = min(_alike(*completions), *(max(len(ids) - 1, 0) for ids in completions))
+            prompt, completions = completions[0][:common], [ids[common:] for ids in completions]
+        labels: tuple[bool, ...] = (True, False)
+        mask: list[bool] = []
+        if self.recipe.kind == "unpaired":
+            labels = (truth_of(values["label"], wheres["label"]),)
+        elif self.recipe.kind == "steps":
+            mask, judged = values["step_mask"], values["labels"]
+            if mask is None or judged is None or len(mask) != len(completions[0]) or sum(mask) != len(judged):
+                raise DataError(
+                    f"{wheres['step_mask']} does not fit: it needs one entry for each of the {len(completions[0])} "
+                    "tokens of `completion_ids`, and as many true ones as `step_labels` has entries."
+                )
+            labels = tuple(truth_of(label, wheres["labels"]) for label in judged)
+        return _Encoded(prompt, completions, labels, list(mask), _fault(len(prompt), completions))
+
+    # -- cutting and counting -----------------------------------------------------------------------------------------
+
+    def _rows(self, sample: _Encoded, stops: set[int]) -> list[dict[str, Any]]:
+        """The rows that a sample makes, without what the data say of it beside texts."""
+        if self.recipe.kind != "unpaired":
+            return [self._row(sample, sample.completions, stops)]
+        rows = []
+        for number, label in enumerate(sample.labels):
+            row = self._row(sample, sample.completions[number : number + 1], stops)
+            rows.append({**row, "label": label, "_empty": row["_empty"] if number == 0 else 0})
+        return rows
+
+    def _row(self, sample: _Encoded, completions: list[list[int]], stops: set[int]) -> dict[str, Any]:
+        kind, dropped = self.recipe.kind, sample.dropped
+        cut = self.recipe.cut(len(sample.prompt), list(map(len, completions))) if dropped == KEPT else None
+        kept: list[list[int]] = [[] for _ in range(2 if kind == "pairs" else 1)]
+        prompt: list[int] = []
+        mask: list[bool] = []
+        labels: tuple[bool, ...] = ()
+        if cut is not None:
+            begin, slices = cut
+            prompt = sample.prompt[begin:]
+            kept = [ids[which] for ids, which in zip(completions, slices, strict=True)]
+            if kind == "steps":
+                before, mask = sum(sample.mask[: slices[0].start]), sample.mask[slices[0]]
+                labels = sample.labels[before : before + sum(mask)]
+            if kind == "pairs" and kept[0] == kept[1]:
+                dropped = EQUAL_CUT
+            elif kind == "steps" and not labels:
+                dropped = ALL_CUT
+        elif dropped == KEPT:
+            dropped = PROMPT_FILLS
+        if dropped != KEPT:
+            prompt, kept, mask, labels = [], [[] for _ in kept], [], ()
+        row: dict[str, Any] = {"prompt_ids": prompt}
+        row.update(zip(("chosen_ids", "rejected_ids") if kind == "pairs" else ("completion_ids",), kept, strict=True))
+        if kind == "steps":
+            row.update(step_mask=mask, step_labels=[int(label) for label in labels])
+        lengths = [*map(len, completions), -1, -1]
+        total = sum(map(len, kept))
+        row.update(
+            _dropped=dropped,
+            _prompt=len(sample.prompt),
+            _first=lengths[0],
+            _second=lengths[1],
+            _prompt_kept=len(prompt),
+            _kept=total,
+            _trainable=len(sample.labels) if kind == "steps" else sum(map(len, completions)),
+            _trained=len(labels) if kind == "steps" else total,
+            _end=-1 if kind == "steps" else _ends(kept, stops),
+            _bos_doubled=int(sample.bos_doubled),
+            _straddles=int(sample.straddles),
+            _empty=sample.empty,
+        )
+        return row
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """With how many tokens both begin."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(at for at in range(shorter) if one[at] != other[at])
+
+
+def _fault(prompt: int, completions: Sequence[Sequence[int]]) -> int:
+    if not prompt:
+        return NO_PROMPT
+    if not all(completions):
+        return EMPTY
+    return IDENTICAL if len(completions) == 2 and completions[0] == completions[1] else KEPT
+
+
+def _is_blank(completion: Any) -> bool:
+    """Whether a completion, a text or messages, says nothing."""
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not any(str(message.get("content") or "").strip() or message.get("tool_calls") for message in completion)
+
+
+def _ends(completions: Sequence[Sequence[int]], stops: set[int]) -> int:
+    """The token that ends the first completion, if every one has such a token; else -1."""
+    ends = [next((token for token in reversed(ids) if token in stops), -1) for ids in completions]
+    return -1 if -1 in ends else ends[0]

@@ -1,0 +1,139 @@
+"""Where the reference policy comes from: always the state at the start, whatever wraps it, chosen once.
+
+A reference scores a batch as the policy does, without gradients and without dropout. It takes the policy's wrapped
+model, because an adapter's base and its frozen twin live in there, and sharded weights are gathered by its hooks.
+"""
+
+import contextlib
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl.models import adapters
+
+from .forest import Batch
+from .head import TokenStats
+from .score import attach, causal_lm, evaluating, score
+
+
+class Reference(ABC):
+    """A frozen policy to compare with."""
+
+    description: str
+
+    @abstractmethod
+    def _ready(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model to score with."""
+
+    def score(self, policy: nn.Module, batch: Batch) -> TokenStats:
+        """The reference's log-probs of a batch that was laid out for the policy."""
+        with torch.no_grad(), self._ready(policy) as model, evaluating(model):
+            return score(model, batch)
+
+    def follow(self, policy: nn.Module, share: float) -> None:
+        """Move the reference towards the policy: `share` of the policy, the rest of itself.
+
+        TR-DPO's soft update (Gorbatovski et al. 2024, arXiv:2404.09656, equation 6).
+        """
+        raise ValueError(f"the reference is {self.description}, which cannot follow the policy")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What `follow` has changed, by name: part of a checkpoint."""
+        return {}
+
+
+class Frozen(Reference):
+    """A model of its own."""
+
+    def __init__(self, model: nn.Module, description: str) -> None:
+        self.model, self.description = model, description
+
+    @contextlib.contextmanager
+    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self.model
+
+    def follow(self, policy: nn.Module, share: float) -> None:
+        theirs = dict(causal_lm(policy).named_parameters())
+        with torch.no_grad():
+            for name, parameter in causal_lm(self.model).named_parameters():
+                parameter.lerp_(theirs[name].to(parameter.device, parameter.dtype), share)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return dict(causal_lm(self.model).named_parameters())
+
+
+class AdapterOff(Reference):
+    """The policy beneath its adapter."""
+
+    description = "the model with its adapter off"
+
+    @contextlib.contextmanager
+    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+        with adapters.without(peft_model(policy)):
+            yield policy
+
+
+class Twin(Reference):
+    """The policy with a frozen copy of its adapter in the adapter's place."""
+
+    description = "a frozen copy of the adapter as it was at the start"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        adapters.add_twin(model)
+
+    @contextlib.contextmanager
+    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+        with adapters.as_twin(self.model):
+            yield policy
+
+    def follow(self, policy: nn.Module, share: float) -> None:
+        adapters.follow(self.model, share)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return adapters.twin_weights(self.model)
+
+
+class Itself(Reference):
+    """The policy as it is now: for log-probs that are computed before the first step."""
+
+    description = "the model itself, before its first step"
+
+    @contextlib.contextmanager
+    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield policy
+
+
+def choose(model: nn.Module, explicit: nn.Module | None = None, *, follows: bool = False) -> Reference:
+    """The reference of a policy that is about to train: `explicit` where there is one, else the model as it is now.
+
+    A new adapter is switched off; a trained one gets a frozen twin; all other models are copied. `follows` says that
+    the reference will move towards the policy, for which it needs weights of its own.
+    """
+    if explicit is not None:
+        return Frozen(frozen(explicit), f"the model given ({type(causal_lm(explicit)).__name__})")
+    if not adapters.has_adapter(model):
+        return Frozen(frozen(copy.deepcopy(model)), "a frozen copy of the model as it was at the start")
+    return AdapterOff() if adapters.is_untouched(model) and not follows else Twin(model)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model without gradients and dropout, its layers ready to be scored."""
+    model.requires_grad_(False)
+    model.eval()
+    attach(model)
+    return model
+
+
+def peft_model(model: nn.Module) -> Any:
+    """The model that carries the adapter, out of what wraps it for several processes."""
+    while not hasattr(model, "peft_config"):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise ValueError(f"{type(model).__name__} carries no adapter")
+        model = inner
+    return model

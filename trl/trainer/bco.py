@@ -1,0 +1,155 @@
+"""Binary classifier optimisation: good and bad completions told apart by a reward with a moving threshold."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.config import BaseConfig, PreferenceFields, ReferenceFields, RouterFields
+from trl.data import collate
+from trl.data.collate import Tree
+from trl.engine.forest import Batch
+from trl.engine.score import evaluating, score
+from trl.losses.tokens import Metric, mean
+
+from .kto import UnpairedTrainer, unpaired_batch
+
+
+@dataclass
+class BCOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
+    """What can be set for `BCOTrainer`, beside all of `transformers.TrainingArguments`."""
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
+    truncation_mode: str = field(
+        default="keep_end",
+        metadata={"help": "Which end of a longer row stays.", "choices": ["keep_start", "keep_end"]},
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "Scale of the log-ratios: the larger, the closer the policy stays."}
+    )
+    prompt_sample_size: int = field(
+        default=1024, metadata={"help": "Prompts that the density-ratio classifier is fitted on, of each label."}
+    )
+    min_density_ratio: float = field(default=0.5, metadata={"help": "Least weight of a bad completion's prompt."})
+    max_density_ratio: float = field(default=10.0, metadata={"help": "Greatest weight of a bad completion's prompt."})
+
+
+class BCOTrainer(UnpairedTrainer):
+    """Trains a causal language model on labelled completions as a binary classifier does.
+
+    The threshold (`delta`) is the mean of the rewards seen in training so far; each optimizer step adds its own before
+    its first backward pass. With `embedding_func` (token ids and attention mask to one vector a prompt) bad completions
+    are weighed by how likely their prompt would have a good one. Jung et al. 2024, arXiv:2404.04656.
+    """
+
+    config_class = BCOConfig
+    method = "bco"
+
+    def __init__(
+        self,
+        *args: Any,
+        embedding_func: Callable | None = None,
+        embedding_tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.embedding_func, self.embedding_tokenizer = embedding_func, embedding_tokenizer
+        self.seen, self.mean_reward = 0.0, 0.0  # the running mean
+        self.classifier: Any = None
+        super().__init__(*args, **kwargs)
+
+    def ready(self) -> None:
+        super().ready()
+        if self.embedding_func is not None:
+            self.classifier = self._fit()
+
+    def loss_type(self) -> str:
+        return "bco"
+
+    @staticmethod
+    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+        batch = unpaired_batch(rows, lay)
+        batch["prompts"] = [list(rows[index]["prompt_ids"]) for index in collate.by_prompt(rows)]
+        return batch
+
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in batches:
+            moved = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                if not self.ref_is_column:
+                    batch["ref_logp_S"] = self.reference_values(moved, self.ask_reference(model))[:, 0]
+                if training:
+                    with evaluating(model):
+                        policy_S = self.sequence_logp(score(model, moved))
+                    reward_S = self.args.beta * (policy_S - batch["ref_logp_S"].to(policy_S.device))
+                    sums += torch.stack([reward_S.double().sum(), sums.new_tensor(float(len(reward_S)))])
+        if training:
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(sums)
+            total, count = sums.tolist()
+            if count:
+                self.seen += count
+                self.mean_reward += (total / count - self.mean_reward) * count / self.seen
+        for batch in batches:
+            batch["delta"] = torch.tensor(self.mean_reward)
+
+    def settings(self, batch: Batch, policy_S: Tensor) -> dict[str, Any]:
+        return {
+            "beta": self.args.beta,
+            "reward_mean": batch["delta"].to(policy_S.device, policy_S.dtype),
+            "weight_S": self._weights(batch, policy_S),
+        }
+
+    def further_metrics(self, batch: Batch) -> dict[str, Metric]:
+        return {"delta": mean(batch["delta"])}
+
+    def method_state(self) -> dict[str, Any]:
+        return {**super().method_state(), "seen": self.seen, "mean_reward": self.mean_reward}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
+        self.seen, self.mean_reward = state.get("seen", 0.0), state.get("mean_reward", 0.0)
+
+    # --- the distribution of prompts ------------------------------------------------------------------------------
+
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """One vector a prompt, by the user's function on the embedding tokenizer's reading of its text."""
+        assert self.embedding_func is not None
+        reader = self.embedding_tokenizer or self.processing_class
+        texts = self.processing_class.batch_decode(prompts, skip_special_tokens=True)
+        inputs = reader(texts, padding=True, truncation=True, return_tensors="pt").to(self.args.device)
+        with torch.no_grad():
+            vectors = self.embedding_func(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return vectors.float()
+
+    def _fit(self) -> Any:
+        """Tells prompts of good completions from those of bad ones, on a sample of each."""
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError as error:
+            raise ImportError(
+                "embedding_func weighs prompts, which needs the extra `bco`: pip install 'trl[bco]'"
+            ) from error
+        rows = self.train_dataset.shuffle(seed=self.args.seed)
+        vectors, labels = [], []
+        for label in (True, False):
+            prompts = [row["prompt_ids"] for row in rows if row["label"] is label][: self.args.prompt_sample_size]
+            if not prompts:
+                raise ValueError(f"embedding_func compares good and bad rows, and no row has the label {label}")
+            for start in range(0, len(prompts), self.args.train_batch_size):
+                vectors.append(self._embed(prompts[start : start + self.args.train_batch_size]).cpu())
+            labels += [label] * len(prompts)
+        classifier = LogisticRegression(class_weight="balanced", random_state=self.args.seed)
+        return classifier.fit(torch.cat(vectors).numpy(), labels)
+
+    def _weights(self, batch: Batch, policy_S: Tensor) -> Tensor | None:
+        if self.classifier is None or not len(policy_S):
+            return None
+        vectors = self._embed(batch["prompts"]).cpu().numpy()
+        good = self.classifier.predict_proba(vectors)[:, list(self.classifier.classes_).index(True)]
+        ratio = torch.as_tensor(good / (1 - good + 1e-8), device=policy_S.device, dtype=policy_S.dtype)
+        ratio = ratio.clamp(self.args.min_density_ratio, self.args.max_density_ratio)
+        return torch.where(batch["label_S"], torch.ones_like(ratio), ratio)

@@ -1,0 +1,94 @@
+"""Odds-ratio preference optimisation: fine-tuning on the better completion and a preference, without a reference."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.config import BaseConfig, PreferenceFields, RouterFields
+from trl.data.collate import Branch, Tree
+from trl.engine.forest import Batch
+from trl.engine.score import score
+from trl.losses.reference_free import log_odds, orpo
+from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
+
+from .preference import PreferenceTrainer, where
+
+
+@dataclass
+class ORPOConfig(PreferenceFields, RouterFields, BaseConfig):
+    """What can be set for `ORPOTrainer`, beside all of `transformers.TrainingArguments`."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
+    beta: float = field(default=0.1, metadata={"help": "Weight of the odds-ratio term (lambda in the paper)."})
+
+
+class ORPOTrainer(PreferenceTrainer):
+    """Trains a causal language model on pairs: the likelihood of prompt and chosen completion, and the odds of the
+    chosen over the rejected one. No reference is needed. Hong et al. 2024, arXiv:2403.07691.
+    """
+
+    config_class = ORPOConfig
+    method = "orpo"
+
+    @staticmethod
+    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+        """The prompt is trained too: a sequence of its own, before its two completions."""
+        trees = []
+        for row in rows:
+            prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+            root = Branch(prompt, [False] + [True] * (len(prompt) - 1))
+            if len(prompt) == 1:  # a lone first token cannot be trained: a sequence of no tokens keeps the count
+                root = Branch(prompt, [False])
+                both = (Branch([], []), *(Branch(ids, [True] * len(ids)) for ids in (chosen, rejected)))
+            else:
+                both = tuple(Branch(ids, [True] * len(ids)) for ids in (chosen, rejected))
+            trees.append(Tree(root, both, int(row["row"])))
+        batch = lay(trees)
+        batch["nll_tokens"] = sum(len(row["prompt_ids"]) - 1 + len(row["chosen_ids"]) for row in rows)
+        return batch
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"pairs": batch["row_S"].shape[0] // 3, "nll_tokens": batch["nll_tokens"]}
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+        beta, balance = self.args.beta, self.router_aux_loss_coef()
+        stats = score(model, batch, mean_logit=True, router=balance > 0)
+        assert stats.mean_logit_N is not None
+        kind_N = stats.seq_N % 3  # prompt, chosen, rejected
+        sum_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+        mean_S = seq_mean(stats.logp_N, stats.seq_N, stats.sequences)
+        prompt_P, chosen_P, _ = sum_S.view(-1, 3).unbind(1)
+        _, chosen_mean_P, rejected_mean_P = mean_S.view(-1, 3).unbind(1)
+        odds_P = orpo(chosen_mean_logp_P=chosen_mean_P, rejected_mean_logp_P=rejected_mean_P, beta=beta)
+        nll = -(prompt_P + chosen_P).sum()
+        log_odds_P = log_odds(chosen_mean_logp_P=chosen_mean_P, rejected_mean_logp_P=rejected_mean_P).detach()
+        metrics = {
+            **mean_logp_metrics(chosen_mean_P, rejected_mean_P, beta),
+            "logits/chosen": where(stats.mean_logit_N, kind_N == 1),
+            "logits/rejected": where(stats.mean_logit_N, kind_N == 2),
+            "nll_loss": Metric(nll.detach(), float(batch["nll_tokens"])),
+            "log_odds_ratio": mean(torch.nn.functional.logsigmoid(log_odds_P)),
+            "log_odds_chosen": mean(log_odds_P),
+        }
+        pairs = odds_P.sum()
+        if stats.aux is not None:
+            pairs = pairs + balance * stats.aux * chosen_P.shape[0]
+            metrics["aux_loss"] = mean(stats.aux)
+        return {"pairs": pairs, "nll_tokens": nll}, metrics
+
+
+def mean_logp_metrics(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> dict[str, Metric]:
+    """What is logged of pairs whose reward is beta times a log-prob, under upstream's names."""
+    chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
+    return {
+        "rewards/chosen": mean(beta * chosen_P),
+        "rewards/rejected": mean(beta * rejected_P),
+        "rewards/accuracies": mean((chosen_P > rejected_P).float()),
+        "rewards/margins": mean(beta * (chosen_P - rejected_P)),
+        "logps/chosen": mean(chosen_P),
+        "logps/rejected": mean(rejected_P),
+    }

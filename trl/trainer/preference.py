@@ -1,0 +1,379 @@
+"""What the methods share that learn from judged completions: how rows are read, and the reference policy."""
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from datasets import IterableDataset as Stream
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+
+from trl.checkpoint import write_file
+from trl.data.mixture import Mixture
+from trl.data.preference import prepare_preference_stream, prepare_preferences
+from trl.data.report import DataReport
+from trl.engine.forest import Batch
+from trl.engine.head import TokenStats
+from trl.engine.reference import Frozen, Itself, Reference, choose, frozen
+from trl.engine.score import causal_lm, evaluating
+from trl.losses.tokens import Metric, seq_sum
+from trl.models import load
+
+from .base import BaseTrainer
+
+ANSWERED, LONGEST_ANSWER = 8, 128  # prompts answered at an evaluation, and tokens of an answer
+# Rows whose reference log-probs are computed together and kept in one file; of a stream, that many are read ahead.
+SHARD, STREAM_SHARD = 4096, 512
+
+
+class PreferenceTrainer(BaseTrainer):
+    """A trainer on rows of prompts and judged completions."""
+
+    kind = "pairs"  # how rows are read: `data.preference.prepare_preferences`
+    prepared_columns = frozenset({"prompt_ids", "chosen_ids", "rejected_ids", "row"})
+
+    def rows(self, dataset: Any, name: str) -> tuple[Dataset | Stream, DataReport]:
+        args = self.args
+        options = {
+            "kind": self.kind,
+            "max_length": args.max_length or self.window(),
+            "max_prompt_length": args.max_prompt_length,
+            "max_completion_length": args.max_completion_length,
+            "truncation_mode": args.truncation_mode,
+            **self.row_options(name),
+        }
+        if isinstance(dataset, Mixture):
+            return dataset.prepare(self.processing_class, name, args.dataset_num_proc, **options)
+        if isinstance(dataset, Stream):
+            return prepare_preference_stream(dataset, self.processing_class, name=name, **options)
+        return prepare_preferences(dataset, self.processing_class, name=name, num_proc=args.dataset_num_proc, **options)
+
+    def row_options(self, name: str) -> dict[str, Any]:
+        """What the method adds to the options of `prepare_preferences`."""
+        return {}
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self.args.generate_during_eval:
+            self._write_answers(dataloader.dataset)
+        return output
+
+    def _write_answers(self, dataset: Any) -> None:
+        """What the model answers to a few prompts of the data, as JSON lines in the output folder."""
+        prompts = [row["prompt_ids"] for row in islice(dataset, ANSWERED)]
+        if not self.is_world_process_zero() or not prompts:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        tokenizer = self.processing_class
+        width = max(map(len, prompts))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
+            tokens = model.generate(
+                input_ids=ids.to(self.args.device),
+                attention_mask=mask.to(self.args.device),
+                max_new_tokens=self.args.max_completion_length or LONGEST_ANSWER,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+        answers = tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
+        path = Path(self.args.output_dir) / "answers" / f"step-{self.state.global_step}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                line = {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "answer": answer}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"trl: answers to {len(prompts)} evaluation prompts: {path}", flush=True)
+
+
+class ReferencedTrainer(PreferenceTrainer):
+    """A preference trainer that compares the policy with a reference."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: str | nn.Module | None = None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "ref_model is the very model that trains, so that it would move too: leave ref_model out (the state at "
+                "the start is then kept as the reference), or pass a copy"
+            )
+        self.reference: Reference | None = None
+        self._explicit = ref_model
+        # What the reference says of each row is a column of the data.
+        self.ref_is_column = False
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+
+    # --- what a method supplies -----------------------------------------------------------------------------------
+
+    ref_columns: tuple[str, ...]
+
+    def needs_reference(self) -> bool:
+        return True
+
+    def reference_values(self, batch: Batch, score: Callable[[Batch], TokenStats]) -> Tensor:
+        """The reference's log-probs of each row of a batch in the order of `ref_columns`, [rows, columns]."""
+        raise NotImplementedError
+
+    # --- the reference --------------------------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        args = self.args
+        if not self.needs_reference():
+            if self._explicit is not None:
+                raise ValueError("ref_model is given, but with these settings no reference is asked: leave it out")
+            return
+        explicit = self._explicit
+        if isinstance(explicit, str):
+            explicit = self.load_model(explicit, **(args.model_init_kwargs or {}))
+        if explicit is not None:
+            if args.world_size > 1:
+                load.replace_device_map(explicit, args.device)
+            explicit = self._placed(explicit)
+        sets = self._data_sets()
+        given = [set(self.ref_columns) <= set(each.column_names or ()) for each in sets.values()]
+        streams = any(isinstance(each, IterableDataset) for each in sets.values())
+        self.ref_is_column = args.precompute_ref_log_probs or (any(given) and self.train_dataset is not None)
+        if self.ref_is_column and args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model moves the reference, so that its log-probs cannot be computed beforehand: leave out "
+                "precompute_ref_log_probs (and the columns of reference log-probs), or sync_ref_model"
+            )
+        if self.ref_is_column and not streams:
+            if explicit is None:
+                self.reference = Itself()
+            else:
+                self.reference = Frozen(frozen(explicit), f"the model given ({type(causal_lm(explicit)).__name__})")
+        else:
+            self.reference = choose(self.model, explicit, follows=args.sync_ref_model)
+            if isinstance(self.reference, Frozen):
+                self.reference.model = self._prepared_model(self.reference.model)
+        if self.ref_is_column:
+            self.train_dataset = self._with_reference(self.train_dataset)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {key: self._with_reference(each) for key, each in self.eval_dataset.items()}
+            else:
+                self.eval_dataset = self._with_reference(self.eval_dataset)
+            if not streams:
+                # From the first step on it would be another one, or has done what it was for.
+                self.reference = None
+        if args.sync_ref_model:
+            self.add_callback(_Follow(self))
+
+    def _placed(self, model: Any) -> Any:
+        quantised = getattr(causal_lm(model), "is_quantized", False)
+        return model if quantised or getattr(model, "hf_device_map", None) else model.to(self.args.device)
+
+    def _prepared_model(self, model: Any) -> Any:
+        """A model of its own, sharded as the policy will be."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return self._placed(model)
+
+    def _data_sets(self) -> dict[str, Any]:
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        sets = {"train": self.train_dataset, **evaluation}
+        return {name: each for name, each in sets.items() if each is not None}
+
+    def sequence_logp(self, stats: TokenStats) -> Tensor:
+        """The log-prob of each completion: [S]."""
+        return seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+
+    def ask_reference(self, model: nn.Module) -> Callable[[Batch], TokenStats]:
+        reference = self.reference
+        assert reference is not None
+        return lambda batch: reference.score(model, batch)
+
+    def report(self) -> list[str]:
+        if not self.needs_reference():
+            return [*super().report(), "reference: none"]
+        if self.reference is None or self.ref_is_column:
+            return [*super().report(), "reference: log-probs computed before the first step"]
+        moves = ""
+        if self.args.sync_ref_model:
+            moves = (
+                f", moved {self.args.ref_model_mixup_alpha:.0%} of the way to the policy every "
+                f"{self.args.ref_model_sync_steps} steps"
+            )
+        return [*super().report(), f"reference: {self.reference.description}{moves}"]
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and self.ref_is_column:
+            eval_dataset = self._prepared(eval_dataset, "eval")
+            has = set(self.ref_columns) <= set(eval_dataset.column_names)
+            if not has and self.reference is None and self.state.global_step:
+                raise ValueError(
+                    "with precompute_ref_log_probs the reference is gone once training has begun: pass this data set "
+                    "as eval_dataset when the trainer is made, or turn precompute_ref_log_probs off"
+                )
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def method_state(self) -> dict[str, Any]:
+        if not self.args.sync_ref_model or self.reference is None:
+            return {}
+        return {"reference": {name: weight.detach().cpu() for name, weight in self.reference.weights().items()}}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        if "reference" in state and self.reference is not None:
+            with torch.no_grad():
+                for name, weight in self.reference.weights().items():
+                    weight.copy_(state["reference"][name])
+
+    # --- log-probs computed beforehand ----------------------------------------------------------------------------
+
+    def _with_reference(self, dataset: Any) -> Any:
+        """The data set with the reference's log-probs as columns."""
+        if dataset is None or set(self.ref_columns) <= set(dataset.column_names or ()):
+            return dataset
+        key = self._reference_key()
+
+        def shard(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            table = self._reference_shard(rows, key)
+            return {**columns, **{name: table[:, index].tolist() for index, name in enumerate(self.ref_columns)}}
+
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(shard, batched=True, batch_size=STREAM_SHARD)
+        parts = [
+            shard(dataset.select(range(start, min(start + SHARD, len(dataset)))).to_dict())
+            for start in range(0, len(dataset), SHARD)
+        ]
+        for column in self.ref_columns:
+            dataset = dataset.add_column(column, [value for part in parts for value in part[column]])
+        return dataset
+
+    def _reference_key(self) -> str:
+        """Names the reference: its weights, their dtype, and all that changes its numbers beside the data."""
+        assert self.reference is not None
+        model = self.reference.model if isinstance(self.reference, Frozen) else self.model
+        digest = hashlib.sha256()
+        base = causal_lm(model)
+        precision = self.args.bf16, self.args.fp16
+        about = (type(base).__name__, base.config.to_json_string(), precision, transformers.__version__, type(self))
+        digest.update(repr((*about, self.ref_columns, self.reference_options())).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def reference_options(self) -> Any:
+        """Settings of the method that change `reference_values`."""
+        return ()
+
+    def _reference_shard(self, rows: list[dict[str, Any]], key: str) -> np.ndarray:
+        """The reference's log-probs of some rows, [rows, columns], from disk where they are known."""
+        digest = hashlib.sha256(key.encode())
+        for row in rows:
+            for name in sorted(row):
+                if name.endswith("_ids"):
+                    digest.update(name.encode() + np.asarray(row[name], dtype=np.int64).tobytes())
+        path = reference_cache() / f"{digest.hexdigest()[:32]}.safetensors"
+        known = load_file(path)["logps"].numpy() if self.args.process_index == 0 and path.exists() else None
+        if self.args.world_size > 1:
+            known = broadcast_object_list([known])[0]  # the first rank's disk decides
+        if known is not None:
+            return known
+        table = self._compute_reference(rows)
+        if self.args.process_index == 0:
+            write_file(path, lambda place: save_file({"logps": torch.from_numpy(table)}, place))
+        return table
+
+    def _compute_reference(self, rows: list[dict[str, Any]]) -> np.ndarray:
+        args = self.args
+        size = args.precompute_ref_batch_size or args.train_batch_size
+        table = torch.zeros(len(rows), len(self.ref_columns), dtype=torch.float64, device=args.device)
+        ask = self.ask_reference(self.model)
+        together = size * args.world_size
+        for start in range(0, len(rows), together):
+            places = range(len(rows))[start : start + together][args.process_index :: args.world_size]
+            batch = self._prepare_inputs(self._collate([{**rows[place], "row": place} for place in places]))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                values = self.reference_values(batch, ask)
+            # Rows of equal prompts stand together in a batch, so that it has an order of its own.
+            places_of = batch["row_S"].view(values.shape[0], -1)[:, 0]
+            table[places_of] = values.double()
+        if args.world_size > 1:
+            torch.distributed.all_reduce(table)
+        return table.float().cpu().numpy()
+
+
+def reference_cache() -> Path:
+    """Where log-probs of references are kept."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "trl_reference"
+
+
+class _Follow(TrainerCallback):
+    """Moves the reference towards the policy every so many steps."""
+
+    def __init__(self, trainer: ReferencedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            assert self.trainer.reference is not None
+            self.trainer.reference.follow(self.trainer.model, args.ref_model_mixup_alpha)
+
+
+def loss_functions(types: Sequence[str | Callable], known: Mapping[str, Callable]) -> list[tuple[str, Callable]]:
+    """Names and functions of losses given by name, as a callable, or as "package.module:function"."""
+    found = []
+    for each in types:
+        if callable(each):
+            found.append((getattr(each, "__name__", "loss"), each))
+        elif each in known:
+            found.append((each, known[each]))
+        elif ":" in each:
+            module, _, name = each.partition(":")
+            found.append((each, getattr(importlib.import_module(module), name)))
+        else:
+            raise ValueError(
+                f"loss_type={each!r} is not one of {', '.join(known)}, nor a function (or 'package.module:function')"
+            )
+    return found
+
+
+def call(function: Callable, available: Mapping[str, Any]) -> Any:
+    """A loss called with those of the available numbers and settings that it names."""
+    wanted = inspect.signature(function).parameters
+    missing = [name for name, each in wanted.items() if name not in available and each.default is each.empty]
+    if missing:
+        raise ValueError(
+            f"the loss {getattr(function, '__name__', function)} asks for {', '.join(missing)}; there are "
+            f"{', '.join(sorted(available))}"
+        )
+    return function(**{name: available[name] for name in wanted if name in available})
+
+
+def where(values: Tensor, place: Tensor) -> Metric:
+    """The mean of the values at `place`, without asking the device how many they are."""
+    return Metric((values.detach() * place).sum(), place.sum())

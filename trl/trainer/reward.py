@@ -1,0 +1,93 @@
+"""Reward models: a scalar for each completion, by which the better of two is told from the worse."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from trl.config import BaseConfig, PreferenceFields, say_once
+from trl.data.collate import Tree
+from trl.engine.forest import Batch
+from trl.engine.scalar import scalars
+from trl.losses.reward import bradley_terry, centring
+from trl.losses.tokens import Metric, mean
+from trl.models import load
+
+from .dpo import pair_batch
+from .preference import PreferenceTrainer
+
+
+@dataclass
+class RewardConfig(PreferenceFields, BaseConfig):
+    """What can be set for `RewardTrainer`, beside all of `transformers.TrainingArguments`."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Chat template: a file, or the name or folder of a tokenizer that has it."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=None, metadata={"help": "Weight of a penalty on rewards whose sum over a pair is not zero; try 0.01."}
+    )
+
+
+class ScalarTrainer(PreferenceTrainer):
+    """A trainer of models that score."""
+
+    task_type = "SEQ_CLS"
+    per_token, labels = False, 1
+
+    def load_model(self, name: str, **kwargs: Any) -> Any:
+        return load.load_scorer(name, per_token=self.per_token, num_labels=self.labels, **kwargs)
+
+    def adapter_config(self, peft_config: Any) -> Any:
+        """An adapter for a language model would leave the scoring head untrained."""
+        if peft_config is None or peft_config.task_type == self.task_type:
+            return peft_config
+        say_once(f"the adapter's task_type is {self.task_type} here, so that the scoring head trains and is saved")
+        peft_config.task_type = self.task_type
+        return peft_config
+
+    def sums_of_sequences(self, model: nn.Module, batch: Batch) -> Tensor:
+        scores_N = scalars(model, batch).sum(-1)
+        return scores_N.new_zeros(batch["row_S"].shape[0]).index_add(0, batch["seq_N"], scores_N)
+
+
+class RewardTrainer(ScalarTrainer):
+    """Trains a model with a scoring head (`AutoModelForSequenceClassification`) on pairs, by Bradley and Terry's model.
+
+    A model given by name gets such a head if it has none. Under each prompt the two completions share it. Ouyang et
+    al. 2022, arXiv:2203.02155; a column `margin` is taken off the difference (Llama 2, arXiv:2307.09288).
+    """
+
+    config_class = RewardConfig
+    method = "reward"
+
+    @staticmethod
+    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+        # The hidden state of the last token is what is scored.
+        return pair_batch(rows, lay, trained=lambda ids: [False] * (len(ids) - 1) + [True])
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"pairs": batch["row_S"].shape[0] // 2}
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+        reward_S = scalars(model, batch)[:, 0]
+        chosen_P, rejected_P = reward_S.view(-1, 2).unbind(1)
+        loss_P = bradley_terry(chosen_reward_P=chosen_P, rejected_reward_P=rejected_P, margin_P=batch.get("margin_P"))
+        weight = self.args.center_rewards_coefficient
+        if weight is not None:
+            loss_P = loss_P + centring(
+                chosen_reward_P=chosen_P, rejected_reward_P=rejected_P, center_rewards_coefficient=weight
+            )
+        rewards = reward_S.detach()
+        metrics = {
+            "accuracy": mean((chosen_P > rejected_P).float()),
+            "margin": mean(chosen_P - rejected_P),
+            "mean_reward": mean(rewards),
+        }
+        if len(rewards):
+            metrics["min_reward"] = Metric(rewards.min(), 1.0)
+            metrics["max_reward"] = Metric(rewards.max(), 1.0)
+        return {"pairs": loss_P.sum()}, metrics
