@@ -39,6 +39,13 @@ def test_a_ticket_says_what_the_order_says() -> None:
         assert (f"with {ticket['extra']}" in order) if ticket["extra"] else (" with " not in order)
 
 
+def test_a_pair_differs_in_one_part_of_the_ticket() -> None:
+    for row in demo.pair_rows(100, 0, seed=3)[0]:
+        right, wrong = (json.loads(row[side][0]["content"]) for side in ("chosen", "rejected"))
+        assert right.keys() == wrong.keys()
+        assert sum(right[part] != wrong[part] for part in right) == 1
+
+
 @pytest.mark.slow
 def test_the_quick_demo_learns(trl_command: Command, smol_path: str, tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
@@ -46,7 +53,8 @@ def test_the_quick_demo_learns(trl_command: Command, smol_path: str, tmp_path: P
     assert answer.returncode == 0, answer.stdout + answer.stderr
     # A minute of two cores, in time of the processor: other programs may have the cores as well.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 120
-    assert "It learned." in answer.stdout
+    assert answer.stdout.count("It learned.") == 2
+    assert "reference: a frozen copy of the adapter as it was at the start" in answer.stdout
     assert answer.stdout.count("\n  before  ") == answer.stdout.count("\n  after   ") == 3
     assert f"the same answers to {demo.QUICK.reloaded} orders" in answer.stdout
 

@@ -53,6 +53,27 @@ def test_ddp_equals_one_process(tmp_path, smol_path):
                     assert line[metric] == pytest.approx(alone.state.log_history[0][metric], rel=1e-5), (name, metric)
 
 
+def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
+    """Statistics over the optimizer step are those of both ranks; so are the reference's log-probs."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of the two
+    monkeypatch.setattr("trl.trainer.preference.reference_cache", lambda: tmp_path / "cache_of_one")
+    done = launch("preferences", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    for name in worker.PREFERENCES:
+        for adapter in (False,) if name == "reward" else (False, True):
+            alone = worker.preferring(name, tmp_path / "alone", tokenizer, 5, adapter, per_device_train_batch_size=5)
+            expected = first_gradient(alone)
+            assert_same(torch.load(tmp_path / f"{name}-{adapter}.pt"), expected, f"{name} {adapter}")
+            line = json.loads((tmp_path / f"{name}-{adapter}.json").read_text())
+            for metric in line.keys() - {"grad_norm", "min_reward", "max_reward", "total_flos"}:
+                found = alone.state.log_history[0][metric]
+                assert line[metric] == pytest.approx(found, rel=1e-5, abs=1e-5), (name, metric)
+    alone = worker.preferring("dpo", tmp_path / "alone", tokenizer, 5, True, precompute_ref_log_probs=True)
+    expected = torch.tensor(list(alone.train_dataset["ref_chosen_logps"]))
+    torch.testing.assert_close(torch.load(tmp_path / "reference.pt"), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_fsdp2_equals_one_process(tmp_path, smol_path):
     done = launch("fsdp", tmp_path, smol_path)
     assert done.returncode == 0, done.stderr[-3000:]

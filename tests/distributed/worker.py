@@ -9,7 +9,16 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from tests.engine import families
-from tests.trainer.helpers import chat_rows, first_gradient, sft, tiny
+from tests.trainer.helpers import (
+    chat_rows,
+    first_gradient,
+    labelled_rows,
+    pair_rows,
+    preference,
+    sft,
+    tiny,
+    tiny_scorer,
+)
 from trl.engine.score import attach, score
 
 
@@ -53,6 +62,48 @@ def ddp(out, tokenizer):
                 if dist.get_rank() == 0:
                     torch.save(gradient, out / f"{name}.pt")
                     (out / f"{name}.json").write_text(json.dumps(run.state.log_history[0]))
+
+
+PREFERENCES = {
+    "dpo": ("DPO", {"loss_type": ["aot_unpaired", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
+    "kto": ("KTO", {}),
+    "bco": ("BCO", {}),
+    "reward": ("Reward", {}),
+}
+
+
+def preferring(name, path, tokenizer, rows, adapter, **settings):
+    method, options = PREFERENCES[name]
+    model = tiny_scorer(tokenizer) if method == "Reward" else tiny(tokenizer)
+    further = {} if method == "Reward" or adapter else {"ref_model": tiny(tokenizer, seed=1)}
+    return preference(
+        method,
+        path,
+        adapted(model) if adapter else model,
+        tokenizer,
+        (labelled_rows if method in ("KTO", "BCO") else pair_rows)(rows),
+        max_steps=1,
+        **further,
+        **options,
+        **settings,
+    )
+
+
+def preferences(out, tokenizer):
+    """Five rows: one rank's last batch is empty."""
+    for name in PREFERENCES:
+        for adapter in (False,) if name == "reward" else (False, True):
+            run = preferring(
+                name, out / "run", tokenizer, 5, adapter, per_device_train_batch_size=2, gradient_accumulation_steps=2
+            )
+            gradient = first_gradient(run)
+            if dist.get_rank() == 0:
+                torch.save(gradient, out / f"{name}-{adapter}.pt")
+                (out / f"{name}-{adapter}.json").write_text(json.dumps(run.state.log_history[0]))
+    # Log-probs of the reference, each rank its part.
+    run = preferring("dpo", out / "run", tokenizer, 5, True, precompute_ref_log_probs=True)
+    if dist.get_rank() == 0:
+        torch.save(torch.tensor(list(run.train_dataset["ref_chosen_logps"])), out / "reference.pt")
 
 
 def sharded_gradient(adapter, checkpointing, head_apart, tied, out):
@@ -154,6 +205,6 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(model)
     if mode == "fsdp":
         dist.init_process_group("gloo")
-    {"ddp": ddp, "fsdp": fsdp, "throws": throws, "resumes": resumes}[mode](out, tokenizer)
+    {"ddp": ddp, "preferences": preferences, "fsdp": fsdp, "throws": throws, "resumes": resumes}[mode](out, tokenizer)
     if dist.is_initialized():
         dist.destroy_process_group()
