@@ -82,6 +82,45 @@ def test_the_only_split_is_read_under_any_name_and_said(caplog: pytest.LogCaptur
     assert caplog.messages == ["the DatasetDict has no split 'train_sft'; its only split 'train' is read."]
 
 
+@pytest.mark.parametrize(
+    ("there", "wanted", "found"),
+    [
+        (("train_sft", "test_sft"), "train", "train_sft"),
+        (("train_sft", "test_sft"), "test", "test_sft"),
+        (("train", "validation"), "test", "validation"),
+        (("train", "evaluation", "validation_1"), "test", "validation_1"),
+        (("train", "eval"), "test", "eval"),
+        (("train", "eval"), "test[:1]", "eval"),
+    ],
+)
+def test_a_split_that_stands_in(there: Any, wanted: str, found: str, caplog: pytest.LogCaptureFixture) -> None:
+    parts = datasets.DatasetDict({name: datasets.Dataset.from_list([{"text": name}]) for name in there})
+    with caplog.at_level(logging.WARNING):
+        assert texts(load(parts, wanted)) == [found]
+        assert [row["text"] for row in load(parts, wanted, streaming=True)] == [found]
+    assert (
+        caplog.messages == [f"the DatasetDict has no split '{wanted[:5].strip('[')}'; '{found}' stands in for it."] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "meant"),
+    [
+        (("train_sft", "train_gen"), "train", " Did you mean 'train_sft'?"),
+        (("train", "train_sft"), "test", ""),
+        (("train", "test_sft", "test_gen", "validation"), "test", " Did you mean 'test_sft'?"),
+        (("train", "test"), "trian", " Did you mean 'train'?"),
+        (("one", "two"), "train", ""),
+    ],
+)
+def test_no_split_stands_in(there: Any, wanted: str, meant: str) -> None:
+    parts = datasets.DatasetDict({name: datasets.Dataset.from_list([{"text": name}]) for name in there})
+    with pytest.raises(DataError) as error:
+        load(parts, wanted)
+    names = ", ".join(map(repr, there))
+    assert str(error.value) == f"the DatasetDict has no split {wanted!r}; it has {names}: name one of them.{meant}"
+
+
 def test_load_a_folder_of_files(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "test.jsonl").write_text('{"text": "two"}\n')

@@ -5,7 +5,7 @@ import math
 import torch
 
 from trl.losses.sft import LOSSES, dft, nll
-from trl.losses.tokens import mean, seq_mean, seq_sum
+from trl.losses.tokens import mean, position, seq_count, seq_mean, seq_sum
 
 
 def test_sums_and_means_over_ragged_sequences():
@@ -23,6 +23,13 @@ def test_reductions_do_not_depend_on_the_order_of_tokens():
 
 def test_an_empty_batch_sums_to_zero():
     assert seq_mean(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2).tolist() == [0.0, 0.0]
+
+
+def test_counts_and_places_of_tokens():
+    seq_N = torch.tensor([0, 0, 2, 2, 2, 3])
+    assert seq_count(seq_N, 5).tolist() == [2, 0, 3, 1, 0]
+    assert position(seq_N, 5).tolist() == [0, 1, 0, 1, 2, 0]
+    assert position(seq_N[:0], 0).shape == (0,) and seq_count(seq_N[:0], 0).shape == (0,)
 
 
 def test_mean_keeps_sum_and_count_and_no_graph():

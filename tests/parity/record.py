@@ -5,11 +5,11 @@ Run it by path, so that `trl` is the installed one, with TRL 1.16.0 (and torch 2
     python tests/parity/record.py
 
 It writes dpo.json, kto.json, orpo.json, cpo.json and reward.json beside itself. Each holds the `rows` that were trained
-on and `cases`: the `settings` given to the config, and of all rows as one batch the `loss`, the `metrics` that were logged
-and the `gradients` of a few weights; `exchanged` where policy and reference changed places. The rows reach upstream's own collators as token ids; its preparation of text, which
-would add end tokens of its own, is passed by.
+on and `cases`: the `settings` given to the config, and of all rows as one batch the `loss`, the `metrics` that were
+logged and the `gradients` of a few weights; `exchanged` where policy and reference changed places. The rows reach
+upstream's own collators as token ids: its preparation of text, which would add end tokens of its own, is passed by.
 
-BCO and PRM are not here: the last version that had them, 0.28, needs an older transformers than this one.
+BCO and PRM are gone from that version: `record_older.py` records them.
 """
 
 import json
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import tiny
 import torch
-import trl
 from datasets import Dataset
+
+import trl
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 

@@ -8,7 +8,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 
 PAD, BOS, EOS, VOCABULARY = 0, 1, 2, 24
 
@@ -31,6 +37,18 @@ UNPAIRED = [
 ]
 # Whose completion stands beside which prompt in the estimate of the KL divergence.
 MISMATCHED = [5, 0, 1, 2, 3, 4]
+
+# Solutions of one to three steps; the last token of each is judged.
+STEPS = [
+    {"prompt_ids": [1, 5, 9], "completion_ids": [4, 7, 3, 11, 3], "step_mask": [0, 0, 1, 0, 1], "step_labels": [1, 0]},
+    {"prompt_ids": [1, 6], "completion_ids": [10, 3], "step_mask": [0, 1], "step_labels": [1]},
+    {
+        "prompt_ids": [1, 15, 16, 17, 18, 8],
+        "completion_ids": [19, 3, 20, 3, 21, 22, 3],
+        "step_mask": [0, 1, 0, 1, 0, 0, 1],
+        "step_labels": [1, 1, 0],
+    },
+]
 
 # Whose gradients are kept. A model that scores has `score.weight` in place of `lm_head.weight`.
 NAMED = (
@@ -60,6 +78,10 @@ def reference() -> LlamaForCausalLM:
 
 def scorer() -> LlamaForSequenceClassification:
     return filled(LlamaForSequenceClassification(_config(num_labels=1)), 0.37)
+
+
+def step_scorer() -> LlamaForTokenClassification:
+    return filled(LlamaForTokenClassification(_config(num_labels=2)), 0.37)
 
 
 def filled(model: nn.Module, constant: float) -> nn.Module:

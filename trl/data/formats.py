@@ -171,11 +171,11 @@ def _pairs(says: str, names: tuple[str, ...], prompt: tuple[str, ...], completio
 PAIR_READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",
-        "token ids in {chosen} and, of the worse, in {rejected}",
+        "token ids in {chosen_ids} and, of the worse, in {rejected_ids}",
         (
             _tokens("prompt_ids", optional=True),
-            Part("chosen", ("chosen_ids", "chosen_input_ids"), ("integers", "empty")),
-            Part("rejected", ("rejected_ids", "rejected_input_ids"), ("integers", "empty")),
+            _tokens("chosen_ids", "chosen_input_ids"),
+            _tokens("rejected_ids", "rejected_input_ids"),
             _number("row"),
             *_JUDGED,
         ),
@@ -221,10 +221,10 @@ PAIR_READINGS: tuple[Reading, ...] = (
 UNPAIRED_READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",
-        "token ids in {completion}, wanted or not by {label}",
+        "token ids in {completion_ids}, wanted or not by {label}",
         (
             _tokens("prompt_ids"),
-            Part("completion", ("completion_ids",), ("integers", "empty")),
+            _tokens("completion_ids"),
             _LABEL,
             _number("row"),
             _number("ref_logps"),
@@ -278,12 +278,12 @@ UNPAIRED_READINGS: tuple[Reading, ...] = (
 STEP_READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",
-        "token ids in {completion}, whose steps end by {step_mask} and are right or not by {labels}",
+        "token ids in {completion_ids}, whose steps end by {step_mask} and are right or not by {step_labels}",
         (
             _tokens("prompt_ids"),
-            Part("completion", ("completion_ids",), ("integers", "empty")),
+            _tokens("completion_ids"),
             Part("step_mask", ("step_mask",), _MASK),
-            Part("labels", ("step_labels",), _MASK),
+            Part("step_labels", ("step_labels",), _MASK),
             _number("row"),
         ),
     ),

@@ -53,7 +53,10 @@ REMEDIES = {
     PROMPT_FILLS: "Raise `max_length`, set `max_prompt_length` below it, or truncation_mode='keep_end'.",
     ALL_CUT: "Raise `max_length` or `max_completion_length`.",
 }
-MAIN_PARTS = ("prompt", "prompt_ids", "chosen", "rejected", "completion", "responses")
+MAIN_PARTS = (
+    *("prompt", "chosen", "rejected", "completion", "responses"),
+    *("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"),
+)
 COUNTERS = (
     *("_dropped", "_prompt", "_first", "_second", "_prompt_kept", "_kept", "_trainable", "_trained"),
     *("_end", "_bos_doubled", "_straddles", "_empty"),
@@ -160,7 +163,7 @@ class Preferences(Recipe):
     def detect(self, dataset: datasets.Dataset) -> Shape:
         kind = KINDS[self.kind]
         shape = detect(dataset, columns=self.columns, readings=kind.readings, understood=kind.understood)
-        if self.kind != "unpaired" or "label" in shape.columns or not hasattr(dataset, "__len__"):
+        if self.kind != "unpaired" or "label" in shape.columns:
             return shape
         pairs = f"{len(dataset):,} pair{'s' if len(dataset) > 1 else ''} read as {2 * len(dataset):,} rows"
         return Shape(shape.kind, shape.columns, shape.conversational, f"{shape.sentence}; {pairs}")
@@ -361,7 +364,8 @@ class Tokenise(Encoder):
                 labels=sample.labels,
                 dropped=_fault(common, completions),
                 bos_doubled=any(whole.bos_doubled for whole in found),
-                straddles=common < len(prompt.ids),
+                # Where the prompt is what two texts share, its end is no one's wish.
+                straddles=common < len(prompt.ids) and (self.shape.conversational or self.shape.kind != "implicit"),
                 empty=sum(map(_is_blank, sample.completions)),
             )
         return encoded
@@ -439,7 +443,7 @@ class Tokenise(Encoder):
 
     def _given(self, values: Mapping[str, Any], row: int) -> _Encoded:
         wheres = {part: place(row, column) for part, column in self.shape.columns.items()}
-        parts = [part for part in ("chosen", "rejected", "completion") if part in values]
+        parts = [part for part in ("chosen_ids", "rejected_ids", "completion_ids") if part in values]
         completions = [self._check_ids(values[part], wheres[part]) for part in parts]
         if "prompt_ids" in values:
             prompt = self._check_ids(values["prompt_ids"], wheres["prompt_ids"])
@@ -448,16 +452,16 @@ class Tokenise(Encoder):
             prompt, completions = completions[0][:common], [ids[common:] for ids in completions]
         labels: tuple[bool, ...] = (True, False)
         mask: list[bool] = []
-        if self.recipe.kind == "unpaired":
+        if "label" in values:
             labels = (truth_of(values["label"], wheres["label"]),)
         elif self.recipe.kind == "steps":
-            mask, judged = values["step_mask"], values["labels"]
+            mask, judged = values["step_mask"], values["step_labels"]
             if mask is None or judged is None or len(mask) != len(completions[0]) or sum(mask) != len(judged):
                 raise DataError(
                     f"{wheres['step_mask']} does not fit: it needs one entry for each of the {len(completions[0])} "
                     "tokens of `completion_ids`, and as many true ones as `step_labels` has entries."
                 )
-            labels = tuple(truth_of(label, wheres["labels"]) for label in judged)
+            labels = tuple(truth_of(label, wheres["step_labels"]) for label in judged)
         return _Encoded(prompt, completions, labels, list(mask), _fault(len(prompt), completions))
 
     # -- cutting and counting -----------------------------------------------------------------------------------------

@@ -211,14 +211,13 @@ class PreferenceReport(DataReport):
             what = "1 pair" if self.rows_cut == 1 else f"{self.rows_cut:,} pairs"
             limits = ", ".join(f"{limit} {value:,}" for limit, value in self.limits.items())
             losses = [
-                f"{self.prompt_tokens_cut:,} tokens of {self.prompts_cut:,} prompts" if self.prompts_cut else "",
-                f"{self.completion_tokens_cut:,} tokens of the completions of {_rows(self.completions_cut)}"
-                if self.completions_cut
-                else "",
+                f"{self.prompt_tokens_cut:,} of the prompts' tokens (in {_rows(self.prompts_cut)})",
+                f"{self.completion_tokens_cut:,} of the completions' (in {_rows(self.completions_cut)})",
             ]
+            lost = [loss for loss, count in zip(losses, (self.prompts_cut, self.completions_cut), strict=True) if count]
             lines.append(
                 f"warning: {what if self.kind == 'pairs' else _rows(self.rows_cut)} cut, which lost "
-                f"{' and '.join(filter(None, losses))} ({limits}: raise it to keep them)"
+                f"{' and '.join(lost)}; limits are {limits} (raise them to keep all)"
             )
         lines += self._drops()
         if self.empty_completions:

@@ -55,7 +55,7 @@ def _finish(batch: Batch, predict: list, at: list, target: list, seq: list, rows
     batch["target_N"], batch["seq_N"] = join(target), join(seq)
     batch["row_S"] = torch.tensor(rows, dtype=torch.int64)
     # Host-side counts: reading them never waits for a device.
-    batch["tokens"] = tokens
+    batch["tokens"] = batch["distinct"] = tokens
     return batch
 
 
@@ -70,7 +70,9 @@ def flat(trees: Iterable[Tree]) -> Batch:
         at_N [N]                                index in the row of the trained token itself
         target_N [N], seq_N [N]                 the trained token's id and the sequence it belongs to
         row_S [S]                               the data-set row each sequence came from
-        tokens                                  distinct tokens of the forest, an int (= T: no token is computed twice)
+        tokens                                  tokens of the rows, an int: those of the forest, unless a method counts
+                                                what rows share in each of them
+        distinct                                distinct tokens of the forest, an int (= T: none is computed twice)
 
     `segments` holds, for kernels that read lengths on the device, `cu_query_M1` and `cu_key_M1` [M + 1] (int32,
     cumulative lengths), `key_index` (which row entries are the keys, segment by segment; None when they are the row
@@ -200,9 +202,12 @@ def unshared(trees: Iterable[Tree]) -> list[Tree]:
     return out
 
 
-def computed(batch: Batch) -> int:
-    """Token positions that a forward pass of this batch computes, padding and repetition included."""
-    return batch["input_ids"].numel()
+def computed(batch: Batch) -> tuple[int, int]:
+    """Distinct tokens of a batch, and the token positions that forward passes of it compute, padding and repetition
+    included. Further layouts inside the batch are counted too."""
+    inner = [computed(each) for each in batch.values() if isinstance(each, dict) and "input_ids" in each]
+    distinct = batch["distinct"] + sum(each[0] for each in inner)
+    return distinct, batch["input_ids"].numel() + sum(each[1] for each in inner)
 
 
 def trained(batch: Batch) -> int:

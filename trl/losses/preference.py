@@ -2,8 +2,9 @@
 
 `N` trained tokens, `S` sequences (2P: chosen and rejected in turn), `P` pairs. All log-probs are natural and summed
 over a completion's tokens; a log-ratio is that of the policy less that of the reference. Every loss names the numbers
-and settings it needs as keyword-only arguments, and gives one number per pair, [P]. In the docstrings `s` is the logistic
-function, `d` the chosen score less the rejected one, `w` and `l` the log-ratios of the chosen and the rejected completion.
+and settings it needs as keyword-only arguments, and gives one number per pair, [P]. In the docstrings `s` is the
+logistic function, `d` the chosen score less the rejected one, `w` and `l` the log-ratios of the chosen and the rejected
+completion.
 """
 
 import math

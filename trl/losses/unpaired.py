@@ -31,9 +31,8 @@ def kto(
     """`w (1 - s(beta (r - z)))` for good completions and `w (1 - s(beta (z - r)))` for bad ones, [S] -> [S], with
     `r = logratio` and `z = kl`. KTO, arXiv:2402.01306, equation 8."""
     sign_S = torch.where(label_S, 1.0, -1.0).to(logratio_S.dtype)
-    return _weight(label_S, desirable_weight, undesirable_weight, logratio_S) * (
-        1 - torch.sigmoid(beta * sign_S * (logratio_S - kl))
-    )
+    loss_S = 1 - torch.sigmoid(beta * sign_S * (logratio_S - kl))
+    return torch.where(label_S, desirable_weight * loss_S, undesirable_weight * loss_S)
 
 
 def apo_zero_unpaired(
@@ -47,9 +46,8 @@ def apo_zero_unpaired(
     """`w (1 - s(beta r))` for good completions, `w s(beta r)` for bad ones, [S] -> [S]. The unpaired form of APO-zero,
     D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 7."""
     sign_S = torch.where(label_S, 1.0, -1.0).to(logratio_S.dtype)
-    return _weight(label_S, desirable_weight, undesirable_weight, logratio_S) * (
-        1 - torch.sigmoid(beta * sign_S * logratio_S)
-    )
+    loss_S = 1 - torch.sigmoid(beta * sign_S * logratio_S)
+    return torch.where(label_S, desirable_weight * loss_S, undesirable_weight * loss_S)
 
 
 def bco(
@@ -63,10 +61,6 @@ def bco(
     sign_S = torch.where(label_S, 1.0, -1.0).to(logratio_S.dtype)
     loss_S = -F.logsigmoid(sign_S * (beta * logratio_S - reward_mean))
     return loss_S if weight_S is None else weight_S * loss_S
-
-
-def _weight(label_S: Tensor, good: float, bad: float, like: Tensor) -> Tensor:
-    return torch.where(label_S, good, bad).to(like.dtype)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco": bco}

@@ -42,7 +42,7 @@ from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import Tree, labelled
 from trl.data.mixture import Mixture
 from trl.data.report import DataReport
-from trl.engine.forest import Batch, padded, trained, unshared, with_labels
+from trl.engine.forest import Batch, computed, padded, trained, unshared, with_labels
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, offload, vocabulary
@@ -264,6 +264,7 @@ class BaseTrainer(Adoptable, Trainer):
 
         self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
         self._tokens_seen = 0  # of this rank, over the whole run
+        self._distinct = self._positions = 0  # tokens and computed positions of this call of `train`, on this rank
         self._step_batches: list[Batch] = []  # of the optimizer step under way, to name a row that breaks it
         self._step_counts: dict[str, Tensor] = {}  # of its items, on all ranks
         self._between_logs: dict[str, Any] | None = None
@@ -373,6 +374,7 @@ class BaseTrainer(Adoptable, Trainer):
                 say_once(sentence)
         self._sums["train"].clear()
         self._tokens_seen = 0
+        self._distinct = self._positions = 0
         self._between_logs = None
         if folder is not None:
             self._load_between_logs(folder)
@@ -421,6 +423,9 @@ class BaseTrainer(Adoptable, Trainer):
         self._step_counts = dict(zip(kinds, totals.clamp(min=1), strict=True))
         self._step_batches = samples
         self._tokens_seen += sum(batch["tokens"] for batch in samples)
+        for distinct, positions in map(computed, samples):
+            self._distinct += distinct
+            self._positions += positions
         if samples:
             self.before_step(self.model_wrapped, samples, training=True)
         return samples, next(iter(self._step_counts.values()), None)
@@ -553,6 +558,8 @@ class BaseTrainer(Adoptable, Trainer):
         if "loss" in logs:  # a line of training
             found = self._reduced("train", num_tokens=self._tokens_seen)
             logs = {**logs, **found}
+        if "train_runtime" in logs:
+            logs = {**logs, "train_token_efficiency": round(self._distinct / max(self._positions, 1), 4)}
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
