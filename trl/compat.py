@@ -11,6 +11,7 @@ Nothing heavy is imported here: `import trl` reads this module.
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
 import os
@@ -119,6 +120,39 @@ def _logging_dir(folder: Any) -> None:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
+# What configs of preferences had, and trainers before them took themselves.
+_JUDGED: dict[str, Row] = {
+    "label_pad_token_id": Gone(
+        "what trains goes by position, and no label is padded", "trl ≤ 0.28", nothing=(None, -100)
+    ),
+    "padding_value": Gone("what is padded is never read; pad_token names a token", "trl ≤ 0.27"),
+    "max_target_length": Gone("it concerned encoder-decoders; max_completion_length cuts completions", "trl ≤ 0.13"),
+    "is_encoder_decoder": Refused(
+        "train a causal language model; encoder-decoders are not supported", "trl ≤ 0.27", nothing=(None, False)
+    ),
+}
+_REFERENCE: dict[str, Row] = {
+    "force_use_ref_model": Gone(
+        "a ref_model that is given is the reference, beside an adapter too", "trl ≤ 0.28", nothing=(None, False)
+    ),
+    "ref_model_init_kwargs": Refused(
+        "load the reference with from_pretrained and pass it as ref_model; one given by name is loaded with "
+        "model_init_kwargs",
+        "trl ≤ 0.28",
+        nothing=(None, {}),
+    ),
+    "model_adapter_name": Refused(
+        "leave it out, after model.set_adapter(...) where another adapter is active: the active one trains",
+        "trl ≤ 0.28",
+    ),
+    "ref_adapter_name": Refused(
+        "leave it out where that adapter is the trained one as it is at the start, of which a frozen copy is kept; "
+        "pass a model with any other adapter as ref_model",
+        "trl ≤ 0.28",
+    ),
+}
+_HEAD = "the head projects trained tokens alone, a chunk at a time"
+
 ARGUMENTS: dict[str, dict[str, Row]] = {
     "BaseConfig": {
         "evaluation_strategy": Now("eval_strategy", "transformers ≤ 4.46"),
@@ -223,6 +257,21 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "num_of_sequences": Gone("packing sees the whole data set and fills no buffer", "trl 0.9 – 0.17"),
         "chars_per_token": Gone("packing counts tokens and estimates nothing", "trl 0.9 – 0.17"),
     },
+    "PreferenceFields": _JUDGED,
+    "ReferenceFields": {
+        **_REFERENCE,
+        "base_model_attribute_name": Gone(_HEAD, "trl 0.17 – 0.28", nothing=(None, "model")),
+        "use_liger_loss": Gone(_HEAD, "trl 0.17 – 0.27", nothing=(None, False)),
+    },
+    "DPOConfig": {
+        "use_num_logits_to_keep": Gone(_HEAD, "trl 0.13 – 0.16", nothing=(None, False)),
+        "use_logits_to_keep": Gone(_HEAD, "trl 0.15 – 0.28", nothing=(None, False)),
+        "tools": Refused("give each row its tools, in a column `tools`", "trl 0.14 – 0.28", nothing=(None, [])),
+    },
+    "KTOConfig": {
+        old: Gone("it belonged to the loss bco, which is BCOTrainer's today", "trl 0.9")
+        for old in ("prompt_sample_size", "min_density_ratio", "max_density_ratio")
+    },
     "ModelConfig": {
         "torch_dtype": Now("dtype", "trl < 1.0"),
     },
@@ -250,9 +299,26 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "num_of_sequences": Gone("packing sees the whole data set and fills no buffer", "trl ≤ 0.12"),
         "chars_per_token": Gone("packing counts tokens and estimates nothing", "trl ≤ 0.12"),
     },
+    "DPOTrainer": {
+        **{
+            name: InConfig(name, "trl ≤ 0.11")
+            for name in (
+                *("beta", "label_smoothing", "loss_type", "reference_free", "precompute_ref_log_probs"),
+                *("max_length", "max_prompt_length", "truncation_mode", "disable_dropout", "dataset_num_proc"),
+                *("generate_during_eval", "model_init_kwargs"),
+            )
+        },
+        **_JUDGED,
+        **_REFERENCE,
+    },
+    "KTOTrainer": {name: _REFERENCE[name] for name in ("model_adapter_name", "ref_adapter_name")},
+    "BCOTrainer": {name: _REFERENCE[name] for name in ("model_adapter_name", "ref_adapter_name")},
+    "RewardTrainer": {"max_length": InConfig("max_length", "trl ≤ 0.11")},
 }
 
-# Values of arguments that kept their name.
+_PAIRS_OF_KTO = Refused("train with KTOTrainer, which reads pairs as two rows each", "trl ≤ 0.9")
+
+# Values of arguments that kept their name; of a list, its entries.
 VALUES: dict[str, dict[str, dict[Any, Any]]] = {
     "BaseConfig": {"optim": {"adamw_hf": "adamw_torch"}, "report_to": {None: "none"}},
     "SFTConfig": {
@@ -260,6 +326,9 @@ VALUES: dict[str, dict[str, dict[Any, Any]]] = {
         "packing_strategy": {"ffd": "bfd", "bfd-requeue": "bfd_split"},
         "loss_type": {None: "nll", "chunked_nll": "nll"},
     },
+    "DPOConfig": {"loss_type": {"aot_pair": "aot_unpaired", "kto_pair": _PAIRS_OF_KTO}},
+    "CPOConfig": {"loss_type": {"kto_pair": _PAIRS_OF_KTO}},
+    "KTOConfig": {"loss_type": {"bco": Refused("train with BCOTrainer", "trl 0.9")}},
 }
 
 # Keys of arguments that are mappings.
@@ -268,16 +337,36 @@ KEYS: dict[str, dict[str, dict[str, str]]] = {
 }
 
 # Public names that are called otherwise today.
-NAMES = {"SFTScriptArguments": "ScriptArguments"}
+NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptArguments"}
+
+
+class FDivergenceType(str, enum.Enum):
+    """Names of f_divergence_type, as scripts of 0.9 to 0.28 write them."""
+
+    REVERSE_KL = "reverse_kl"
+    JS_DIVERGENCE = "js_divergence"
+    ALPHA_DIVERGENCE = "alpha_divergence"
+
 
 # Modules that callers import from and that are elsewhere here; with a remark where the path is no longer upstream's
 # either. What is public in `trl` is found in each of them.
 PATHS = {
     "trl.trainer": "",
-    "trl.trainer.sft_trainer": "",
-    "trl.trainer.sft_config": "",
+    **{
+        f"trl.trainer.{method}_{part}": ""
+        for method in ("sft", "dpo", "kto", "orpo", "cpo", "bco", "reward", "prm")
+        for part in ("trainer", "config")
+    },
     "trl.trainer.model_config": "",
     "trl.trainer.utils": "",
+    "trl.data_utils": "",
+    "trl.experimental": "",
+    **{f"trl.experimental.{method}": "" for method in ("kto", "orpo", "cpo", "bco", "prm")},
+    **{
+        f"trl.experimental.{method}.{method}_{part}": ""
+        for method in ("kto", "orpo", "cpo", "bco", "prm")
+        for part in ("trainer", "config")
+    },
     "trl.scripts": "",
     "trl.scripts.utils": "",
     "trl.core": "its names are in `trl` today",
@@ -330,16 +419,27 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
                 )
             today[row.name] = value
     for name, values in rows_of(cls, VALUES).items():
-        if name in today and (today[name] is None or isinstance(today[name], str)) and today[name] in values:
-            now = values[today[name]]
-            _say(f"{name}={today[name]!r} is {now!r} today")
-            today[name] = now
+        if isinstance(today.get(name), list):
+            today[name] = [_value(cls, name, each, values) for each in today[name]]
+        elif name in today:
+            today[name] = _value(cls, name, today[name], values)
     for name, keys in rows_of(cls, KEYS).items():
         if isinstance(today.get(name), Mapping) and not keys.keys().isdisjoint(today[name]):
             for old in keys.keys() & today[name].keys():
                 _say(f"`{old}` in {name} is `{keys[old]}` today")
             today[name] = {keys.get(key, key): value for key, value in today[name].items()}
     return today, in_config
+
+
+def _value(cls: type, name: str, value: Any, values: Mapping[Any, Any]) -> Any:
+    """Today's word for a value of the argument `name`."""
+    if not (value is None or isinstance(value, str)) or value not in values:
+        return value
+    now = values[value]
+    if isinstance(now, Refused):
+        raise ArgumentError(f"{cls.__name__}: {now.sentence(f'{name}={value}')}")
+    _say(f"{name}={value!r} is {now!r} today")
+    return now
 
 
 def _hint(cls: type, word: str, accepted: Iterable[str], rows: Mapping[str, Row]) -> str:
@@ -451,11 +551,14 @@ def _config(cls: Any, config: Any, settings: Mapping[str, Any]) -> Any:
         # Two of its defaults would undo what every config here promises.
         unwanted = ("remove_unused_columns", "logging_nan_inf_filter")
         names = [name for name, field in type(config).__dataclass_fields__.items() if field.init and name in fields]
-        config = cls(**{name: getattr(config, name) for name in names if name not in unwanted})
+        return cls(**{name: getattr(config, name) for name in names if name not in unwanted} | dict(settings))
     if settings and config is None:
         return cls(**settings)
-    for name, value in settings.items():
-        setattr(config, name, value)
+    if settings:
+        # Made anew, because a config makes sense of its fields as it is made; but the caller's own object stays the one.
+        names = [name for name, field in type(config).__dataclass_fields__.items() if field.init]
+        made = type(config)(**{name: getattr(config, name) for name in names} | dict(settings))
+        config.__dict__.update(made.__dict__)
     return config
 
 

@@ -1,7 +1,7 @@
 """As `record.py`, for the methods that TRL 1.16 no longer has: BCO and PRM, from TRL 0.28.0.
 
-Run it with that version's package first on the path, in an environment as for `record.py` that has joblib too (which BCO
-asks for; without an `embedding_func` it does not use it):
+Run it with that version's package first on the path, in an environment as for `record.py` that has joblib too (which
+BCO asks for; without an `embedding_func` it does not use it):
 
     PYTHONPATH=<folder of TRL 0.28.0> python tests/parity/record_older.py
 

@@ -1,5 +1,6 @@
-"""Loss, gradients and metrics of the first optimizer step beside those that `record.py` took from upstream TRL 1.16 (and
-`record_older.py` from 0.28)."""
+"""Loss, gradients and metrics of the first optimizer step beside those that `record.py` took from upstream.
+
+The methods that TRL 1.16 no longer has are beside those of 0.28, by `record_older.py`."""
 
 import contextlib
 import json

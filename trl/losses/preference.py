@@ -41,7 +41,7 @@ def reverse_kl(*, logratio_P: Tensor) -> Tensor:
 def forward_kl(*, logratio_P: Tensor) -> Tensor:
     """`f'(u) = -1/u`, here `1 - 1/u`, [P] -> [P]. The exponent stops at 80, so that it stays finite. arXiv:2309.16240,
     table 1."""
-    return 1 - (-logratio_P).clamp(max=80.0).exp()
+    return -torch.expm1((-logratio_P).clamp(max=80.0))
 
 
 def js_divergence(*, logratio_P: Tensor) -> Tensor:

@@ -45,9 +45,9 @@ class CPOConfig(PreferenceFields, RouterFields, BaseConfig):
         if self.loss_type == "alphapo":
             self.loss_type = "simpo"
             self.cpo_alpha = 0.0
-        loss_functions([self.loss_type], LOSSES)
         if self.loss_type == "kto_pair":
             raise ValueError("loss_type kto_pair is gone: use KTOTrainer on pairs, which it reads as two rows each")
+        loss_functions([self.loss_type], LOSSES)
         super().__post_init__()
 
 
