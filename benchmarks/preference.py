@@ -8,17 +8,18 @@ and cut once, here; both are given ids. How to make the environment of TRL 1.16 
     python benchmarks/preference.py --upstream upstream/bin/python --method dpo --data long --rows dpo_en_demo.json
 
     dpo     pairs. The reference is a frozen copy of the model, with `--lora` the model with its adapter off
-    kto     one completion of each pair, good ones and bad ones in turn, so that a prompt comes once. The divergence from
-            the reference is estimated on the same completions of other prompts on both sides. TRL estimates it for each
-            micro-batch, this library over the whole optimizer step: losses are equal with `--accumulation 1` alone
+    kto     one completion of each pair, good ones and bad ones in turn, so that a prompt comes once. The divergence
+            from the reference is estimated on the same completions of other prompts on both sides. TRL estimates it
+            for each micro-batch, this library over the whole optimizer step: losses are equal with `--accumulation 1`
+            alone
     reward  pairs, and one scoring head, saved once. Padded with a token that stands in no row: the score is read at the
             last token that is not padding, which with TRL would else not be the token that ends a turn, where that
             token pads too
 
-Rows are pairs of any shape that this library reads, or those of AlpacaEval; without `--rows` they are made here. There is
-one pair of each prompt, and only such as fit whole into `--max-length`: a cut would leave completions shorter than they
-are. `--data short` takes all of them, `--data long` those that answer a conversation, with an earlier answer in the
-prompt. Real ones:
+Rows are pairs of any shape that this library reads, or those of AlpacaEval; without `--rows` they are made here. There
+is one pair of each prompt, and only such as fit whole into `--max-length`: a cut would leave completions shorter than
+they are. `--data short` takes all of them, `--data long` those that answer a conversation, with an earlier answer in
+the prompt. Real ones:
 
     pip download --no-deps --no-binary :all: llamafactory==0.9.5
     tar xzf llamafactory-0.9.5.tar.gz

@@ -1,7 +1,7 @@
 """One side of `benchmarks/preference.py`: trains with whichever `trl` its interpreter has, as `common_worker.py` says.
 
-It is given token ids. This library takes rows in the columns that it makes itself; for TRL they are put into the columns
-that its collators read, and its own preparation is left out.
+It is given token ids. This library takes rows in the columns that it makes itself; for TRL they are put into the
+columns that its collators read, and its own preparation is left out.
 """
 
 import json

@@ -413,7 +413,7 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
         elif isinstance(row, Now):
             if row.value is not None:
                 value = row.value(value, {**given, **today})
-            elif row.name in given and given[row.name] != value:
+            elif given.get(row.name) is not None and given[row.name] != value:  # None is handed on by subclasses
                 raise ArgumentError(
                     f"{cls.__name__}: {row.name}={given[row.name]!r} and {old}={value!r} are the same argument"
                 )
@@ -555,7 +555,7 @@ def _config(cls: Any, config: Any, settings: Mapping[str, Any]) -> Any:
     if settings and config is None:
         return cls(**settings)
     if settings:
-        # Made anew, because a config makes sense of its fields as it is made; but the caller's own object stays the one.
+        # A config makes sense of its fields as it is made; the caller's own object stays the one in use.
         names = [name for name, field in type(config).__dataclass_fields__.items() if field.init]
         made = type(config)(**{name: getattr(config, name) for name in names} | dict(settings))
         config.__dict__.update(made.__dict__)

@@ -8,8 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields
 import pytest
 
 import trl
-from trl import compat, config
-from trl.config import ModelConfig, ScriptArguments
+from trl import BCOConfig, CPOConfig, DPOConfig, KTOConfig, ORPOConfig, PRMConfig, RewardConfig, compat, config
+from trl.config import BaseConfig, ModelConfig, ScriptArguments
 from trl.trainer.sft import SFTConfig
 
 # An older argument with a value that asks for something -> what it is in today's words.
@@ -43,8 +43,31 @@ MEANS = {
 # Built, these would set the environment of every later test (process groups, compilers).
 ONLY_TRANSLATED = {"xpu_backend", "torchdynamo", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap"}
 CONFIGS = {"BaseConfig": SFTConfig, "SFTConfig": SFTConfig, "ModelConfig": ModelConfig,
-           "ScriptArguments": ScriptArguments}  # fmt: skip
+           "ScriptArguments": ScriptArguments, "PreferenceFields": RewardConfig, "ReferenceFields": DPOConfig,
+           "DPOConfig": DPOConfig, "KTOConfig": KTOConfig}  # fmt: skip
 ROWS = [(CONFIGS[name], old, row) for name in CONFIGS for old, row in compat.ARGUMENTS[name].items()]
+# Fields of each config in the last release before they were renamed or removed, beside those that it still has. Each
+# is a row of the table, or a field here.
+REFERENCED = (
+    "base_model_attribute_name ref_model_init_kwargs use_liger_loss model_adapter_name ref_adapter_name".split()
+)
+JUDGED = "label_pad_token_id padding_value is_encoder_decoder max_prompt_length max_completion_length".split()
+REMOVED = {
+    DPOConfig: [
+        *(JUDGED + REFERENCED),
+        *("max_target_length", "use_num_logits_to_keep", "use_logits_to_keep", "tools", "force_use_ref_model"),
+        *("generate_during_eval", "reference_free", "rpo_alpha", "padding_free", "discopop_tau"),
+    ],
+    KTOConfig: [
+        *(JUDGED + REFERENCED),
+        *("truncation_mode", "generate_during_eval", "prompt_sample_size", "min_density_ratio", "max_density_ratio"),
+    ],
+    BCOConfig: [*JUDGED, "truncation_mode", "generate_during_eval", "ref_model_init_kwargs", "prompt_sample_size"],
+    ORPOConfig: [*JUDGED, "truncation_mode", "generate_during_eval"],
+    CPOConfig: [*JUDGED, "truncation_mode", "generate_during_eval", "label_smoothing", "simpo_gamma", "cpo_alpha"],
+    RewardConfig: ["remove_unused_columns", "average_tokens_across_devices", "center_rewards_coefficient"],
+    PRMConfig: ["max_prompt_length", "max_completion_length", "step_separator", "train_on_last_step_only"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +81,7 @@ def nothing_said_yet(monkeypatch, tmp_path):
 
 
 def built(cls, **arguments):
-    return cls(**({"output_dir": "out"} if cls is SFTConfig else {}), **arguments)
+    return cls(**({"output_dir": "out"} if issubclass(cls, BaseConfig) else {}), **arguments)
 
 
 def values(instance):
@@ -95,12 +118,18 @@ def test_a_row_does_what_it_says(cls, old, row, capsys):
         assert capsys.readouterr().out == "", "it has been said"
 
 
-@pytest.mark.parametrize("name", ["SFTTrainer"])
+@pytest.mark.parametrize("name", [name for name in compat.ARGUMENTS if name.endswith("Trainer")])
 def test_what_moved_into_the_config_names_a_field(name):
-    later = {"packing", "eval_packing", "dataset_kwargs"} - accepted(SFTConfig)
+    if name == "BaseTrainer":
+        return
     for old, row in compat.ARGUMENTS[name].items():
         if isinstance(row, compat.InConfig):
-            assert row.name in accepted(SFTConfig) | later, old
+            assert row.name in accepted(getattr(trl, name).config_class), old
+
+
+@pytest.mark.parametrize(("cls", "old"), [(cls, old) for cls, words in REMOVED.items() for old in words])
+def test_what_a_config_once_had_is_known(cls, old):
+    assert old in accepted(cls) or old in compat.rows_of(cls)
 
 
 def test_every_row_has_versions():
@@ -150,6 +179,27 @@ def test_older_values(capsys):
     assert "torch_dtype" in given, "what the caller holds is left alone"
 
 
+def test_older_names_of_losses(capsys):
+    assert built(DPOConfig, loss_type="aot_pair").loss_type == ["aot_unpaired"]
+    assert built(DPOConfig, loss_type=["sigmoid", "aot_pair"]).loss_type == ["sigmoid", "aot_unpaired"]
+    assert capsys.readouterr().out == "trl: loss_type='aot_pair' is 'aot_unpaired' today\n"
+    for cls in (DPOConfig, CPOConfig):
+        with pytest.raises(compat.ArgumentError) as error:
+            built(cls, loss_type="kto_pair")
+        sentence = "`loss_type=kto_pair` is gone: train with KTOTrainer, which reads pairs as two rows each"
+        assert str(error.value) == f"{cls.__name__}: {sentence}"
+    with pytest.raises(compat.ArgumentError, match="`loss_type=bco` is gone: train with BCOTrainer"):
+        built(KTOConfig, loss_type="bco")
+    assert built(DPOConfig, loss_type=min).loss_type == [min], "a function is no word"
+
+
+def test_divergences_by_their_older_constants():
+    for constant in trl.FDivergenceType:
+        settings = built(DPOConfig, f_divergence_type=constant)
+        assert settings.f_divergence_type == constant.value
+        assert settings.to_dict()["f_divergence_type"] == constant.value
+
+
 def test_both_names_of_one_argument():
     assert built(SFTConfig, max_length=8, max_seq_length=8).max_length == 8
     with pytest.raises(compat.ArgumentError, match="max_length=8 and max_seq_length=9 are the same argument"):
@@ -162,6 +212,8 @@ def test_both_names_of_one_argument():
         (SFTConfig, "max_lenght", "SFTConfig has no argument `max_lenght`; did you mean `max_length`?"),
         (SFTConfig, "max_seq_lenght", "; did you mean `max_length`?"),
         (SFTConfig, "learningrate", "; did you mean `learning_rate`?"),
+        (DPOConfig, "loss_typ", "DPOConfig has no argument `loss_typ`; did you mean `loss_type`?"),
+        (ORPOConfig, "lambda_", "ORPOConfig has no argument `lambda_`"),
         (SFTConfig, "zzz", "SFTConfig has no argument `zzz`"),
         (ModelConfig, "lora_rank", "; did you mean `lora_r`?"),
         (ModelConfig, "max_seq_length", "ModelConfig has no argument `max_seq_length`"),

@@ -64,6 +64,21 @@ def test_the_ground_floor_first():
     ]
 
 
+def test_paths_of_the_preference_trainers():
+    said = python(
+        "from trl.experimental.bco import BCOConfig, BCOTrainer\n"
+        "from trl.experimental.orpo.orpo_trainer import ORPOTrainer\n"
+        "from trl.trainer.dpo_config import DPOConfig, FDivergenceType\n"
+        "from trl.data_utils import maybe_extract_prompt\n"
+        "from trl.trainer.dpo import DPOTrainer as ours\n"
+        "import trl\n"
+        "assert trl.DPOTrainer is ours and trl.BCOTrainer is BCOTrainer\n"
+        "from trl.commands.cli_utils import DPOScriptArguments"
+    )
+    assert said[-1] == "trl: `DPOScriptArguments` is `ScriptArguments` today"
+    assert len(said) == 3
+
+
 def test_a_module_that_never_was():
     with pytest.raises(ModuleNotFoundError):
         import_module("trl.trainer.no_such_thing")

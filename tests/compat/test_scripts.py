@@ -8,8 +8,21 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainingArguments
 
-from tests.trainer.helpers import WORDS, chat_rows, tiny
-from trl import SFTConfig, SFTTrainer, compat, config
+from tests.trainer.helpers import WORDS, chat_rows, labelled_rows, pair_rows, tiny, tiny_scorer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    ORPOConfig,
+    ORPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    compat,
+    config,
+)
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
 SHORT = {**QUIET, "max_steps": 1, "per_device_train_batch_size": 2}
@@ -133,6 +146,126 @@ def test_as_todays_words(tokenizer):
     new = run(args=SFTConfig("new", max_length=5, **SHORT), processing_class=tokenizer)
     assert old == new
     assert old != run(args=SFTConfig("new", **SHORT), processing_class=tokenizer)
+
+
+# --- preferences ----------------------------------------------------------------------------------------------------
+
+
+def pairs(count=6):
+    return Dataset.from_list(pair_rows(count))
+
+
+def test_dpo_0_7(tokenizer, capsys):
+    trainer = DPOTrainer(
+        tiny(tokenizer),
+        tiny(tokenizer),
+        args=TrainingArguments(output_dir="out", learning_rate=5e-5, remove_unused_columns=False, **SHORT),
+        beta=0.3,
+        loss_type="hinge",
+        label_smoothing=0,
+        max_length=64,
+        max_prompt_length=32,
+        max_target_length=32,
+        label_pad_token_id=-100,
+        padding_value=0,
+        truncation_mode="keep_end",
+        is_encoder_decoder=False,
+        precompute_ref_log_probs=False,
+        generate_during_eval=False,
+        train_dataset=pairs(),
+        tokenizer=tokenizer,
+        peft_config=None,
+    )
+    args = trainer.args
+    assert isinstance(args, DPOConfig)
+    assert (args.learning_rate, args.beta, args.loss_type) == (5e-5, 0.3, ["hinge"])
+    assert (args.max_length, args.max_prompt_length, args.truncation_mode) == (64, 32, "keep_end")
+    # Of the hinge loss at its start.
+    assert trained(trainer).state.log_history[0]["loss"] == pytest.approx(1, abs=1e-6)
+    said = capsys.readouterr().out
+    assert said.count("trl: `beta` is set in the trainer's config today, as `beta`\n") == 1
+    assert "trl: `max_target_length` has no effect: " in said
+
+
+def test_dpo_0_7_without_args(tokenizer):
+    trainer = DPOTrainer(tiny(tokenizer), train_dataset=pairs(), tokenizer=tokenizer, beta=0.2, max_prompt_length=8)
+    assert (trainer.args.beta, trainer.args.max_prompt_length) == (0.2, 8)
+
+
+def test_dpo_0_9(tokenizer):
+    """A config, and beside it arguments of the trainer, which were stronger."""
+    args = DPOConfig(
+        "out", beta=0.1, rpo_alpha=0.5, label_pad_token_id=-100, f_divergence_type="js_divergence", **SHORT
+    )
+    trainer = DPOTrainer(
+        tiny(tokenizer), None, beta=0.4, loss_type="hinge", args=args, train_dataset=pairs(), tokenizer=tokenizer
+    )
+    assert trainer.args is args
+    assert (args.beta, args.loss_type, args.loss_weights) == (0.4, ["hinge", "sft"], [1.0, 0.5])
+    trained(trainer)
+
+
+def test_dpo_0_9_contradicts_itself(tokenizer):
+    args = DPOConfig("out", f_divergence_type="js_divergence", **SHORT)
+    with pytest.raises(ValueError, match="does not go with loss_type nca_pair"):
+        DPOTrainer(tiny(tokenizer), args=args, loss_type="nca_pair", train_dataset=pairs(), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "remedy"),
+    [
+        ("is_encoder_decoder", True, "train a causal language model"),
+        ("ref_adapter_name", "reference", "pass a model with any other adapter as ref_model"),
+        ("model_adapter_name", "train", "the active one trains"),
+        ("ref_model_init_kwargs", {"torch_dtype": "bfloat16"}, "load the reference with from_pretrained"),
+        ("loss_type", "kto_pair", "train with KTOTrainer"),
+    ],
+)
+def test_dpo_what_is_refused(tokenizer, word, value, remedy):
+    with pytest.raises(compat.ArgumentError, match=remedy):
+        DPOTrainer(tiny(tokenizer), train_dataset=pairs(), tokenizer=tokenizer, **{word: value})
+
+
+def test_dpo_0_28(tiny_path):
+    more = {"use_logits_to_keep": True, "padding_free": True, "tools": None, "base_model_attribute_name": "model"}
+    args = DPOConfig("out", max_prompt_length=32, loss_type=["sigmoid", "bco_pair"], **more, **SHORT)
+    trained(DPOTrainer(tiny_path, args=args, train_dataset=pairs()))
+
+
+def test_kto_0_9(tokenizer):
+    args = KTOConfig("out", max_length=64, max_completion_length=32, desirable_weight=1.2, padding_value=0, **SHORT)
+    rows = Dataset.from_list(labelled_rows(6))
+    model, reference = tiny(tokenizer), tiny(tokenizer)
+    trained(
+        KTOTrainer(
+            model,
+            reference,
+            args=args,
+            train_dataset=rows,
+            tokenizer=tokenizer,
+            peft_config=None,
+            ref_adapter_name=None,
+        )
+    )
+
+
+def test_orpo_0_8(tokenizer):
+    args = ORPOConfig("out", max_length=64, max_prompt_length=32, beta=0.2, is_encoder_decoder=False, **SHORT)
+    trained(ORPOTrainer(model=tiny(tokenizer), args=args, train_dataset=pairs(), tokenizer=tokenizer))
+
+
+def test_reward_0_7(tokenizer):
+    trainer = RewardTrainer(
+        model=tiny_scorer(tokenizer),
+        args=TrainingArguments(output_dir="out", remove_unused_columns=False, **SHORT),
+        tokenizer=tokenizer,
+        train_dataset=pairs(),
+        max_length=48,
+    )
+    assert isinstance(trainer.args, RewardConfig) and trained(trainer).args.max_length == 48
+
+
+# --- the guide, and what else a trainer is told ---------------------------------------------------------------------
 
 
 def test_the_guide(tokenizer, monkeypatch, capsys):

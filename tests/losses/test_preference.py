@@ -114,6 +114,14 @@ def test_alpha_divergence_tends_to_reverse_kl():
     torch.testing.assert_close(score_P, logratio_P, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "alpha_divergence"])
+def test_scores_keep_their_digits_near_the_reference(name):
+    """All of them are the log-ratio to first order; at the first steps that is all there is."""
+    logratio_P = torch.tensor([1e-6, -1e-6])
+    score_P = call(DIVERGENCES[name], {"logratio_P": logratio_P, **SETTINGS})
+    torch.testing.assert_close(score_P, logratio_P, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("coefficient", [0.5, 3.0])
 def test_scores_of_far_log_ratios_are_finite(name, coefficient):
@@ -331,12 +339,12 @@ def test_ld_in_float64():
 
 
 def test_wpo_weight_of_known_probabilities():
-    """Chosen: p = 1/2 against sum p^2 = 1/4, and 1/4 against 1/2: 2 and 1/2, a geometric mean of 1. Rejected: 1/4
-    against 1/2."""
-    logp_N = torch.tensor([0.5, 0.25, 0.25]).log().requires_grad_()
-    sum_sq_N = torch.tensor([0.25, 0.5, 0.5], requires_grad=True)
+    """Chosen: p = 1/2 against sum p^2 = 1/8, and 1/4 against 1/4: 4 and 1, a geometric mean of 2. Rejected: 1/4
+    against 3/4, a third."""
+    logp_N = torch.tensor([1 / 2, 1 / 4, 1 / 4]).log().requires_grad_()
+    sum_sq_N = torch.tensor([1 / 8, 1 / 4, 3 / 4], requires_grad=True)
     weight_P = wpo_weight(logp_N, sum_sq_N, seq_N=torch.tensor([0, 0, 1]), sequences=2)
-    torch.testing.assert_close(weight_P, torch.tensor([0.5]))
+    torch.testing.assert_close(weight_P, torch.tensor([2 / 3]))
     assert not weight_P.requires_grad
 
 

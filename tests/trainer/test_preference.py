@@ -248,7 +248,7 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path, tokenizer, method):
     sets = {"one": rows(6, seed=1), "other": rows(5, seed=2)}
     found = []
     for size in (6, 2):
-        further = {"ref_model": tiny(tokenizer, seed=1)} if method in ("DPO", "BCO") else {}
+        further = {"ref_model": tiny(tokenizer, seed=1)} if method in ("DPO", "KTO", "BCO") else {}
         trainer = preference(method, tmp_path, model, tokenizer, rows(4), eval_rows=sets,
                              per_device_eval_batch_size=size, **further)  # fmt: skip
         found.append(trainer.evaluate())

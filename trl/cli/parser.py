@@ -197,12 +197,13 @@ class Parser:
     def _convert(self, name: str, value: Any, *, where: str) -> Any:
         kind = self._kind(name)
         today = getattr(self.older.get(name), "name", name)
-        if (value is None or isinstance(value, str)) and value in self._older_values.get(today, ()):
+        older = self._older_values.get(today, ())
+        if (value is None or isinstance(value, str)) and value in older:
             return value
         if today in BARE and isinstance(value, bool):
             return str(value).lower()
         try:
-            return kind.convert(value) if kind is not None else _plain(value)
+            return kind.convert(value, older) if kind is not None else _plain(value)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from None
 
@@ -222,9 +223,13 @@ class Parser:
 
     def _add(self, title: str, field: dataclasses.Field[Any], kind: Kind) -> None:
         help_text = " ".join(str(field.metadata.get("help", "")).split()).replace("%", "%%")
+        if kind.choices and "|" not in kind.metavar:
+            # The flag itself does not show them. Other libraries' long lists are in their own documentation.
+            if names := field.metadata.get("choices", ()):
+                help_text += f" One of: {', '.join(map(str, names))}."
         default = _default(field)
         if default not in (None, "", []) and not (kind.boolean and default is False):
-            help_text += f" [{default}]".replace("%", "%%")
+            help_text += f" [{_shown(default)}]".replace("%", "%%")
         self._add_flag(title, f"--{field.name}", dest=field.name, help=help_text.strip(), **_shape(field.name, kind))
         if kind.boolean:
             self._add_no(field.name)
@@ -249,6 +254,12 @@ def _shape(name: str, kind: Kind) -> dict[str, Any]:
     if name in BARE:
         return {"nargs": "?", "const": "true", "metavar": kind.metavar}
     return {"nargs": "+", "metavar": "VALUE"} if kind.many else {"metavar": kind.metavar}
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be typed."""
+    words = default if isinstance(default, (list, tuple)) else [default]
+    return " ".join(str(word) if str(word).strip() else repr(word) for word in words)
 
 
 def _origin(cls: type, name: str) -> str:
@@ -302,8 +313,9 @@ class Kind:
         names = {"JSON": self.mapping, "NUMBER": self.number, "INTEGER": self.integer and not self.number}
         return "|".join(name for name, applies in names.items() if applies) or "VALUE"
 
-    def convert(self, value: Any) -> Any:
-        """`value` as the field wants it; ValueError, in words, when it cannot be that."""
+    def convert(self, value: Any, older: Collection[Any] = ()) -> Any:
+        """`value` as the field wants it; ValueError, in words, when it cannot be that. Words in `older` are entries of
+        lists that will be put into today's."""
         if isinstance(value, enum.Enum):
             return value
         # Where any text will do, "none" is a name like another (`report_to`); elsewhere it means None.
@@ -313,7 +325,7 @@ class Kind:
                 return None
             raise ValueError(f"needs {self.wanted()}")
         if self.many:
-            return self._list(value)
+            return self._list(value, older)
         if isinstance(value, list):
             raise ValueError(f"takes one value, not a list; it needs {self.wanted()}")
         if isinstance(value, dict):
@@ -322,13 +334,21 @@ class Kind:
             raise ValueError(f"needs {self.wanted()}, not a mapping")
         return self._scalar(value)
 
-    def _list(self, value: Any) -> Any:
+    def _list(self, value: Any, older: Collection[Any]) -> Any:
         if isinstance(value, str) and value.lstrip().startswith("["):
             value = _json(value)
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         if self.text and len(values) == 1 and isinstance(values[0], str):
             return values[0]
+        if self.choices and (
+            odd := [each for each in values if not (self._names(each) or isinstance(each, str) and each in older)]
+        ):
+            raise ValueError(f"needs {self.wanted()}, not `{odd[0]}`{nearest(str(odd[0]), map(str, self.choices))}")
         return [self.element.convert(each) if self.element else each for each in values]
+
+    def _names(self, word: Any) -> bool:
+        """Whether the word is one of the choices, or names a function elsewhere: "package.module:function"."""
+        return word in self.choices or (isinstance(word, str) and ":" in word)
 
     def _scalar(self, value: Any) -> Any:
         word = str(value).strip()
@@ -342,6 +362,8 @@ class Kind:
         for choice in self.choices:
             if word == str(choice):
                 return choice
+        if self.choices and ":" in word and all(isinstance(choice, str) for choice in self.choices):
+            return word  # "package.module:function", if the field takes functions; the config judges it
         if self.boolean and word.lower() in TRUE + FALSE:
             return word.lower() in TRUE
         if self.integer:
@@ -364,7 +386,7 @@ class Kind:
     def wanted(self) -> str:
         kinds = []
         if self.choices:
-            kinds.append("one of " + ", ".join(str(choice) for choice in self.choices))
+            kinds.append(("some" if self.many else "one") + " of " + ", ".join(map(str, self.choices)))
         if self.boolean:
             kinds.append("true or false")
         if self.number:
@@ -373,7 +395,7 @@ class Kind:
             kinds.append("a whole number")
         if self.mapping:
             kinds.append('JSON like {"key": value}')
-        if self.many:
+        if self.many and not self.choices:
             kinds.append("one or more values")
         if self.text:
             kinds.append("text")

@@ -53,6 +53,7 @@ COMMON = {
     },
     "Loss": {
         "loss_type": "",
+        "loss_weights": "",
         "beta": "",
         "cpo_alpha": "",
         "simpo_gamma": "",
@@ -132,6 +133,9 @@ def _run(argv: Sequence[str], command: str) -> int:
     from trl.models.adapters import lora_config
     from trl.models.load import quantization_config
 
+    if "lora_task_type" not in values:
+        # An adapter of a model that scores carries the scoring head.
+        model.lora_task_type = getattr(trainer_class, "task_type", model.lora_task_type)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
     notices = _Notices()
     logging.getLogger("trl").addHandler(notices)

@@ -28,11 +28,13 @@ class Sampling:
 
 
 class Request(NamedTuple):
-    """So many completions of one prompt. `seed` names the random numbers of its samples, whatever batch they are in."""
+    """So many completions of one prompt, numbered from `first` on. `seed` and the number name the random numbers of a
+    sample, whatever batch it is in, so that ranks can share the samples of a prompt."""
 
     prompt_ids: Sequence[int]
     samples: int
     seed: tuple[int, ...]
+    first: int = 0
 
 
 class Completion(NamedTuple):

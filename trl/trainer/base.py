@@ -140,6 +140,9 @@ class BaseTrainer(Adoptable, Trainer):
     def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
         """Statistics over the micro-batches of an optimizer step (or one batch of evaluation), put into them."""
 
+    def before_evaluation(self, dataloader: DataLoader) -> None:
+        """Statistics over the whole data set of an evaluation."""
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         """The loss as sums, each to be divided by the count of its kind over the whole optimizer step and then added;
         and metrics under their logged names."""
@@ -488,6 +491,7 @@ class BaseTrainer(Adoptable, Trainer):
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
         self._sums["eval"].clear()
+        self.before_evaluation(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self._reduced("eval")
         found["loss"] = sum(found.pop(name) for name in list(found) if name.startswith(_PART))

@@ -10,13 +10,11 @@ from trl.config import BaseConfig, PreferenceFields, RouterFields
 from trl.data.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
-from trl.losses.reference_free import LOSSES, alpha_reward
+from trl.losses.reference_free import LOSSES, MEAN_LOGP, alpha_reward
 from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
 
 from .dpo import pair_batch
 from .preference import PreferenceTrainer, call, loss_functions, where
-
-MEAN_LOGP = ("ipo", "simpo", "alphapo")  # losses of log-probs averaged over a completion's tokens
 
 
 @dataclass

@@ -70,6 +70,10 @@ class DPOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
         if self.rpo_alpha is not None and "sft" not in self.loss_type:
             self.loss_weights = [*(weights or [1.0] * len(self.loss_type)), self.rpo_alpha]
             self.loss_type = [*self.loss_type, "sft"]
+        elif self.rpo_alpha is not None and self.rpo_alpha != (weights or [1.0])[-1]:
+            raise ValueError(
+                "rpo_alpha adds the loss `sft`, which loss_type holds already: set its loss_weights instead"
+            )
         if self.f_divergence_type not in DIVERGENCES:
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} is not one of {', '.join(DIVERGENCES)}")
         self._check()
@@ -90,6 +94,8 @@ class DPOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
             raise ValueError("loss_type exo_pair needs label_smoothing above 0; its paper recommends 1e-3")
         if "robust" in names and not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"loss_type robust needs label_smoothing in [0, 0.5), not {self.label_smoothing}")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha={self.ld_alpha} is a share of a token's weight, 0 to 1")
         if self.reference_free and (self.precompute_ref_log_probs or self.sync_ref_model):
             raise ValueError(
                 "reference_free asks for no reference: leave out precompute_ref_log_probs and sync_ref_model"
@@ -131,16 +137,17 @@ class DPOTrainer(ReferencedTrainer):
         return self.sequence_logp(score(batch)).view(-1, 2)
 
     def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
-        """Losses that sort the pairs sort those of the whole optimizer step."""
+        """Losses that sort the pairs sort those of the whole optimizer step (in evaluation, of the batch)."""
         names = {name for name, _ in loss_functions(self.args.loss_type, LOSSES)}
         if not names & NEED_STEP or (len(batches) == 1 and self.args.world_size == 1):
             return
         found = []
         for batch in batches:
-            batch = self._prepare_inputs(batch)
+            moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager(), evaluating(model):
-                policy_S = self.sequence_logp(score(model, batch))
-                found.append(torch.stack([policy_S, self._reference_logp(model, batch, policy_S)], 1))
+                policy_S = self.sequence_logp(score(model, moved))
+                batch["ref_logp_S"] = self._reference_logp(model, moved, policy_S)
+            found.append(torch.stack([policy_S, batch["ref_logp_S"]], 1))
         own = torch.cat(found).view(
             -1, 4
         )  # pairs × (policy chosen, reference chosen, policy rejected, reference rejected)
@@ -219,7 +226,7 @@ class DPOTrainer(ReferencedTrainer):
     def _reference_logp(self, model: nn.Module, batch: Batch, policy_S: Tensor) -> Tensor:
         if not self.needs_reference():
             return torch.zeros_like(policy_S)
-        if self.ref_is_column:
+        if self.ref_is_column or "step" in batch:
             return batch["ref_logp_S"]
         return self.reference_values(batch, self.ask_reference(model)).flatten()
 

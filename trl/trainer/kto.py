@@ -1,6 +1,6 @@
 """Kahneman–Tversky optimisation: completions that are good or bad, each on its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +146,18 @@ class KTOTrainer(UnpairedTrainer):
     def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
         if not self.needs_kl():
             return
-        ratios = []
+        if training:
+            self.kl = self._estimate(model, batches)
+        for batch in batches:
+            batch["kl_estimate"] = self.kl
+
+    def before_evaluation(self, dataloader: Any) -> None:
+        if self.needs_kl():
+            self.kl = self._estimate(self.model, dataloader)
+
+    def _estimate(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+        """The reference point over all batches and ranks, scalar; the batches keep what the reference said of them."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in batches:
             moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -156,13 +167,10 @@ class KTOTrainer(UnpairedTrainer):
                     ref_S = moved["ref_kl_logp_S"]
                 else:
                     batch["ref_logp_S"], ref_S = self.reference_values(moved, self.ask_reference(model)).unbind(1)
-            ratios.append(policy_S - ref_S)
-        ratio_S = torch.cat(ratios)
-        sums = torch.stack([ratio_S.sum(), ratio_S.new_tensor(float(len(ratio_S)))])
+            sums += torch.stack([(policy_S - ref_S).double().sum(), sums.new_tensor(float(len(policy_S)))])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
-        for batch in batches:
-            batch["kl_estimate"] = kl_estimate(sums[0] / sums[1].clamp(min=1))
+        return kl_estimate((sums[0] / sums[1].clamp(min=1)).float())
 
     def settings(self, batch: Batch, policy_S: Tensor) -> dict[str, Any]:
         return {

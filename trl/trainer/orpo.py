@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.config import BaseConfig, PreferenceFields, RouterFields
+from trl.data import collate
 from trl.data.collate import Branch, Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
@@ -15,6 +16,8 @@ from trl.losses.reference_free import log_odds, orpo
 from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
 
 from .preference import PreferenceTrainer, where
+
+COMPLETIONS = ("chosen_ids", "rejected_ids")
 
 
 @dataclass
@@ -36,33 +39,39 @@ class ORPOTrainer(PreferenceTrainer):
 
     @staticmethod
     def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        """The prompt is trained too: a sequence of its own, before its two completions."""
-        trees = []
-        for row in rows:
-            prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-            root = Branch(prompt, [False] + [True] * (len(prompt) - 1))
-            if len(prompt) == 1:  # a lone first token cannot be trained: a sequence of no tokens keeps the count
-                root = Branch(prompt, [False])
-                both = (Branch([], []), *(Branch(ids, [True] * len(ids)) for ids in (chosen, rejected)))
-            else:
-                both = tuple(Branch(ids, [True] * len(ids)) for ids in (chosen, rejected))
-            trees.append(Tree(root, both, int(row["row"])))
+        """The prompt is trained too: a sequence of its own, before the completions. `place_P3` says which sequences are
+        the prompt, the chosen and the rejected completion of each pair."""
+        rows = [rows[index] for index in collate.by_prompt(rows)]
+        trees, places, sequences = [], [], 0
+        for tree in collate.under_prompts(rows, COMPLETIONS):
+            # Nothing predicts a first token: a prompt that is nothing else is a sequence without trained tokens.
+            root = Branch(tree.root.ids, [place > 0 for place in range(len(tree.root.ids))])
+            lone = () if len(root.ids) > 1 else (Branch([], []),)
+            trees.append(tree._replace(root=root, branches=lone + tree.branches))
+            first = sequences + 1
+            places += [(sequences, first + pair, first + pair + 1) for pair in range(0, len(tree.branches), 2)]
+            sequences = first + len(tree.branches)
         batch = lay(trees)
+        batch["place_P3"] = torch.tensor(places, dtype=torch.long).view(-1, 3)
+        batch["tokens"] = collate.tokens_of(rows, COMPLETIONS)
         batch["nll_tokens"] = sum(len(row["prompt_ids"]) - 1 + len(row["chosen_ids"]) for row in rows)
         return batch
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"pairs": batch["row_S"].shape[0] // 3, "nll_tokens": batch["nll_tokens"]}
+        return {"pairs": batch["place_P3"].shape[0], "nll_tokens": batch["nll_tokens"]}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         beta, balance = self.args.beta, self.router_aux_loss_coef()
         stats = score(model, batch, mean_logit=True, router=balance > 0)
         assert stats.mean_logit_N is not None
-        kind_N = stats.seq_N % 3  # prompt, chosen, rejected
         sum_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
         mean_S = seq_mean(stats.logp_N, stats.seq_N, stats.sequences)
-        prompt_P, chosen_P, _ = sum_S.view(-1, 3).unbind(1)
-        _, chosen_mean_P, rejected_mean_P = mean_S.view(-1, 3).unbind(1)
+        place_P3 = batch["place_P3"]
+        kind_S = place_P3.new_zeros(stats.sequences)
+        kind_S[place_P3[:, 1]], kind_S[place_P3[:, 2]] = 1, 2
+        kind_N = kind_S[stats.seq_N]  # prompt, chosen, rejected
+        prompt_P, chosen_P, _ = sum_S[place_P3].unbind(1)
+        _, chosen_mean_P, rejected_mean_P = mean_S[place_P3].unbind(1)
         odds_P = orpo(chosen_mean_logp_P=chosen_mean_P, rejected_mean_logp_P=rejected_mean_P, beta=beta)
         nll = -(prompt_P + chosen_P).sum()
         log_odds_P = log_odds(chosen_mean_logp_P=chosen_mean_P, rejected_mean_logp_P=rejected_mean_P).detach()

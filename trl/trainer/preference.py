@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets import IterableDataset as Stream
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset

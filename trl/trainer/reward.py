@@ -67,7 +67,7 @@ class RewardTrainer(ScalarTrainer):
     @staticmethod
     def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
         # The hidden state of the last token is what is scored.
-        return pair_batch(rows, lay, trained=lambda ids: [False] * (len(ids) - 1) + [True])
+        return pair_batch(rows, lay, trained=lambda ids: [place == len(ids) - 1 for place in range(len(ids))])
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"pairs": batch["row_S"].shape[0] // 2}

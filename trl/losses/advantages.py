@@ -1,0 +1,113 @@
+"""Rewards to advantages: how much better a completion is than the others of its prompt.
+
+`S` completions, in groups of `G` = `num_generations` of one prompt each; `F` reward functions. A reward that is
+not applicable is NaN: it takes part in no mean, and a completion all of whose rewards are NaN has advantage 0.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4  # added to standard deviations
+
+
+def _std(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """The sample standard deviation of what is not NaN (0 of a single value)."""
+    dims = tuple(range(values.dim())) if dim is None else dim
+    count = (~values.isnan()).sum(dims, keepdim=keepdim)
+    mean = values.nanmean(dims, keepdim=True)
+    squares = (values - mean).square().nansum(dims, keepdim=keepdim)
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def total_reward(rewards_SF: Tensor, weights_F: Tensor) -> Tensor:
+    """The weighted sum of the applicable rewards, [S, F] -> [S]; NaN where none is."""
+    reward_S = (rewards_SF * weights_F).nansum(1)
+    return reward_S.masked_fill(rewards_SF.isnan().all(1), float("nan"))
+
+
+def sum_then_normalize(
+    *, rewards_SF: Tensor, weights_F: Tensor, num_generations: int, scale_rewards: str = "group"
+) -> Tensor:
+    """`(r - mean of the group) / (std + 1e-4)` of the total reward, [S, F] -> [S].
+
+    The deviation is that of the group (GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2), of all completions
+    with `scale_rewards="batch"` (Lite PPO, Liu et al. 2025, arXiv:2508.08221), or 1 with "none" (Dr. GRPO, Liu et al.
+    2025, arXiv:2503.20783).
+    """
+    reward_S = total_reward(rewards_SF, weights_F)
+    group = reward_S.view(-1, num_generations)
+    advantage_S = (group - group.nanmean(1, keepdim=True)).flatten()
+    if scale_rewards == "group":
+        deviation_S = _std(group, 1, keepdim=True).expand_as(group).flatten()
+    elif scale_rewards == "batch":
+        deviation_S = _std(reward_S).expand_as(reward_S)
+    else:
+        return advantage_S.nan_to_num(0.0)
+    return (advantage_S / (deviation_S + EPSILON)).nan_to_num(0.0)
+
+
+def normalize_then_sum(
+    *, rewards_SF: Tensor, weights_F: Tensor, num_generations: int, scale_rewards: str = "group"
+) -> Tensor:
+    """Each function's rewards normalised in the group, then their weighted sum normalised over all completions,
+    [S, F] -> [S]. GDPO, Liu et al. 2026, arXiv:2601.05242."""
+    group = rewards_SF.view(-1, num_generations, rewards_SF.shape[1])
+    each_SF = ((group - group.nanmean(1, keepdim=True)) / (_std(group, 1, keepdim=True) + EPSILON)).flatten(0, 1)
+    reward_S = total_reward(each_SF, weights_F).masked_fill(rewards_SF.isnan().all(1), float("nan"))
+    return ((reward_S - reward_S.nanmean()) / (_std(reward_S) + EPSILON)).nan_to_num(0.0)
+
+
+def unbiased_group(
+    *, rewards_SF: Tensor, weights_F: Tensor, num_generations: int, scale_rewards: str = "none"
+) -> Tensor:
+    """`(r - mean of the group) G / (G - 1)`, not scaled, [S, F] -> [S]: the group's mean without the completion itself.
+
+    Dr. GRPO, arXiv:2503.20783, appendix A.
+    """
+    reward_S = total_reward(rewards_SF, weights_F)
+    return leave_one_out(reward_S, num_generations=num_generations)
+
+
+def maximum_likelihood(
+    *, rewards_SF: Tensor, weights_F: Tensor, num_generations: int, scale_rewards: str = "none"
+) -> Tensor:
+    """`(r - m) / m` with `m` the mean of the group, for rewards that are not negative, [S, F] -> [S]; 0 where m is 0.
+
+    MaxRL, Tajwar et al. 2026, arXiv:2602.02710: in expectation the gradient of the log of the success rate.
+    """
+    reward_S = total_reward(rewards_SF, weights_F)
+    group = reward_S.view(-1, num_generations)
+    mean = group.nanmean(1, keepdim=True)
+    return torch.where(mean > 0, (group - mean) / mean.clamp(min=EPSILON), 0.0).flatten().nan_to_num(0.0)
+
+
+def leave_one_out(reward_S: Tensor, *, num_generations: int) -> Tensor:
+    """`r - mean of the group's others`, [S] -> [S]. RLOO, Ahmadian et al. 2024, arXiv:2402.14740, equation 8."""
+    if num_generations == 1:
+        return torch.zeros_like(reward_S)
+    group = reward_S.view(-1, num_generations)
+    others = (~group.isnan()).sum(1, keepdim=True) - 1
+    baseline = (group.nansum(1, keepdim=True) - group) / others
+    return torch.where(others > 0, group - baseline, 0.0).flatten().nan_to_num(0.0)
+
+
+def standardised(advantage_S: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over all completions, [S] -> [S]."""
+    return (advantage_S - advantage_S.mean()) / (_std(advantage_S) + EPSILON)
+
+
+def without_spread(rewards_SF: Tensor, weights_F: Tensor, num_generations: int) -> Tensor:
+    """Which completions stand in a group whose total rewards are all alike, [S, F] -> bool [S]."""
+    group = total_reward(rewards_SF, weights_F).view(-1, num_generations)
+    deviation = _std(group, 1, keepdim=True)
+    return torch.isclose(deviation, torch.zeros_like(deviation)).expand_as(group).flatten()
+
+
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+    "sum_then_normalize": sum_then_normalize,
+    "normalize_then_sum": normalize_then_sum,
+    "unbiased_group": unbiased_group,
+    "maximum_likelihood": maximum_likelihood,
+}
