@@ -28,6 +28,8 @@ class Side:
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if ours:
             environment["PYTHONPATH"] = str(HERE.parent)
+        if settings["exact_memory"]:  # glibc: whatever is larger comes from the system and goes back to it
+            environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
         self.log = folder / f"{name}.log"
         self.process = subprocess.Popen(
             [python, str(HERE / worker), str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -82,6 +84,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "total_steps": round_steps + (1 if options.profile else 0), "optim": options.optim, "seed": options.seed,
         "checkpointing": not options.no_checkpointing, "precision": options.precision, "device": options.device,
         "threads": options.threads, "lora": options.lora, "lora_r": options.lora_r, "profile": options.profile,
+        "exact_memory": options.exact_memory,
     }  # fmt: skip
 
 
@@ -217,6 +220,9 @@ def add_options(parser: argparse.ArgumentParser, *, batch_size: int, steps: int,
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--exact-memory", action="store_true",
+                        help="CPU: freed memory goes back to the system at once on both sides: memory growth is what "
+                             "training holds, not what the allocator keeps; slower")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="profile one more step of each side")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--quiet", action="store_true", help="no line after each round")

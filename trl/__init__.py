@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from .trainer.bco import BCOConfig, BCOTrainer
     from .trainer.cpo import CPOConfig, CPOTrainer
     from .trainer.dpo import DPOConfig, DPOTrainer
+    from .trainer.grpo import GRPOConfig, GRPOTrainer
     from .trainer.kto import KTOConfig, KTOTrainer
     from .trainer.orpo import ORPOConfig, ORPOTrainer
     from .trainer.prm import PRMConfig, PRMTrainer
     from .trainer.reward import RewardConfig, RewardTrainer
+    from .trainer.rloo import RLOOConfig, RLOOTrainer
     from .trainer.sft import SFTConfig, SFTTrainer
 
 _home = {
@@ -46,6 +48,8 @@ _home = {
     "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat",
+    "GRPOConfig": "trl.trainer.grpo",
+    "GRPOTrainer": "trl.trainer.grpo",
     "KTOConfig": "trl.trainer.kto",
     "KTOTrainer": "trl.trainer.kto",
     "ModelConfig": "trl.config",
@@ -53,6 +57,8 @@ _home = {
     "ORPOTrainer": "trl.trainer.orpo",
     "PRMConfig": "trl.trainer.prm",
     "PRMTrainer": "trl.trainer.prm",
+    "RLOOConfig": "trl.trainer.rloo",
+    "RLOOTrainer": "trl.trainer.rloo",
     "RewardConfig": "trl.trainer.reward",
     "RewardTrainer": "trl.trainer.reward",
     "SFTConfig": "trl.trainer.sft",
@@ -83,6 +89,8 @@ __all__ = [
     "DataCollatorForCompletionOnlyLM",
     "DatasetMixtureConfig",
     "FDivergenceType",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
     "ModelConfig",
@@ -90,6 +98,8 @@ __all__ = [
     "ORPOTrainer",
     "PRMConfig",
     "PRMTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -230,6 +230,63 @@ class ReferenceFields:
     ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two such moves."})
 
 
+@dataclass
+class RolloutFields:
+    """How completions are drawn and judged."""
+
+    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt: a group."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Completions of each prompt in an evaluation. Default: as num_generations."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; a longer one loses its beginning. Default: any."}
+    )
+    max_completion_length: int | None = field(default=512, metadata={"help": "Longest completion in tokens."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions drawn at once, on all devices. Default: those of a step."}
+    )
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Batches (per device) that completions drawn at once are trained on in."}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Times that each completion is trained on."})
+    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Draw the prompts in a new order each epoch."})
+    temperature: float = field(default=1.0, metadata={"help": "What logits are divided by, in sampling and training."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
+    top_k: int = field(default=0, metadata={"help": "Sample from so many of the likeliest tokens; 0: from all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Sample from tokens at least this likely, relative to the likeliest."}
+    )
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1, tokens that occurred are less likely."})
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of `generate`; they are stronger than the fields."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template, for every prompt."}
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a forward pass in training. Default: 4,096 on a CPU, 16,384 on an accelerator."},
+    )
+    max_cache_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens that the cache holds while completions are drawn."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}
+    )
+    reward_timeout: float = field(default=600.0, metadata={"help": "Seconds that a reward function may take."})
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Do not train on completions that reached max_completion_length."}
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print completions with their rewards, and keep them in the output folder."}
+    )
+    num_completions_to_print: int | None = field(default=None, metadata={"help": "How many to print. Default: all."})
+    log_unique_prompts: bool = field(default=False, metadata={"help": "Print one completion of each prompt."})
+    pass_threshold: float = field(
+        default=1.0, metadata={"help": "Total reward from which a completion passes, for pass@k in evaluations."}
+    )
+
+
 def non_default(config: Any) -> dict[str, Any]:
     """The fields of a config that differ from its class's defaults."""
     return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}

@@ -194,14 +194,12 @@ def test_dpo_0_7_without_args(tokenizer):
 
 def test_dpo_0_9(tokenizer):
     """A config, and beside it arguments of the trainer, which were stronger."""
-    args = DPOConfig(
-        "out", beta=0.1, rpo_alpha=0.5, label_pad_token_id=-100, f_divergence_type="js_divergence", **SHORT
-    )
+    args = DPOConfig("out", beta=0.1, label_pad_token_id=-100, f_divergence_type="js_divergence", **SHORT)
     trainer = DPOTrainer(
         tiny(tokenizer), None, beta=0.4, loss_type="hinge", args=args, train_dataset=pairs(), tokenizer=tokenizer
     )
     assert trainer.args is args
-    assert (args.beta, args.loss_type, args.loss_weights) == (0.4, ["hinge", "sft"], [1.0, 0.5])
+    assert (args.beta, args.loss_type, args.f_divergence_type) == (0.4, ["hinge"], "js_divergence")
     trained(trainer)
 
 

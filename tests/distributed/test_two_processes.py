@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from tests.distributed import worker
 from tests.engine import families
+from tests.trainer import test_online
 from tests.trainer.helpers import first_gradient
 from trl.engine.score import attach, score
 
@@ -72,6 +73,19 @@ def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
     alone = worker.preferring("dpo", tmp_path / "alone", tokenizer, 5, True, precompute_ref_log_probs=True)
     expected = torch.tensor(list(alone.train_dataset["ref_chosen_logps"]))
     torch.testing.assert_close(torch.load(tmp_path / "reference.pt"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_online_methods_equal_one_process(tmp_path, smol_path):
+    """The two ranks draw different completions of the same prompts, and have different numbers of micro-batches."""
+    done = launch("online", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    for name in worker.ONLINE:
+        expected, line = test_online.first_step(worker.drawing(name, tmp_path / "alone", tokenizer, 8))
+        assert_same(torch.load(tmp_path / f"{name}.pt"), expected, name)
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        for metric in ("loss", "reward", "reward_std", "entropy", "frac_reward_zero_std", "completions/mean_length"):
+            assert found[metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-6), (name, metric)
 
 
 def test_fsdp2_equals_one_process(tmp_path, smol_path):

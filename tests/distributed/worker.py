@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from tests.engine import families
+from tests.trainer import test_online
 from tests.trainer.helpers import (
     chat_rows,
     first_gradient,
@@ -104,6 +105,30 @@ def preferences(out, tokenizer):
     run = preferring("dpo", out / "run", tokenizer, 5, True, precompute_ref_log_probs=True)
     if dist.get_rank() == 0:
         torch.save(torch.tensor(list(run.train_dataset["ref_chosen_logps"])), out / "reference.pt")
+
+
+ONLINE = {
+    "grpo": ("GRPO", {"beta": 0.1, "num_iterations": 2, "entropy_coef": 0.01}),
+    "grpo-sequences": ("GRPO", {"loss_type": "grpo", "top_entropy_quantile": 0.5}),
+    "rloo": ("RLOO", {"normalize_advantages": True}),
+}
+
+
+def drawing(name, path, tokenizer, batch):
+    """One round of two prompts, four completions each; with two ranks each draws some of them."""
+    method, options = ONLINE[name]
+    return test_online.make(
+        path, tokenizer, method, rows=test_online.PROMPTS[:2], shuffle_dataset=False, max_tokens_per_micro_batch=20,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=1, **options,
+    )  # fmt: skip
+
+
+def online(out, tokenizer):
+    for name in ONLINE:
+        gradient, line = test_online.first_step(drawing(name, out / "run", tokenizer, 4))
+        if dist.get_rank() == 0:
+            torch.save(gradient, out / f"{name}.pt")
+            (out / f"{name}.json").write_text(json.dumps(line))
 
 
 def sharded_gradient(adapter, checkpointing, head_apart, tied, out):
@@ -205,6 +230,6 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(model)
     if mode == "fsdp":
         dist.init_process_group("gloo")
-    {"ddp": ddp, "preferences": preferences, "fsdp": fsdp, "throws": throws, "resumes": resumes}[mode](out, tokenizer)
+    {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws, "resumes": resumes}[mode](out, tokenizer)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -239,12 +239,14 @@ def closing(command: str, head: str, output_dir: str, dataset_name: str) -> str:
     """Where the result is, and what can be done with it."""
     adapter = os.path.exists(os.path.join(output_dir, "adapter_config.json"))
     package, opener = ("peft", f"AutoPeftModelFor{head}") if adapter else ("transformers", f"AutoModelFor{head}")
+    # The folder of an adapter does not say how many numbers its head gives; transformers would guess two.
+    more = ", num_labels=1" if adapter and head == "SequenceClassification" else ""
     again = f"trl {command} --model_name_or_path {output_dir} --dataset_name {dataset_name} --output_dir ..."
     return "\n".join(
         [
             "",
             f"The trained {'adapter' if adapter else 'model'} is in {output_dir}",
-            f'  open it:    from {package} import {opener}; model = {opener}.from_pretrained("{output_dir}")',
+            f'  open it:    from {package} import {opener}; model = {opener}.from_pretrained("{output_dir}"{more})',
             f"  train on:   {again}",
         ]
     )

@@ -73,7 +73,7 @@ def by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def tokens_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> int:
-    """Tokens of the rows, a row's prompt counted once; what rows share is counted in each, whatever batch they are in."""
+    """Tokens of the rows, each prompt counted once in each row, whatever rows share a batch."""
     return sum(len(row["prompt_ids"]) + sum(len(row[column]) for column in columns) for row in rows)
 
 

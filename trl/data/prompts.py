@@ -36,7 +36,8 @@ class PromptReport:
         lengths, further = self.lengths, ", ".join(self.columns) or "none"
         lines = [
             f"{self.name}: {self.rows:,} prompts; {self.sentence}; columns for reward functions: {further}",
-            f"prompt lengths: shortest {lengths['min']:,}, median {lengths['median']:,}, longest {lengths['max']:,} tokens",
+            f"prompt lengths: shortest {lengths['min']:,}, median {lengths['median']:,}, longest {lengths['max']:,} "
+            "tokens",
         ]
         if self.cut:
             lines.append(
@@ -62,16 +63,16 @@ def prepare_prompts(
 
     Conversations go through the chat template, with `add_generation_prompt`, the row's `tools` and
     `chat_template_kwargs`; strings are tokenised as they are. Of conversations that end with the assistant's turn, that
-    turn is left out. A prompt longer than `max_prompt_length` tokens loses its beginning. Raises `DataError`, which names
-    the row, the field and the remedy.
+    turn is left out. A prompt longer than `max_prompt_length` tokens loses its beginning. Raises `DataError`, which
+    names the row, the field and the remedy.
     """
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")
     column = next((each for each in COLUMNS if each in dataset.column_names), None)
     if column is None:
         raise DataError(
-            f"{name}: no column holds prompts; the columns are {', '.join(dataset.column_names)}. Name one `prompt`, with "
-            "`dataset.rename_column`."
+            f"{name}: no column holds prompts; the columns are {', '.join(dataset.column_names)}. Name one `prompt`, "
+            "with `dataset.rename_column`."
         )
     talk = is_talk(dataset[0][column])
     read = Read(tokenizer, column, talk, max_prompt_length, dict(chat_template_kwargs or {}))

@@ -29,10 +29,10 @@ class Reference(ABC):
     def _ready(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """The model to score with."""
 
-    def score(self, policy: nn.Module, batch: Batch) -> TokenStats:
-        """The reference's log-probs of a batch that was laid out for the policy."""
+    def score(self, policy: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+        """The reference's log-probs of a batch that was laid out for the policy; `asked` as in `engine.score.score`."""
         with torch.no_grad(), self._ready(policy) as model, evaluating(model):
-            return score(model, batch)
+            return score(model, batch, **asked)
 
     def follow(self, policy: nn.Module, share: float) -> None:
         """Move the reference towards the policy: `share` of the policy, the rest of itself.

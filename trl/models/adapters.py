@@ -340,11 +340,21 @@ def as_twin(model: nn.Module) -> Iterator[None]:
 def twin_hidden(model: Any) -> Iterator[None]:
     """The model as if it had no twin, to be saved."""
     config = getattr(model, "peft_config", {}).pop(TWIN, None)
+    if config is None:
+        yield
+        return
+    hook = model.register_state_dict_post_hook(_leave_twin_out)
     try:
         yield
     finally:
-        if config is not None:
-            model.peft_config[TWIN] = config
+        hook.remove()
+        model.peft_config[TWIN] = config
+
+
+def _leave_twin_out(model: nn.Module, state: dict[str, Any], prefix: str, about: Any) -> None:
+    # PEFT (0.21) leaves out the adapters that it knows by their config, and the twin's is hidden.
+    for key in [key for key in state if f".{TWIN}." in key or key.endswith(f".{TWIN}")]:
+        del state[key]
 
 
 def follow(model: nn.Module, share: float) -> None:

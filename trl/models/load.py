@@ -128,7 +128,10 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     say_once(f"the adapter in {folder} is of a language model: it is merged into the weights below the scoring head")
     config.task_type = None
-    return peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload()
+    model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload()
+    for parameter in model.parameters():  # PEFT froze them
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
 
 
 def _saved_rows(folder: Path) -> int | None:

@@ -38,8 +38,8 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One sample: its token ids, and the log-prob of each in the model's distribution at that temperature, as the engine
-    gives it: what filters (top-k, top-p, penalties) do to it is not in there.
+    """One sample: its token ids, and the log-prob of each in the model's distribution at that temperature, as the
+    engine gives it: what filters (top-k, top-p, penalties) do to it is not in there.
 
     `finished` says that it ended by itself, not because `max_new_tokens` was reached.
     """

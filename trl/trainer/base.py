@@ -24,7 +24,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -465,9 +465,13 @@ class BaseTrainer(Adoptable, Trainer):
                 logits = model(**grid, use_cache=False).logits
                 self._refuse_to_keep(logits)
         counts = self.counts(batch)
-        parts = {f"{_PART}{kind}": Metric(total.detach(), float(counts[kind])) for kind, total in sums.items()}
-        self._add("eval", {**metrics, **parts})
+        self._add("eval", {**metrics, **self.parts(sums, counts)})
         return torch.stack([total / max(counts[kind], 1) for kind, total in sums.items()]).sum(), logits, labels
+
+    @staticmethod
+    def parts(sums: dict[str, Tensor], counts: Mapping[str, float]) -> dict[str, Metric]:
+        """The sums of a loss as metrics, whose means add up to the loss of an evaluation."""
+        return {f"{_PART}{kind}": Metric(total.detach(), float(counts[kind])) for kind, total in sums.items()}
 
     def _refuse_to_keep(self, logits: Tensor) -> None:
         """`compute_metrics` gets what `preprocess_logits_for_metrics` makes of each batch; whole logits only if few."""

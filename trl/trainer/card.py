@@ -42,6 +42,8 @@ _METHODS = {
     "cpo": ("contrastive preference optimisation", "Xu et al. 2024, arXiv:2401.08417"),
     "bco": ("binary classifier optimisation", "Jung et al. 2024, arXiv:2404.04656"),
     "reward": ("reward modelling", "Ouyang et al. 2022, arXiv:2203.02155"),
+    "grpo": ("group-relative policy optimisation", "Shao et al. 2024, arXiv:2402.03300"),
+    "rloo": ("REINFORCE leave-one-out", "Ahmadian et al. 2024, arXiv:2402.14740"),
     "prm": ("process reward modelling", "Lightman et al. 2023, arXiv:2305.20050"),
 }
 

@@ -66,7 +66,7 @@ class PreferenceTrainer(BaseTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if self.args.generate_during_eval:
+        if getattr(self.args, "generate_during_eval", False):
             self._write_answers(dataloader.dataset)
         return output
 
@@ -159,7 +159,8 @@ class ReferencedTrainer(PreferenceTrainer):
                 load.replace_device_map(explicit, args.device)
             explicit = self._placed(explicit)
         sets = self._data_sets()
-        given = [set(self.ref_columns) <= set(each.column_names or ()) for each in sets.values()]
+        wanted = set(self.ref_columns)
+        given = [bool(wanted) and wanted <= set(each.column_names or ()) for each in sets.values()]
         streams = any(isinstance(each, IterableDataset) for each in sets.values())
         self.ref_is_column = args.precompute_ref_log_probs or (any(given) and self.train_dataset is not None)
         if self.ref_is_column and args.sync_ref_model:

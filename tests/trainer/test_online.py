@@ -1,0 +1,249 @@
+"""Rounds, steps and micro-batches of the trainers that draw their own completions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import trl
+from tests.trainer.helpers import DEFAULTS, tiny
+from trl.engine.score import attach, score
+from trl.rollout.types import Completion
+from trl.trainer import online
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smol_path):
+    return AutoTokenizer.from_pretrained(smol_path)
+
+
+PROMPTS = [{"prompt": f"say {word} and then stop", "wanted": word} for word in ("red", "old", "stone", "cat", "mat")]
+
+
+class Canned:
+    """A sampler that draws tokens by the seed alone, and takes their log-probs from the engine."""
+
+    def generate(self, model, requests, sampling):
+        drawn = []
+        for request in requests:
+            group = []
+            for number in range(request.first, request.first + request.samples):
+                generator = np.random.default_rng([*request.seed, number])
+                ids = generator.integers(5, 2000, size=int(generator.integers(1, 9))).tolist()
+                group.append(
+                    Completion(ids, logps(model, request.prompt_ids, ids, sampling.temperature), number % 3 > 0)
+                )
+            drawn.append(group)
+        return drawn
+
+
+def logps(model, prompt, ids, temperature):
+    from trl.data.collate import Branch, Tree
+    from trl.engine.score import causal_lm
+
+    tree = Tree(Branch(list(prompt), [False] * len(prompt)), (Branch(ids, [True] * len(ids)),))
+    with torch.no_grad():
+        return score(model, causal_lm(model)._trl_attachment.batch([tree]), temperature=temperature).logp_N.tolist()
+
+
+def reward(completion_ids, **_):
+    """Odd tokens are good."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def make(path, tokenizer, method="GRPO", reward_funcs=reward, rows=None, eval_rows=None, model=None, **settings):
+    settings = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4,
+        "max_completion_length": 8, "max_steps": 1, "output_dir": str(path), **settings,
+    }  # fmt: skip
+    trainer = getattr(trl, f"{method}Trainer")(
+        model=model or tiny(tokenizer),
+        reward_funcs=reward_funcs,
+        args=getattr(trl, f"{method}Config")(**{**DEFAULTS, **settings}),
+        train_dataset=rows or PROMPTS,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+    )
+    trainer.sampler = Canned()
+    return trainer
+
+
+def first_step(trainer):
+    """The gradient of the first step, and what was logged."""
+    kept = {}
+    original = trainer._get_grad_norm
+
+    def keep(model, grad_norm=None):
+        if not kept:
+            kept.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        return original(model, grad_norm)
+
+    trainer._get_grad_norm = keep
+    trainer.args.max_grad_norm = 0.0
+    trainer.train()
+    return kept, trainer.state.log_history[0]
+
+
+def assert_same(ours, theirs, what=""):
+    assert ours.keys() == theirs.keys() and ours
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "gmpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path, tokenizer, loss_type, beta, monkeypatch):
+    def run(**settings):
+        return first_step(make(tmp_path, tokenizer, loss_type=loss_type, beta=beta, temperature=0.9, **settings))
+
+    expected, line = run()
+    assert all(gradient.abs().sum() > 0 for gradient in expected.values())
+    for budget in (1, 40):
+        ours, other = run(max_tokens_per_micro_batch=budget)
+        assert_same(ours, expected, budget)
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-6)
+    ours, _ = run(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same(ours, expected, "2x4")
+    ours, _ = run(share_prompt=False)
+    assert_same(ours, expected, "prompts repeated")
+
+
+def flat(completion_ids, **_):
+    """Half of the groups have no spread."""
+    return [1.0] * 4 + reward(completion_ids[4:])
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "luspo"])
+def test_samples_of_no_weight_are_not_forwarded(tmp_path, tokenizer, loss_type, monkeypatch):
+    ours, line = first_step(make(tmp_path, tokenizer, reward_funcs=flat, loss_type=loss_type))
+    assert line["frac_samples_skipped"] == 0.5 and line["frac_reward_zero_std"] == 0.5
+    monkeypatch.setattr(trl.GRPOTrainer, "is_idle", lambda self, sample: False)
+    expected, line = first_step(make(tmp_path, tokenizer, reward_funcs=flat, loss_type=loss_type))
+    assert line["frac_samples_skipped"] == 0
+    assert_same(ours, expected)
+
+
+def test_a_step_happens_even_if_nothing_moves(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, reward_funcs=lambda completions, **_: [1.0] * len(completions))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.state.log_history[0]["frac_samples_skipped"] == 1.0
+    assert trainer.state.log_history[0]["loss"] == 0.0
+
+
+def test_rounds_are_whole_groups_and_whole_steps(tmp_path, tokenizer):
+    """A batch of four and eight completions a prompt, as in the guide: one prompt a round, in two steps."""
+    trainer = make(
+        tmp_path,
+        tokenizer,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        num_generations=8,
+        max_steps=4,
+    )
+    assert trainer.numbers == online.Arithmetic(step=4, round=8, prompts=1, parts=2)
+    assert any("1 prompts × 8 completions each" in line and "2 steps of 4" in line for line in trainer.report())
+    trainer.train()
+    assert trainer.rounds_drawn == 2
+    again = make(tmp_path, tokenizer, num_iterations=3, max_steps=6)
+    again.train()
+    assert again.rounds_drawn == 2
+    assert len(trainer.get_train_dataloader()) == 5 * 2
+
+
+def test_completions_that_were_cut_are_left_out(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, mask_truncated_completions=True, num_iterations=2)
+    samples = trainer._draw([trainer.train_dataset[0]], 4, training=False)
+    assert [each.trained for each in samples] == [False, True, True, False]
+    counts = trainer.counts_of(samples)
+    assert counts["sequences"] == 4 and counts["tokens"] == sum(len(each.ids) for each in samples[1:3])
+    trainer.train()
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_a_run_resumed_within_a_round_is_the_uninterrupted_one(tmp_path, tokenizer, method):
+    def run(path):
+        return make(
+            path, tokenizer, method, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+            num_generations=4, steps_per_generation=2, num_iterations=2, save_strategy="steps", save_steps=3, beta=0.05,
+        )  # fmt: skip
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    resumed = run(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.rounds_drawn == whole.rounds_drawn == 2
+    lines = [[line["loss"] for line in each.state.log_history if "loss" in line] for each in (whole, resumed)]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+    for (name, ours), (_, theirs) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"entropy_coef": 0.01},
+        {"use_adaptive_entropy": True, "entropy_coef": 0.02, "entropy_target": 100.0},
+        {"top_entropy_quantile": 0.5},
+        {"rollout_correction": True, "vllm_importance_sampling_mode": "token_truncate"},
+        {"off_policy_mask_threshold": 0.1, "num_iterations": 2, "max_steps": 2},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2, "max_steps": 2},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"multi_objective_aggregation": "maximum_likelihood"},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": False},
+    ],
+)
+def test_options_do_not_depend_on_the_micro_batches(tmp_path, tokenizer, settings):
+    expected, line = first_step(make(tmp_path, tokenizer, **settings))
+    ours, other = first_step(make(tmp_path, tokenizer, max_tokens_per_micro_batch=1, **settings))
+    assert_same(ours, expected)
+    for name, value in line.items():
+        if name not in ("grad_norm", "clip_ratio/low_min", "clip_ratio/high_max", "train_token_efficiency"):
+            assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_rloo_takes_the_divergence_off_the_reward(tmp_path, tokenizer):
+    model = tiny(tokenizer, seed=1)
+    trainer = make(tmp_path, tokenizer, "RLOO", model=model, beta=0.5, num_iterations=2)
+    trainer.reference.model = tiny(tokenizer)
+    attach(trainer.reference.model)
+    samples = trainer._draw([trainer.train_dataset[0]], 4, training=False)
+    rewards = np.array(reward([each.ids for each in samples]))
+    kl = np.array([sum(each.logps) - sum(each.ref_logps) for each in samples])
+    total = rewards - 0.5 * kl
+    expected = total - (total.sum() - total) / 3
+    np.testing.assert_allclose([each.advantage for each in samples], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_says_how_sure_it_is(tmp_path, tokenizer):
+    trainer = make(
+        tmp_path, tokenizer, eval_rows=PROMPTS, num_generations_eval=2, pass_threshold=0.5, log_completions=True
+    )
+    found = trainer.evaluate()
+    for name in ("eval_loss", "eval_reward", "eval_reward_ci95", "eval_pass@1", "eval_pass@2", "eval_entropy"):
+        assert np.isfinite(found[name]), name
+    assert found["eval_pass@1"] <= found["eval_pass@2"] <= 1
+    lines = (tmp_path / "completions" / "eval-000000.jsonl").read_text().splitlines()
+    assert len(lines) == 10 and {"prompt", "completion", "reward", "advantage"} <= set(json.loads(lines[0]))
+    assert (tmp_path / "completions" / "eval-000000.parquet").exists()
+
+
+def test_pass_at_k():
+    judged = [(0.5, [1.0, 0.0, 0.0, 1.0]), (0.0, [0.0] * 4)]
+    found = online.judgement(judged, 1.0)
+    assert found["reward"] == 0.25 and found["pass@1"] == 0.25 and found["pass@4"] == 0.5
+    assert found["reward_ci95"] == pytest.approx(1.96 * np.std([0.5, 0.0], ddof=1) / np.sqrt(2))
+
+
+def test_mistakes_are_told(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="reward_funcs is missing"):
+        make(tmp_path, tokenizer, reward_funcs=None)
+    with pytest.raises(ValueError, match="num_generations=1"):
+        make(tmp_path, tokenizer, num_generations=1)
+    with pytest.raises(ValueError, match="no column holds prompts"):
+        make(tmp_path, tokenizer, rows=[{"a": "b"}])
+    with pytest.raises(ValueError, match="is one of two that say the same|say the same thing"):
+        make(tmp_path, tokenizer, generation_batch_size=8, steps_per_generation=2)

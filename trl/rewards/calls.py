@@ -1,0 +1,199 @@
+"""One call of a reward function: what it is given, in which shape, and what it logged. Imports nothing heavy, because
+worker processes begin here."""
+
+import difflib
+import functools
+import inspect
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from . import FACTORIES, REWARDS
+from .named import find
+from .shapes import shaped
+
+SHAPE_ERRORS = (TypeError, AttributeError, KeyError)  # what a text raises when it is taken for messages, and vice versa
+RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclass
+class Log:
+    """What a function logs while it runs. It is handed on when the function has succeeded, so that one that is called
+    again in another shape logs once."""
+
+    columns: list[tuple[str, list[Any]]] = field(default_factory=list)
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        self.columns.append((column, list(values)))
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.append((name, value))
+
+
+@dataclass(frozen=True)
+class Call:
+    """The rows that a function judges. `messages` is the shape that it gets them in."""
+
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    completion_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]]
+    trainer_state: Any = None
+    prompt_ids: Sequence[Sequence[int]] | None = None
+    messages: bool = False
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def rows(self, start: int, stop: int) -> "Call":
+        """Some of the rows."""
+        return replace(
+            self,
+            prompts=self.prompts[start:stop],
+            completions=self.completions[start:stop],
+            completion_ids=self.completion_ids[start:stop],
+            columns={name: values[start:stop] for name, values in self.columns.items()},
+            prompt_ids=None if self.prompt_ids is None else self.prompt_ids[start:stop],
+        )
+
+    def only(self, function: Callable[..., Any]) -> "Call":
+        """What of it `function` takes: the rest need not travel to a worker process."""
+        names = accepted(function, {**self.columns, **dict.fromkeys(RESERVED)})
+        columns = {name: values for name, values in self.columns.items() if name in names}
+        return replace(self, columns=columns, trainer_state=self.trainer_state if "trainer_state" in names else None)
+
+    def arguments(self, function: Callable[..., Any], log: Log, asked: list[str]) -> dict[str, Any]:
+        """What `function` is called with: what its signature takes of what there is."""
+        given: dict[str, Any] = {
+            **self.columns,
+            "prompts": shaped(self.prompts, "user", self.messages, asked),
+            "completions": shaped(self.completions, "assistant", self.messages, asked),
+            "completion_ids": self.completion_ids,
+            "trainer_state": self.trainer_state,
+            "log_extra": log.log_extra,
+            "log_metric": log.log_metric,
+        }
+        if self.prompt_ids is not None:
+            given["prompt_ids"] = self.prompt_ids
+        names = accepted(function, given)
+        return {name: value for name, value in given.items() if name in names}
+
+
+class Answer(NamedTuple):
+    """What a function returned, what it logged, and whether it took its rows for the other shape."""
+
+    values: Any
+    log: Log
+    asked: bool
+
+
+class Missing(ValueError):
+    """A function that wants what there is not."""
+
+
+class WorkerError(Exception):
+    """What went wrong in a worker process. `is_shape` says that the other shape is worth a try."""
+
+    def __init__(self, sentence: str, is_shape: bool = False):
+        super().__init__(sentence, is_shape)
+        self.sentence, self.is_shape = sentence, is_shape
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def name_of(function: Any) -> str:
+    """What a function is called in logs."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def is_async(function: Any) -> bool:
+    """Whether calling `function` gives a coroutine."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> set[str]:
+    """Which of the arguments at hand `function` takes; what a `functools.partial` has fixed stays as it is."""
+    fixed: set[str] = set()
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        fixed |= set(inner.keywords)
+        inner = inner.func
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # built in, it does not say
+        return set(given) - fixed
+    named = {each.name: each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    for each in named.values():
+        if each.default is each.empty and each.name not in given:
+            raise Missing(_missing(inner, each.name, given))
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return set(given) - fixed
+    return (set(given) & set(named)) - fixed
+
+
+def _missing(function: Any, name: str, given: Mapping[str, Any]) -> str:
+    own = getattr(function, "__name__", "")
+    if own in FACTORIES and REWARDS[own] is function:
+        return f"it makes a reward function and is none: pass {own}({name}=...)"
+    near = difflib.get_close_matches(name, given, 1, cutoff=0.75)
+    columns = [f"`{column}`" for column in given if column not in RESERVED]
+    return (
+        f"it wants `{name}`, and the data have no such column{f' (did you mean `{near[0]}`?)' if near else ''}. "
+        f"Their columns: {', '.join(columns) or 'none'}; beside them it may take {', '.join(RESERVED)}"
+    )
+
+
+def run(function: Callable[..., Any], call: Call) -> Answer:
+    """Call `function` on rows."""
+    log, asked = Log(), []  # type: ignore[var-annotated]
+    values = function(**call.arguments(function, log, asked))
+    return Answer(values, log, bool(asked))
+
+
+async def run_async(function: Callable[..., Any], call: Call) -> Answer:
+    """As `run`, for a function that is awaited."""
+    log, asked = Log(), []  # type: ignore[var-annotated]
+    values = await function(**call.arguments(function, log, asked))
+    return Answer(values, log, bool(asked))
+
+
+# --- in worker processes ------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded(source: str | bytes) -> Callable[..., Any]:
+    return find(source) if isinstance(source, str) else pickle.loads(source)
+
+
+def run_there(source: str | bytes, call: Call) -> Answer:
+    """`run` in a worker process. `source` is the function, pickled, or the name that it is found by."""
+    try:
+        function = _loaded(source)
+    except Exception as error:
+        raise WorkerError(
+            f"a worker process cannot load it ({type(error).__name__}: {error}). Define it in a file that can be "
+            "imported, not in a notebook or inside a function, or set its attribute `workers` to 0"
+        ) from None
+    try:
+        answer = run(function, call)
+        return answer._replace(values=listed(answer.values))
+    except ImportError:
+        raise
+    except Exception as error:  # an exception of the user's own class may not survive the way back
+        raise WorkerError(f"{type(error).__name__}: {error}", isinstance(error, SHAPE_ERRORS)) from None
+
+
+def listed(values: Any) -> Any:
+    """Tensors and arrays as lists of numbers; anything else that can be gone through as a list."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        return values
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]

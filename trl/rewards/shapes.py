@@ -1,0 +1,120 @@
+"""The two shapes of a prompt or completion, a string and a list of messages, and each in the clothes of the other.
+
+A reward function is written for one of them and may meet the other. `Text` is the string, and answers as a message
+would; `Messages` is the list, and is compared as its text would be. Both note in `asked` that they were taken for what
+they are not. What they cannot answer raises TypeError, AttributeError or KeyError, and the caller tries the other
+shape.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def text_of(value: Any, role: str = "assistant") -> str:
+    """The text of a prompt or completion: the string itself, or the content of the last message of that role.
+
+    Without a message of that role it is the last message's. Contents in blocks are joined; None is ''.
+    """
+    if isinstance(value, str):
+        return str(value)
+    of_role = [message for message in value if message.get("role", role) == role]
+    content = (of_role or list(value) or [{}])[-1].get("content")
+    if isinstance(content, str):
+        return str(content)
+    return "".join(block.get("text") or "" for block in content or () if isinstance(block, Mapping))
+
+
+def texts_of(values: Sequence[Any]) -> list[str]:
+    """The texts of completions of either shape."""
+    return [text_of(value) for value in values]
+
+
+class Text(str):
+    """A string that also answers as a conversation of one message: `text[-1]` is its last character, and
+    `text[-1]["content"]` all of it.
+
+    Iterating gives plain characters, so that a loop over messages fails instead of reading the text once a character.
+    An empty string has an empty character at 0 and -1.
+    """
+
+    role: str
+    asked: list[str]
+
+    def __new__(cls, value: str, role: str = "assistant", asked: list[str] | None = None) -> "Text":
+        self = super().__new__(cls, value)
+        self.role, self.asked = role, [] if asked is None else asked
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self._answer(key)
+        if isinstance(key, slice):
+            return super().__getitem__(key)
+        return _Character("" if not self and key in (0, -1) else super().__getitem__(key), self)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a message's `get`."""
+        return self._answer(key) if key in ("role", "content") else default
+
+    def _answer(self, key: str) -> str:
+        if key not in ("role", "content"):
+            raise KeyError(key)
+        self.asked.append(key)
+        return self.role if key == "role" else str(self)
+
+
+class _Character(str):
+    """One character of a `Text`, which also answers as its only message."""
+
+    text: Text
+
+    def __new__(cls, value: str, text: Text) -> "_Character":
+        self = super().__new__(cls, value)
+        self.text = text
+        return self
+
+    def __getnewargs__(self) -> tuple[str, Text]:
+        return str(self), self.text
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.text._answer(key) if isinstance(key, str) else super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.text.get(key, default)
+
+
+class Messages(list):
+    """A list of messages in which a string is looked for, or with which it is compared, as in their text: a plain list
+    of messages would say no to both, whatever they say."""
+
+    def __init__(self, messages: Sequence[Mapping[str, Any]], role: str = "assistant", asked: list[str] | None = None):
+        super().__init__(messages)
+        self.role, self.asked = role, [] if asked is None else asked
+
+    def _text(self) -> str:
+        self.asked.append("text")
+        return text_of(self, self.role)
+
+    def __reduce__(self) -> Any:
+        return Messages, (list(self), self.role, self.asked)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._text() if isinstance(item, str) else super().__contains__(item)
+
+    def __eq__(self, other: object) -> bool:
+        return self._text() == other if isinstance(other, str) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+
+def shaped(values: Sequence[Any], role: str, messages: bool, asked: list[str]) -> list[Any]:
+    """Prompts (`role="user"`) or completions (`"assistant"`) in the shape wanted, whichever they have."""
+    if not messages:
+        return [Text(text_of(value, role), role, asked) for value in values]
+    return [
+        Messages([{"role": role, "content": str(value)}] if isinstance(value, str) else value, role, asked)
+        for value in values
+    ]

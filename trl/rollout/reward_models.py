@@ -1,0 +1,279 @@
+"""Models that judge: a scoring head's number for prompt and completion, read with the model's own tokenizer."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import AutoConfig, Pipeline, PreTrainedTokenizerBase
+
+from trl.config import say_once
+from trl.data.chat import chat_template
+from trl.data.collate import Branch, Tree
+from trl.engine.scalar import scalars
+from trl.engine.score import Attachment, attach, causal_lm, evaluating
+from trl.models import load
+from trl.rewards.calls import Answer, Call, Log
+from trl.rewards.shapes import text_of
+
+SHARED = 8  # a common beginning of fewer tokens is not worth a tree
+
+
+class _Judge:
+    """What reads text with a tokenizer of its own. `messages` is of no meaning to it: it reads either shape."""
+
+    name: str
+    messages = False
+    background = False
+
+    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any], end_of_text: int | None):
+        self.tokenizer, self.template_kwargs, self.end_of_text = tokenizer, template_kwargs, end_of_text
+
+    def texts(self, call: Call, end: str = "", whole: bool = True) -> list[str]:
+        """Prompt and completion as one text each: by the tokenizer's chat template if they are messages.
+
+        `end` is added to plain texts that were finished. `whole` keeps what a template writes after the end of the last
+        turn.
+        """
+        texts = []
+        for prompt, completion, ids in zip(call.prompts, call.completions, call.completion_ids, strict=True):
+            if isinstance(prompt, str):
+                finished = len(ids) > 0 and ids[-1] == self.end_of_text
+                texts.append(prompt + text_of(completion) + (end if finished else ""))
+                continue
+            turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
+            if getattr(self.tokenizer, "chat_template", None):
+                template = chat_template(self.tokenizer)
+                text = template.render([*prompt, *turns], **self.template_kwargs)
+                texts.append(text if whole else template.without_tail(text, **self.template_kwargs))
+            else:
+                say_once(
+                    f"the tokenizer of {self.name} has no chat template: it reads the messages' texts line by line"
+                )
+                texts.append("\n".join(text_of([message]) for message in (*prompt, *turns)))
+        return texts
+
+
+class ModelJudge(_Judge):
+    """`AutoModelForSequenceClassification`, or what has its outputs: the first of its logits.
+
+    Plain texts are read with the tokenizer's special tokens, and a finished one with its end-of-sequence token, as a
+    reward model is trained on them; messages as its chat template writes them. A model whose configuration has
+    `scores_end_of_turn` is read at the token that ends the turn, and others at what the template writes last.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int, **kwargs: Any):
+        super().__init__(tokenizer, **kwargs)
+        self.model, self.batch_tokens = model, batch_tokens
+        self.base = causal_lm(model)
+        self.config = self.base.config
+        self.name = model_name(self.config, self.base)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        text_config = self.config.get_text_config()
+        if getattr(text_config, "pad_token_id", None) is None:  # a padded row is scored at its last token that is none
+            text_config.pad_token_id = self.config.pad_token_id = tokenizer.pad_token_id
+        labels = getattr(self.config, "num_labels", 1)
+        if labels > 1:
+            say_once(f"{self.name} has {labels} labels: the logit of the first is the reward")
+        self.is_decoder = hasattr(self.config, "use_cache")
+        self.attachment: Attachment | None = None
+        self.attached = False
+
+    def begin(self, call: Call) -> Callable[[], Answer]:
+        return lambda: Answer(self.scores(call), Log(), False)
+
+    def scores(self, call: Call) -> list[float]:
+        """One number a row."""
+        self._attach()
+        rows = self._token_ids(call)
+        result: list[float] = [0.0] * len(rows)
+        with evaluating(self.model), torch.no_grad():
+            for numbers, values in self._batches(rows, call.prompts):
+                for number, value in zip(numbers, values.float().tolist(), strict=True):
+                    result[number] = value
+        return result
+
+    def _attach(self) -> None:
+        if self.attached:
+            return
+        self.attached = True
+        try:
+            self.attachment = attach(self.model)
+        except Exception as error:  # any module that gives logits may judge
+            say_once(f"{self.name} is called as it is ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+
+    def _token_ids(self, call: Call) -> list[list[int]]:
+        plain = isinstance(call.prompts[0], str) or not getattr(self.tokenizer, "chat_template", None)
+        end = (self.tokenizer.eos_token or "") if self.is_decoder else ""
+        texts = self.texts(call, end, whole=not getattr(self.config, "scores_end_of_turn", False))
+        rows = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
+        limits = (
+            getattr(self.config.get_text_config(), "max_position_embeddings", None),
+            self.tokenizer.model_max_length,
+        )
+        limit = min(int(limit) for limit in limits if limit)
+        if any(len(ids) > limit for ids in rows):
+            say_once(f"{self.name} reads {limit} tokens at most: longer texts lose their beginning, but for one token")
+            rows = [[ids[0], *ids[len(ids) - limit + 1 :]] if len(ids) > limit else ids for ids in rows]
+        known = (self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, 0)
+        filler = next(token for token in known if token is not None)
+        return [[filler] * (2 - len(ids)) + ids for ids in rows]  # what is scored stands after something
+
+    def _batches(self, rows: list[list[int]], prompts: Sequence[Any]) -> Iterator[tuple[list[int], Tensor]]:
+        """Numbers of rows, and their scores."""
+        if self.attachment is not None and self.attachment.is_flat:
+            for trees in self._trees(rows, prompts):
+                yield [branch.row for tree in trees for branch in tree.branches or (tree.root,)], self._score(trees)
+            return
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+        while order:
+            count = max(1, min(len(order), self.batch_tokens // len(rows[order[-1]])))
+            numbers, order = order[-count:], order[:-count]  # the longest first: memory fails at once or never
+            if self.attachment is not None:
+                yield numbers, self._score([Tree(_scored(rows[number], number), row=number) for number in numbers])
+            else:
+                inputs = self.tokenizer.pad(
+                    {"input_ids": [rows[number] for number in numbers]}, padding_side="right", return_tensors="pt"
+                )
+                outputs = self.model(**send_to_device(dict(inputs), self._device()))
+                yield numbers, outputs.logits.reshape(len(numbers), -1)[:, 0]
+
+    def _trees(self, rows: list[list[int]], prompts: Sequence[Any]) -> Iterator[list[Tree]]:
+        """Runs of rows with the same prompt share the tokens they begin with."""
+        trees: list[Tree] = []
+        size = start = 0
+        while start < len(rows):
+            stop = start + 1
+            while stop < len(rows) and prompts[stop] == prompts[start]:
+                stop += 1
+            common = _common([rows[number] for number in range(start, stop)])
+            if stop - start > 1 and common >= SHARED:
+                root = rows[start][:common]
+                branches = tuple(_scored(rows[number][common:], number) for number in range(start, stop))
+                new = [Tree(Branch(root, [False] * common), branches, start)]
+            else:
+                new = [Tree(_scored(rows[number], number), row=number) for number in range(start, stop)]
+            for tree in new:
+                tokens = len(tree.root.ids) + sum(len(branch.ids) for branch in tree.branches)
+                if trees and size + tokens > self.batch_tokens:
+                    yield trees
+                    trees, size = [], 0
+                trees.append(tree)
+                size += tokens
+            start = stop
+        if trees:
+            yield trees
+
+    def _score(self, trees: list[Tree]) -> Tensor:
+        assert self.attachment is not None
+        batch = send_to_device(self.attachment.batch(trees), self._device())
+        return scalars(self.model, batch)[:, 0]
+
+    def _device(self) -> torch.device:
+        device = self.base.get_input_embeddings().weight.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+
+def _scored(ids: list[int], number: int) -> Branch:
+    """Tokens of which the last is scored."""
+    return Branch(ids, [False] * (len(ids) - 1) + [True], number)
+
+
+def _common(rows: list[list[int]]) -> int:
+    """Tokens that all rows begin with, short of the last token of each."""
+    longest = min(len(ids) for ids in rows) - 1
+    first = rows[0]
+    for place in range(longest):
+        if any(ids[place] != first[place] for ids in rows):
+            return place
+    return longest
+
+
+class PipelineJudge(_Judge):
+    """A transformers pipeline that classifies texts.
+
+    With one label its raw score; with several the probability of the positive label less that of the negative one, told
+    by their names (POSITIVE and NEGATIVE, LABEL_1 and LABEL_0).
+    """
+
+    def __init__(self, pipeline: Any, **kwargs: Any):
+        super().__init__(pipeline.tokenizer, **kwargs)
+        self.pipeline = pipeline
+        self.name = model_name(pipeline.model.config, pipeline.model)
+        if pipeline.task != "text-classification":
+            raise ValueError(
+                f"the pipeline of {self.name} is for {pipeline.task!r}: a reward comes from a text-classification one, "
+                "or from a function that calls yours"
+            )
+        labels = [str(label) for label in pipeline.model.config.id2label.values()]
+        self.signs = {label: _sign(label) for label in labels} if len(labels) > 1 else {}
+        if self.signs and sorted(set(self.signs.values()) - {0}) != [-1, 1]:
+            raise ValueError(
+                f"the pipeline of {self.name} has the labels {', '.join(labels)}, which do not say which is wanted: "
+                "pass a function that calls it and gives a number for each"
+            )
+
+    def begin(self, call: Call) -> Callable[[], Answer]:
+        return lambda: Answer(self.scores(call), Log(), False)
+
+    def scores(self, call: Call) -> list[float]:
+        """One number a row."""
+        options: dict[str, Any] = {"top_k": None, "truncation": True}
+        if not self.signs:
+            options["function_to_apply"] = "none"
+        found = self.pipeline(self.texts(call), **options)
+        if not self.signs:
+            return [labels[0]["score"] for labels in found]
+        return [sum(self.signs.get(each["label"], 0) * each["score"] for each in labels) for labels in found]
+
+
+def _sign(label: str) -> int:
+    name = label.casefold()
+    if name.startswith("pos") or name == "label_1":
+        return 1
+    return -1 if name.startswith("neg") or name == "label_0" else 0
+
+
+def model_name(config: Any, model: Any) -> str:
+    """What a model is called in logs: the last part of its name or path."""
+    return str(getattr(config, "_name_or_path", "") or type(model).__name__).rstrip("/").split("/")[-1]
+
+
+def is_pipeline(function: Any) -> bool:
+    return isinstance(function, Pipeline)
+
+
+def load_judge(name: str, device: Any, model_kwargs: dict[str, Any]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A reward model by name or path, with its tokenizer. One without a trained scoring head is an error."""
+    kwargs = dict(model_kwargs)
+    shared = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    labels = 1
+    if load.adapter_base(name) is None:
+        try:
+            config = AutoConfig.from_pretrained(name, **shared)
+        except (OSError, ValueError) as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise load.ModelError(f"cannot load the reward model {name!r}: {first}") from error
+        kinds = getattr(config, "architectures", None) or []
+        if kinds and not any("CausalLM" not in kind and "LMHead" not in kind for kind in kinds):
+            raise load.ModelError(
+                f"{name} is a language model ({kinds[0]}) and has no scoring head: train one with RewardTrainer, or "
+                "name a reward model"
+            )
+        labels = config.num_labels
+    else:
+        kind = json.loads((Path(name).expanduser() / "adapter_config.json").read_text()).get("task_type")
+        if kind != "SEQ_CLS":
+            raise load.ModelError(
+                f"{name} is an adapter of task type {kind} and has no scoring head: train one with RewardTrainer"
+            )
+    model = load.load_scorer(name, num_labels=labels, **kwargs)
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    if device is not None and not getattr(model, "hf_device_map", None):
+        model.to(device)
+    return model, load.load_tokenizer(name, **shared)

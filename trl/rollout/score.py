@@ -1,0 +1,725 @@
+"""Tokens to rewards: functions of every kind, asked about the same completions, give one table of numbers.
+
+What can wait (coroutines, endpoints, worker processes) is begun first and collected last. A function that gives
+anything but a finite number or None for every row is a `RewardError`, which names the function, the row and its text.
+"""
+
+import asyncio
+import contextlib
+import difflib
+import http.client
+import inspect
+import json
+import math
+import multiprocessing
+import numbers
+import pickle
+import threading
+import time
+import urllib.error
+import urllib.request
+import weakref
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from trl.config import say_once
+from trl.engine.score import causal_lm
+from trl.models.load import ModelError, load_tokenizer
+from trl.rewards import REWARDS
+from trl.rewards.calls import (
+    SHAPE_ERRORS,
+    Answer,
+    Call,
+    Log,
+    Missing,
+    WorkerError,
+    is_async,
+    listed,
+    name_of,
+    run,
+    run_async,
+    run_there,
+)
+from trl.rewards.named import find, is_function
+from trl.rewards.shapes import text_of
+
+from .reward_models import ModelJudge, PipelineJudge, is_pipeline, load_judge, model_name
+
+CONSTANT_CALLS = 5  # so many calls with one and the same reward for every row are worth a word
+BACKOFF = 0.5  # seconds before the first retry of an endpoint; doubled each time
+SEARCHED = 5.0  # seconds: a function that took longer to fail is not called again to find the row
+LARGEST = torch.finfo(torch.float32).max
+
+
+class RewardError(ValueError):
+    """A reward that cannot be used: which function, which row, which text, and what to do."""
+
+
+class _Late(Exception):
+    """No answer within the time limit."""
+
+
+class RewardFunctions:
+    """Reward functions, asked together.
+
+    `functions` is one or a list of: a function (`async` too) with any of the arguments `prompts`, `completions`,
+    `completion_ids`, `prompt_ids`, `trainer_state`, `log_extra`, `log_metric` and the columns of the data; a model with
+    a scoring head, or its name or path; a text-classification pipeline; the address of an endpoint; one of
+    `trl.rewards.REWARDS`, `package.module:function` or `file.py:function`, maybe with arguments in brackets.
+
+    `weights` (default 1) enter `combine`. `processing_classes` are the tokenizers of models, None elsewhere;
+    `tokenizer` is the policy's. `chat` says that the data are conversations: functions get lists of messages then, else
+    strings. A function written for the other shape works as well.
+
+    `timeout` limits, in seconds, each asynchronous function, each worker process and each request to an endpoint, which
+    is tried again `retries` times. With `workers`, plain functions run in so many processes, each of which gets a part
+    of the rows; an attribute `workers` of a function overrides it, and 0 keeps it here, as a function that compares
+    rows with one another needs. Models are called on `batch_tokens` tokens at a time; `model_kwargs` and `device` are
+    for those given by name.
+    """
+
+    def __init__(
+        self,
+        functions: Any,
+        *,
+        weights: Sequence[float] | None = None,
+        processing_classes: Any = None,
+        tokenizer: Any = None,
+        chat: bool = False,
+        timeout: float | None = 300.0,
+        retries: int = 3,
+        workers: int = 0,
+        batch_tokens: int = 16384,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: Any = None,
+    ):
+        functions = list(functions) if isinstance(functions, list | tuple) else [functions]
+        if not functions or any(function is None for function in functions):
+            raise RewardError("reward_funcs is empty: pass at least one reward function, model, endpoint or name")
+        self.weights = _weights(weights, len(functions))
+        processing_classes = _tokenizers(processing_classes, len(functions))
+        self.chat, self.timeout, self.retries, self.workers = chat, timeout, retries, workers
+        self.tokenizer, self.device = tokenizer, device
+        self.batch_tokens = batch_tokens
+        self.model_kwargs, self.template_kwargs = dict(model_kwargs or {}), dict(chat_template_kwargs or {})
+        self._loop, self._pool = _Loop(), _Pool()
+        self.judges = [self._judge(function, own) for function, own in zip(functions, processing_classes, strict=True)]
+        self._pool.size = max((judge.parts for judge in self.judges if isinstance(judge, _Elsewhere)), default=0)
+        self.names = _distinct([judge.name for judge in self.judges])
+        self._constant: list[tuple[float, int]] = [(math.nan, 0)] * len(functions)
+        self._said_unscored = False
+
+    # -- what is asked ------------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models among the functions."""
+        return [judge.model for judge in self.judges if isinstance(judge, ModelJudge)]
+
+    def _judge(self, function: Any, tokenizer: Any) -> Any:
+        source: str | None = None
+        if isinstance(function, Path):
+            function = str(function)
+        if isinstance(function, str):
+            if function.startswith(("http://", "https://")):
+                return _Endpoint(function, self._loop, self.timeout, self.retries)
+            if is_function(function):
+                source, function = function, _found(function)
+            else:
+                function, tokenizer = self._model(function, tokenizer)
+        options = {
+            "template_kwargs": self.template_kwargs,
+            "end_of_text": getattr(self.tokenizer, "eos_token_id", None),
+        }
+        if isinstance(function, nn.Module) and hasattr(causal_lm(function), "config"):
+            tokenizer = tokenizer or self._tokenizer_of(function)
+            return ModelJudge(function, tokenizer, batch_tokens=self.batch_tokens, **options)
+        if is_pipeline(function):
+            try:
+                return PipelineJudge(function, **options)
+            except ValueError as error:
+                raise RewardError(str(error)) from error
+        if not callable(function):
+            raise RewardError(
+                f"a reward function is a function, a model, a pipeline, an address or a name, not {function!r}, a "
+                f"{type(function).__name__}"
+            )
+        if is_async(function):
+            return _Asynchronous(function, self.chat, self._loop, self.timeout)
+        parts = getattr(function, "workers", self.workers)
+        if parts:
+            return _Elsewhere(function, self.chat, source, int(parts), self._pool, self.timeout)
+        return _Here(function, self.chat, self._loop, self.timeout)
+
+    def _model(self, name: str, tokenizer: Any) -> tuple[nn.Module, Any]:
+        if "/" not in name and not Path(name).exists() and difflib.get_close_matches(name, REWARDS, 1):
+            _found(name)  # raises, and says which name is near
+        try:
+            model, own = load_judge(name, self.device, self.model_kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise RewardError(
+                f"the reward {name!r} is neither a function ({', '.join(sorted(REWARDS))}, package.module:function, "
+                f"file.py:function) nor a reward model: {error}"
+            ) from error
+        return model, tokenizer or own
+
+    def _tokenizer_of(self, model: nn.Module) -> Any:
+        """The tokenizer saved with a model; else the policy's, where the model's vocabulary has room for it."""
+        base = causal_lm(model)
+        name = getattr(base.config, "_name_or_path", "")
+        try:
+            if name:
+                return load_tokenizer(name)
+            raise ModelError("it was not loaded from a folder")
+        except ModelError as error:
+            rows = base.get_input_embeddings().weight.shape[0]
+            if self.tokenizer is not None and len(self.tokenizer) <= rows:
+                say_once(f"{model_name(base.config, base)} is read with the policy's tokenizer: {error}")
+                return self.tokenizer
+            raise RewardError(
+                f"the reward model {model_name(base.config, base)} has no tokenizer: {error}. Pass it in "
+                "reward_processing_classes."
+            ) from error
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        trainer_state: Any = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """The reward of every row by every function, [rows, functions] in fp32; NaN where a function gave None.
+
+        Prompts and completions are strings, or lists of messages if the data are conversations; `columns` holds the
+        other columns of the data, a value a row. What the functions log goes to `log_extra` and `log_metric`.
+        """
+        columns = {name: values for name, values in (columns or {}).items() if name not in _OWN_COLUMNS}
+        lengths = {"prompts": len(prompts), "completion_ids": len(completion_ids)}
+        lengths |= {f"column {name}": len(values) for name, values in columns.items()}
+        for name, length in lengths.items():
+            if length != len(completions):
+                raise RewardError(f"{length} {name} for {len(completions)} completions: give one for each")
+        table = torch.full((len(completions), len(self.judges)), math.nan, dtype=torch.float32)
+        if not len(completions):
+            return table
+        base = Call(prompts, completions, completion_ids, columns, trainer_state, prompt_ids)
+
+        begun: list[tuple[Call, Callable[[], Answer]]] = []
+        for judge, name in zip(self.judges, self.names, strict=True):
+            call = replace(base, messages=judge.messages)
+            with _naming(name, call):
+                begun.append((call, judge.begin(call)))
+        # What runs here runs while the others are under way.
+        order = sorted(range(len(self.judges)), key=lambda index: self.judges[index].background)
+        logs: dict[int, Log] = {}
+        for index in order:
+            answer = self._finish(index, *begun[index])
+            table[:, index] = torch.tensor(_column(self.names[index], base, answer.values), dtype=torch.float32)
+            logs[index] = answer.log
+        for index in sorted(logs):
+            if log_extra is not None:
+                for column, values in logs[index].columns:
+                    log_extra(column, values)
+            if log_metric is not None:
+                for metric, value in logs[index].metrics:
+                    log_metric(metric, value)
+        self._notice(base, table)
+        return table
+
+    def _finish(self, index: int, call: Call, finish: Callable[[], Answer]) -> Answer:
+        """The answer to a call that was begun; asked again in the other shape if it failed on this one."""
+        judge, name = self.judges[index], self.names[index]
+        began = time.monotonic()
+        try:
+            answer = finish()
+        except Exception as error:
+            other = replace(call, messages=not call.messages)
+            shape = isinstance(error, SHAPE_ERRORS) or isinstance(error, WorkerError) and error.is_shape
+            also = ""
+            if judge.reshapes and shape:
+                try:
+                    answer = judge.begin(other)()
+                except Exception as second:
+                    also = f" (and as {_SHAPES[other.messages]}: {_said(second)})"
+                else:
+                    judge.messages = other.messages
+                    say_once(
+                        f"reward function {name!r} fails on {_SHAPES[call.messages]} ({_said(error)}) and works on "
+                        f"{_SHAPES[other.messages]}: it is given those"
+                    )
+                    return answer
+            with _naming(name, call, also, judge, time.monotonic() - began):
+                raise
+        if answer.asked and judge.messages:
+            say_once(
+                f"reward function {name!r} looks for strings in prompts or completions, which are conversations: their "
+                "text is compared"
+            )
+        elif answer.asked:
+            say_once(
+                f"reward function {name!r} reads chat messages, and prompts and completions are strings: each answers "
+                "as one message"
+            )
+        return answer
+
+    def _notice(self, call: Call, table: Tensor) -> None:
+        """Says what may be wrong: rows without a reward, and functions that do not tell rows apart."""
+        for index, name in enumerate(self.names):
+            given = table[:, index][~table[:, index].isnan()]
+            if len(given) < 2:
+                continue
+            low, high = given.min().item(), given.max().item()
+            before, count = self._constant[index]
+            self._constant[index] = (low, count + 1 if low == before else 1) if low == high else (math.nan, 0)
+            if self._constant[index][1] == CONSTANT_CALLS:
+                shape = self.judges[index].messages
+                hint = " Completions are lists of messages: the text is `completion[-1]['content']`." if shape else ""
+                say_once(
+                    f"reward function {name!r} gave {low:g} to every row {CONSTANT_CALLS} times in a row, lately to "
+                    f"{_clip(call.completions[0])}: nothing is learnt from it like this.{hint}"
+                )
+        unscored = table.isnan().all(1).nonzero()[:, 0].tolist()
+        if unscored and not self._said_unscored:
+            self._said_unscored = True
+            say_once(
+                f"{len(unscored)} of {len(table)} completions have no reward, because {_all_of(self.names)} gave None: "
+                f"row {unscored[0]} ({_clip(call.completions[unscored[0]])}) is the first. They are left out; give a "
+                "number in at least one function to train on them"
+            )
+
+    def combine(self, table: Tensor) -> Tensor:
+        """The weighted sum over functions, NaN left out: [rows]. A row of which every function gave None is NaN."""
+        total = (table * self.weights.to(table.device)).nansum(1)
+        return total.masked_fill(table.isnan().all(1), math.nan)
+
+    def close(self) -> None:
+        """Ends the event loop and the worker processes; they start again when they are needed."""
+        self._loop.close()
+        self._pool.close()
+
+
+_OWN_COLUMNS = ("prompt", "completion", "completion_ids", "prompts", "completions", "prompt_ids")
+_SHAPES = ("strings", "chat messages")
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> Tensor:
+    if weights is None:
+        return torch.ones(count)
+    weights = [float(weight) for weight in weights]
+    if len(weights) != count:
+        raise RewardError(f"{len(weights)} reward_weights for {count} reward functions: give one for each")
+    if not all(map(math.isfinite, weights)):
+        raise RewardError(f"reward_weights={weights} has a weight that is not a finite number")
+    return torch.tensor(weights)
+
+
+def _tokenizers(tokenizers: Any, count: int) -> list[Any]:
+    if tokenizers is None:
+        return [None] * count
+    tokenizers = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
+    if len(tokenizers) != count:
+        raise RewardError(
+            f"{len(tokenizers)} reward_processing_classes for {count} reward functions: give one for each, None where "
+            "it is no model"
+        )
+    return tokenizers
+
+
+def _found(name: str) -> Callable[..., Any]:
+    try:
+        return find(name)
+    except ValueError as error:
+        raise RewardError(str(error)) from error
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names of their own in the log: the second `f` is `f_2`."""
+    found: list[str] = []
+    for name in names:
+        unique, number = name, 2
+        while unique in found:
+            unique, number = f"{name}_{number}", number + 1
+        found.append(unique)
+    return found
+
+
+def _all_of(names: Sequence[str]) -> str:
+    return f"{names[0]!r}" if len(names) == 1 else f"all of {', '.join(map(repr, names))}"
+
+
+def _clip(completion: Any, length: int = 60) -> str:
+    text = text_of(completion)
+    return repr(text if len(text) <= length else f"{text[:length]}…")
+
+
+def _said(error: BaseException) -> str:
+    return str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+
+
+# --- what came back -----------------------------------------------------------------------------------------------
+
+
+def _column(name: str, call: Call, values: Any) -> list[float]:
+    """What a function returned, checked: one finite number a row, NaN for None."""
+    values = listed(values)
+    if not isinstance(values, list):
+        raise RewardError(
+            f"reward function {name!r} returned a {type(values).__name__} ({str(values)[:60]}) instead of a list of "
+            f"{len(call)} numbers, one for each completion; the first is {_clip(call.completions[0])}"
+        )
+    if len(values) != len(call):
+        row = min(len(values), len(call) - 1)
+        raise RewardError(
+            f"reward function {name!r} returned {len(values)} rewards for {len(call)} completions: return one for "
+            f"each, None where it does not apply (row {row} is {_clip(call.completions[row])})"
+        )
+    return [_number(name, call, row, value) for row, value in enumerate(values)]
+
+
+def _number(name: str, call: Call, row: int, value: Any) -> float:
+    if isinstance(value, list) and len(value) == 1:  # from a table of one column
+        value = value[0]
+    if value is None:
+        return math.nan
+    where = f"reward function {name!r}, row {row} ({_clip(call.completions[row])})"
+    if not isinstance(value, numbers.Real):
+        raise RewardError(f"{where}: gave {str(value)[:60]!r}, a {type(value).__name__}, instead of a number")
+    if not abs(float(value)) <= LARGEST:
+        raise RewardError(f"{where}: gave {value}. Return a finite number, or None where the function does not apply")
+    return float(value)
+
+
+@contextlib.contextmanager
+def _naming(name: str, call: Call, also: str = "", judge: Any = None, seconds: float = 0.0) -> Any:
+    """Turns what a function raised into a sentence. What is missing on this machine is not the row's fault."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except _Late as error:
+        raise RewardError(
+            f"reward function {name!r} {error}; the first of its {len(call)} texts is {_clip(call.completions[0])}. "
+            "Make it faster, or allow it more"
+        ) from None
+    except Missing as error:
+        raise RewardError(f"reward function {name!r}: {error}") from error
+    except Exception as error:
+        # The loss of a row names it; what failed as a whole is asked again in halves until one row is left.
+        row = judge.first_failing(call) if isinstance(judge, _Here) and seconds < SEARCHED else None
+        if row is None:
+            where = f", one of {len(call)} rows, the first of which is {_clip(call.completions[0])}"
+            where = where if len(call) > 1 else f", row 0 ({_clip(call.completions[0])})"
+        else:
+            where = f", row {row} ({_clip(call.completions[row])})"
+        raise RewardError(f"reward function {name!r}{where}: {_said(error)}{also}") from error
+
+
+# --- who is asked -------------------------------------------------------------------------------------------------
+
+
+class _Function:
+    """A Python function. `messages` is the shape it gets; `background` says that it runs while others do."""
+
+    reshapes = True
+    background = True
+
+    def __init__(self, function: Callable[..., Any], messages: bool, timeout: float | None):
+        self.function, self.messages, self.timeout = function, messages, timeout
+        self.name = name_of(function)
+
+
+class _Here(_Function):
+    """A function that is called in this thread."""
+
+    background = False
+
+    def __init__(self, function: Callable[..., Any], messages: bool, loop: "_Loop", timeout: float | None):
+        super().__init__(function, messages, timeout)
+        self.loop = loop
+
+    def begin(self, call: Call) -> Callable[[], Answer]:
+        return lambda: self._run(call)
+
+    def _run(self, call: Call) -> Answer:
+        answer = run(self.function, call)
+        if inspect.isawaitable(answer.values):  # a plain function that gives a coroutine
+
+            async def awaited(value: Any = answer.values) -> Any:
+                return await value
+
+            return answer._replace(values=self.loop.start(awaited(), self.timeout).result())
+        return answer
+
+    def first_failing(self, call: Call) -> int | None:
+        """The first row that the function fails on by itself, or None when there is none."""
+        start, part = 0, call
+        while len(part) > 1:
+            half = len(part) // 2
+            if self._fails(part.rows(0, half)):
+                part = part.rows(0, half)
+            else:
+                start, part = start + half, part.rows(half, len(part))
+        return start if self._fails(part) else None
+
+    def _fails(self, call: Call) -> bool:
+        try:
+            self._run(call)
+        except Exception:
+            return True
+        return False
+
+
+class _Asynchronous(_Function):
+    """A coroutine function: all of them run at the same time."""
+
+    def __init__(self, function: Callable[..., Any], messages: bool, loop: "_Loop", timeout: float | None):
+        super().__init__(function, messages, timeout)
+        self.loop = loop
+
+    def begin(self, call: Call) -> Callable[[], Answer]:
+        return self.loop.start(run_async(self.function, call), self.timeout).result
+
+
+class _Elsewhere(_Function):
+    """A function in worker processes, each of which gets a part of the rows."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        messages: bool,
+        source: str | None,
+        parts: int,
+        pool: "_Pool",
+        timeout: float | None,
+    ):
+        super().__init__(function, messages, timeout)
+        self.parts, self.pool = parts, pool
+        self.source: str | bytes = source if source is not None else self._pickled()
+
+    def _pickled(self) -> bytes:
+        try:
+            return pickle.dumps(self.function)
+        except Exception as error:
+            raise RewardError(
+                f"reward function {self.name!r} cannot be sent to a worker process ({error}). Define it in a file, at "
+                "the top level (no lambda, nothing inside a function), or set its attribute `workers` to 0"
+            ) from error
+
+    def begin(self, call: Call) -> Callable[[], Answer]:
+        call = call.only(self.function)
+        share, more = divmod(len(call), self.parts)
+        bounds = [0]
+        for part in range(min(self.parts, len(call))):
+            bounds.append(bounds[-1] + share + (part < more))
+        calls = [call.rows(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        futures = [self.pool.submit(run_there, self.source, part) for part in calls]
+        return lambda: self._finish(calls, futures)
+
+    def _finish(self, calls: list[Call], futures: "list[Future[Answer]]") -> Answer:
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        answers: list[Answer] = []
+        try:
+            for future in futures:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                answers.append(future.result(left))
+        except (WorkerError, ImportError):
+            raise
+        except FutureTimeout:
+            self.pool.kill()
+            raise _Late(f"did not come back from its worker process within {self.timeout:g} seconds") from None
+        except BrokenProcessPool as error:
+            self.pool.kill()
+            raise WorkerError(
+                "its worker process died. Out of memory? Or the script starts training without "
+                "`if __name__ == '__main__':`, which worker processes need"
+            ) from error
+        except Exception as error:
+            raise WorkerError(
+                f"its arguments or rewards cannot pass between processes ({type(error).__name__}: {error}). Set its "
+                "attribute `workers` to 0"
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+        return _joined(calls, answers)
+
+
+def _joined(calls: list[Call], answers: list[Answer]) -> Answer:
+    """The answers to parts as one."""
+    values: list[Any] = []
+    for call, answer in zip(calls, answers, strict=True):
+        if not isinstance(answer.values, list) or len(answer.values) != len(call):
+            got = f"{len(answer.values)} rewards" if isinstance(answer.values, list) else f"{answer.values!r:.60}"
+            raise WorkerError(
+                f"returned {got} for the {len(call)} rows that a worker process gave it: return one for each, None "
+                "where it does not apply"
+            )
+        values += answer.values
+    columns: dict[str, list[Any]] = {}
+    for answer in answers:
+        for column, part in answer.log.columns:
+            columns.setdefault(column, []).extend(part)
+    log = Log(list(columns.items()), [metric for answer in answers for metric in answer.log.metrics])
+    return Answer(values, log, any(answer.asked for answer in answers))
+
+
+class _Endpoint:
+    """An address that takes a POST of `prompts`, `completions` and `columns` in JSON, and answers with `rewards`."""
+
+    reshapes = False
+    background = True
+    messages = False
+
+    def __init__(self, url: str, loop: "_Loop", timeout: float | None, retries: int):
+        self.url, self.loop, self.timeout, self.retries = url, loop, timeout, retries
+        self.name = urlsplit(url).netloc.rsplit("@")[-1] + urlsplit(url).path.rstrip("/")
+
+    def begin(self, call: Call) -> Callable[[], Answer]:
+        body = self._body(call)
+
+        async def asked() -> Answer:
+            return Answer(await asyncio.to_thread(self._post, body), Log(), False)
+
+        return self.loop.start(asked(), None).result  # each attempt has a limit of its own
+
+    def _body(self, call: Call) -> bytes:
+        columns = {}
+        for name, values in call.columns.items():
+            try:
+                json.dumps(values)
+            except (TypeError, ValueError) as error:
+                say_once(f"the column {name} is not sent to {self.url}: {error}")
+            else:
+                columns[name] = values
+        body = {"prompts": list(call.prompts), "completions": list(call.completions), "columns": columns}
+        return json.dumps(body).encode()
+
+    def _post(self, body: bytes) -> list[Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        request = urllib.request.Request(self.url, body, headers, method="POST")
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(BACKOFF * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return self._rewards(response.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    why = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}".rstrip(": ")
+                if error.code < 500 and error.code not in (408, 429):
+                    raise WorkerError(f"the endpoint {self.url} refused: {why}") from None
+            except (OSError, http.client.HTTPException) as error:  # no connection, or cut, or too late
+                reason = getattr(error, "reason", error)
+                late = isinstance(reason, TimeoutError)
+                why = f"no answer within {self.timeout:g} seconds" if late else f"{reason}"
+        raise WorkerError(f"the endpoint {self.url} failed {self.retries + 1} times, lastly with {why}")
+
+    def _rewards(self, answer: bytes) -> list[Any]:
+        try:
+            rewards = json.loads(answer)["rewards"]
+            assert isinstance(rewards, list)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            beginning = answer[:100].decode(errors="replace")
+            raise WorkerError(
+                f'the endpoint {self.url} answered {beginning!r} instead of {{"rewards": [...]}}'
+            ) from None
+        return rewards
+
+
+# --- where they run -----------------------------------------------------------------------------------------------
+
+
+class _Loop:
+    """An event loop in a thread of its own, so that it also serves where one is running already, as in a notebook."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end: Any = None
+
+    def start(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> "Future[Any]":
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=_serve, args=(self._loop,), name="trl-rewards", daemon=True)
+            thread.start()
+            self._end = weakref.finalize(self, _stop, self._loop, thread)
+        return asyncio.run_coroutine_threadsafe(_limited(coroutine, timeout), self._loop)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop = None
+            self._end()
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(5)
+
+
+async def _limited(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
+    """Not by `wait_for`: a TimeoutError of the function's own means something else."""
+    task = asyncio.ensure_future(coroutine)
+    done, _ = await asyncio.wait({task}, timeout=timeout)
+    if not done:
+        task.cancel()
+        await asyncio.wait({task}, timeout=1)
+        raise _Late(f"did not answer within {timeout:g} seconds")
+    return task.result()
+
+
+class _Pool:
+    """Worker processes, begun when first needed. They are spawned: a forked one would inherit threads and devices."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pool: ProcessPoolExecutor | None = None
+        self._end: Any = None
+
+    def submit(self, function: Callable[..., Answer], *arguments: Any) -> "Future[Answer]":
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self.size, mp_context=multiprocessing.get_context("spawn"))
+            self._end = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        return self._pool.submit(function, *arguments)
+
+    def kill(self) -> None:
+        """Ends processes that do not come back."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        self._end.detach()
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            self._end.detach()
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,322 @@
+"""Group-relative policy optimisation and its family: completions compared with the others of their prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.engine.forest import Batch
+from trl.engine.score import evaluating, score
+from trl.losses.advantages import ADVANTAGES
+from trl.losses.policy import CLIPPING, METHODS, TOKENS, correction, k3, off_policy_keep, pool
+from trl.losses.tokens import Metric, mean, seq_mean
+
+from .online import OnlineConfig, OnlineTrainer, Sample
+from .preference import call
+
+LEVELS = ("token", "sequence", "sequence_token")
+CORRECTIONS = tuple(f"{level}_{what}" for level in ("token", "sequence", "geometric") for what in ("truncate", "mask"))
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """What can be set for `GRPOTrainer`, beside all of `transformers.TrainingArguments`."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the divergence from the reference; 0: no reference."})
+    loss_type: str = field(
+        default="dapo", metadata={"help": "Surrogate and how tokens are added up.", "choices": sorted(METHODS)}
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Ratios below 1 - epsilon are clipped."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Ratios above 1 + epsilon_high are clipped. Default: epsilon."}
+    )
+    delta: float | None = field(
+        default=None, metadata={"help": "Largest ratio also where clipping would let it grow (above 1 + epsilon)."}
+    )
+    importance_sampling_level: str = field(
+        default="token", metadata={"help": "Over what ratios are averaged (GSPO: sequence).", "choices": list(LEVELS)}
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Whose deviation rewards are divided by.", "choices": ["group", "batch", "none"]},
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={"help": "How rewards become an advantage.", "choices": sorted(ADVANTAGES)},
+    )
+    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "Temperature of sapo where A > 0."})
+    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Temperature of sapo where A <= 0."})
+    vespo_k_pos: float = field(default=2.0, metadata={"help": "Power of vespo's weight where A >= 0."})
+    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "Rate of vespo's weight where A >= 0."})
+    vespo_k_neg: float = field(default=3.0, metadata={"help": "Power of vespo's weight where A < 0."})
+    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "Rate of vespo's weight where A < 0."})
+    top_entropy_quantile: float = field(
+        default=1.0, metadata={"help": "Train on this share of the tokens, those of the highest entropy."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    use_adaptive_entropy: bool = field(
+        default=False,
+        metadata={"help": "Raise the weight of the bonus while entropy is below its target, else lower it."},
+    )
+    entropy_coef_min: float = field(default=0.0, metadata={"help": "Least weight of the adaptive bonus."})
+    entropy_coef_max: float = field(default=1.0, metadata={"help": "Greatest weight of the adaptive bonus."})
+    entropy_coef_delta: float = field(default=0.005, metadata={"help": "Change of that weight in a step."})
+    entropy_target: float = field(default=0.2, metadata={"help": "Entropy, in nats, below which the bonus acts."})
+    off_policy_mask_threshold: float | None = field(
+        default=None, metadata={"help": "Leave out completions of negative advantage that drifted further than this."}
+    )
+    use_bias_correction_kl: bool = field(
+        default=True, metadata={"help": "Weigh the divergence by the ratio, so that its gradient has no bias."}
+    )
+    rollout_correction: bool = field(
+        default=False,
+        metadata={"help": "Weigh tokens by the trainer's log-prob over the sampler's, computed before the first step."},
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask", metadata={"help": "Level and kind of that weight.", "choices": list(CORRECTIONS)}
+    )
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Greatest such weight."})
+    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Least such weight."})
+
+    def __post_init__(self) -> None:
+        if self.scale_rewards in (True, False):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        for name, known in (
+            ("loss_type", METHODS),
+            ("importance_sampling_level", LEVELS),
+            ("scale_rewards", ("group", "batch", "none")),
+            ("multi_objective_aggregation", ADVANTAGES),
+            ("vllm_importance_sampling_mode", CORRECTIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        if self.delta is not None and self.delta <= 1 + self.epsilon:
+            raise ValueError(
+                f"delta={self.delta} would undo the clipping: give more than 1 + epsilon = {1 + self.epsilon}"
+            )
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ValueError(
+                f"top_entropy_quantile={self.top_entropy_quantile} is a share of the tokens, above 0, at most 1"
+            )
+        super().__post_init__()
+
+
+class GRPOTrainer(OnlineTrainer):
+    """Trains a causal language model on completions of its own that reward functions judge.
+
+    `reward_funcs` is a function, a model, a name or a list of them: see `rollout.score.RewardFunctions`. Rows have a
+    `prompt` (a string or messages) and whatever columns the functions read. Shao et al. 2024, arXiv:2402.03300; the
+    default `loss_type` is that of DAPO, Yu et al. 2025, arXiv:2503.14476.
+    """
+
+    config_class = GRPOConfig
+    method = "grpo"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.entropy_coef = 0.0
+        self.last_entropy = float("inf")
+        super().__init__(*args, **kwargs)
+
+    def ready(self) -> None:
+        super().ready()
+        self.entropy_coef = self.args.entropy_coef
+
+    def advantages(self, rewards_SF: Tensor, weights_F: Tensor, generations: int, kl_S: Tensor | None) -> Tensor:
+        return ADVANTAGES[self.args.multi_objective_aggregation](
+            rewards_SF=rewards_SF,
+            weights_F=weights_F,
+            num_generations=generations,
+            scale_rewards=self.args.scale_rewards,
+        )
+
+    def has_entropy_bonus(self) -> bool:
+        return self.args.use_adaptive_entropy or self.args.entropy_coef != 0.0
+
+    def is_idle(self, sample: Sample) -> bool:
+        still = sample.advantage == 0.0 and self.args.beta == 0.0 and not self.has_entropy_bonus()
+        return not sample.trained or (still and self.router_aux_loss_coef() == 0.0)
+
+    def is_on_policy(self) -> bool:
+        """Whether the policy that is trained is the one that drew the samples."""
+        return self.numbers.parts * self.args.num_iterations == 1
+
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
+        """What needs the whole step before its first backward pass: the entropy that tokens must have to be trained on,
+        and, before the first step on a round, the trainer's own log-probs."""
+        args = self.args
+        if args.top_entropy_quantile == 1.0 and not args.rollout_correction:
+            return
+        entropies = []
+        for batch in batches:
+            moved = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager(), evaluating(model):
+                stats = score(model, moved, entropy=True, temperature=args.temperature)
+            assert stats.entropy_N is not None
+            entropies.append(stats.entropy_N.float())
+            if args.rollout_correction:
+                batch["correction_N"] = correction(
+                    policy_logp_N=stats.logp_N,
+                    sampler_logp_N=moved["old_logp_N"],
+                    seq_N=stats.seq_N,
+                    sequences=stats.sequences,
+                    mode=args.vllm_importance_sampling_mode,
+                    low=args.vllm_importance_sampling_clip_min,
+                    high=args.vllm_importance_sampling_clip_max,
+                )
+                gap_N = (stats.logp_N - moved["old_logp_N"]).detach().abs()
+                self._add("train" if training else "eval", {
+                    "sampling/sampling_logp_difference/mean": mean(gap_N),
+                    "sampling/importance_sampling_ratio/mean": mean(batch["correction_N"]),
+                })  # fmt: skip
+        if args.top_entropy_quantile < 1.0:
+            together = torch.cat(entropies)
+            if args.world_size > 1 and training:
+                together = torch.cat([part.to(together.device) for part in _gathered(together)])
+            if len(together):
+                threshold = together.quantile(1 - args.top_entropy_quantile)
+                for batch in batches:
+                    batch["entropy_threshold"] = threshold
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+        args, balance = self.args, self.router_aux_loss_coef()
+        method = METHODS[args.loss_type]
+        bonus = self.has_entropy_bonus()
+        stats = score(model, batch, entropy=True, entropy_grad=bonus, temperature=args.temperature, router=balance > 0)
+        assert stats.entropy_N is not None
+        logp_N, seq_N, sequences = stats.logp_N, stats.seq_N, stats.sequences
+        advantage_N = batch["advantage_N"]
+        # On the policy that drew them the ratio is one, and no other log-probs are needed.
+        old_logp_N = logp_N.detach() if self.is_on_policy() else batch["old_logp_N"]
+        log_ratio_N = logp_N - old_logp_N
+        pooled_N = pool(
+            log_ratio_N, seq_N=seq_N, sequences=sequences, importance_sampling_level=args.importance_sampling_level
+        )
+        ratio_N = pooled_N.exp()
+        available = {
+            "log_ratio_N": log_ratio_N,
+            "ratio_N": ratio_N,
+            "logp_N": logp_N,
+            "advantage_N": advantage_N,
+            "seq_N": seq_N,
+            "sequences": sequences,
+            "log_correction_N": batch["correction_N"].log() if "correction_N" in batch else None,
+            **{name: getattr(args, name) for name in SETTINGS},
+        }
+        loss_N = call(method.surrogate, available)
+        if args.off_policy_mask_threshold is not None:
+            loss_N = loss_N * off_policy_keep(
+                advantage_N=advantage_N,
+                logp_N=logp_N,
+                sampler_logp_N=batch["old_logp_N"],
+                seq_N=seq_N,
+                sequences=sequences,
+                off_policy_mask_threshold=args.off_policy_mask_threshold,
+            )
+        acts_N = torch.ones_like(logp_N)
+        if "entropy_threshold" in batch:
+            acts_N = (stats.entropy_N.detach() >= batch["entropy_threshold"]).to(logp_N.dtype)
+            loss_N = loss_N * acts_N
+        if "correction_N" in batch and args.loss_type != "vespo":
+            loss_N = loss_N * batch["correction_N"]
+        metrics = {"entropy": mean(stats.entropy_N)}
+        if args.beta != 0.0:
+            kl_N = k3(logp_N=logp_N, ref_logp_N=batch["ref_logp_N"])
+            if args.use_bias_correction_kl:
+                kl_N = kl_N * ratio_N
+            loss_N = loss_N + args.beta * kl_N
+            metrics["kl"] = mean(kl_N)
+        sums = {method.divide_by: method.add_up(loss_N, seq_N, sequences)}
+        if bonus:
+            metrics["policy_loss"] = Metric(sums[method.divide_by].detach(), self._items(method.divide_by))
+            self._entropy_seen(stats.entropy_N.detach(), acts_N, model.training)
+            total = sums.get(ENTROPY, 0.0) - self._bonus() * (stats.entropy_N * acts_N).sum()
+            sums[ENTROPY] = total
+        if stats.aux is not None:
+            sums[TOKENS] = sums.get(TOKENS, 0.0) + balance * stats.aux * len(logp_N)
+            metrics["aux_loss"] = mean(stats.aux)
+        metrics.update(self._clipping(ratio_N.detach(), advantage_N, seq_N, sequences))
+        return sums, metrics
+
+    def counts_of(self, samples: Sequence[Sample]) -> dict[str, float]:
+        found = super().counts_of(samples)
+        if self.has_entropy_bonus():
+            found[ENTROPY] = found["tokens"] * self.args.top_entropy_quantile
+        return found
+
+    def _items(self, kind: str) -> float:
+        """What one micro-batch counts for, so that the metric is the step's mean."""
+        shares = max(len(self._step_batches), 1) * self.args.world_size
+        return float(self._step_counts[kind]) / shares if kind in self._step_counts else 1.0
+
+    def _clipping(self, ratio_N: Tensor, advantage_N: Tensor, seq_N: Tensor, sequences: int) -> dict[str, Metric]:
+        args = self.args
+        if args.loss_type == "cispo":
+            return {"cispo_clip_ratio": mean(((ratio_N > args.epsilon_high) & (advantage_N > 0)).float())}
+        if args.loss_type not in CLIPPING:
+            return {}
+        low_N = ((ratio_N < 1 - args.epsilon) & (advantage_N < 0)).float()
+        high_N = ((ratio_N > 1 + args.epsilon_high) & (advantage_N > 0)).float()
+        found = {
+            "clip_ratio/low_mean": mean(low_N),
+            "clip_ratio/high_mean": mean(high_N),
+            "clip_ratio/region_mean": mean(torch.maximum(low_N, high_N)),
+        }
+        if len(ratio_N):
+            found["clip_ratio/low_min"] = Metric(seq_mean(low_N, seq_N, sequences).min(), 1.0)
+            found["clip_ratio/high_max"] = Metric(seq_mean(high_N, seq_N, sequences).max(), 1.0)
+        return found
+
+    # --- the entropy bonus ----------------------------------------------------------------------------------------
+
+    def _bonus(self) -> float:
+        """The weight of the bonus in this step. Adaptive: Skywork-OR1, He et al. 2025, arXiv:2505.22312."""
+        if not self.args.use_adaptive_entropy:
+            return self.entropy_coef
+        return self.entropy_coef if self.last_entropy <= self.args.entropy_target else 0.0
+
+    def _entropy_seen(self, entropy_N: Tensor, acts_N: Tensor, training: bool) -> None:
+        if self.args.use_adaptive_entropy and training:
+            self._seen = self._seen + torch.stack([(entropy_N * acts_N).sum(), acts_N.sum()])
+
+    def _learn(self, model: nn.Module, samples: list[Sample]) -> Tensor:
+        args = self.args
+        self._seen = torch.zeros(2, device=args.device)
+        loss = super()._learn(model, samples)
+        if args.use_adaptive_entropy:
+            if args.world_size > 1:
+                torch.distributed.all_reduce(self._seen)
+            entropy = (self._seen[0] / self._seen[1].clamp(min=1)).item()
+            change = args.entropy_coef_delta if entropy <= args.entropy_target else -args.entropy_coef_delta
+            self.entropy_coef = min(max(self.entropy_coef + change, args.entropy_coef_min), args.entropy_coef_max)
+            self.last_entropy = entropy
+        if self.has_entropy_bonus():
+            self._add("train", {"entropy_coef": Metric(torch.tensor(self.entropy_coef, device=args.device), 1.0)})
+        return loss
+
+    def method_state(self) -> dict[str, Any]:
+        return {**super().method_state(), "entropy_coef": self.entropy_coef, "last_entropy": self.last_entropy}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
+        self.entropy_coef = state.get("entropy_coef", self.args.entropy_coef)
+        self.last_entropy = state.get("last_entropy", float("inf"))
+
+
+ENTROPY = "entropy_tokens"
+# Fields that surrogates may ask for.
+SETTINGS = (
+    *("epsilon", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
+    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+)
+
+
+def _gathered(values: Tensor) -> list[Tensor]:
+    """The values of all ranks, however many each has."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, values.cpu())
+    return found

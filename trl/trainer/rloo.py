@@ -1,0 +1,91 @@
+"""REINFORCE leave-one-out: each completion against the mean of the others of its prompt."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trl.engine.forest import Batch
+from trl.engine.score import score
+from trl.losses.advantages import leave_one_out, standardised, total_reward
+from trl.losses.policy import SEQUENCES, clip
+from trl.losses.tokens import Metric, mean, seq_sum
+
+from .online import OnlineConfig, OnlineTrainer, Sample
+
+
+@dataclass
+class RLOOConfig(OnlineConfig):
+    """What can be set for `RLOOTrainer`, beside all of `transformers.TrainingArguments`."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    num_generations: int = field(default=2, metadata={"help": "Completions of each prompt: a group."})
+    beta: float = field(
+        default=0.05, metadata={"help": "Weight of the divergence from the reference in the reward; 0: no reference."}
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Ratios below 1 - epsilon are clipped."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Ratios above 1 + epsilon_high are clipped. Default: epsilon."}
+    )
+    normalize_advantages: bool = field(
+        default=False, metadata={"help": "Give advantages mean 0 and deviation 1 over all completions drawn at once."}
+    )
+    reward_clip_range: tuple[float, float] | None = field(
+        default=None, metadata={"help": "Rewards are cut to this range, before the divergence is taken off."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        super().__post_init__()
+
+
+class RLOOTrainer(OnlineTrainer):
+    """Trains a causal language model on completions of its own, by REINFORCE with the group's others as a baseline.
+
+    The divergence from the reference is a part of the reward. Ahmadian et al. 2024, arXiv:2402.14740.
+    """
+
+    config_class = RLOOConfig
+    method = "rloo"
+
+    def kl_in_reward(self) -> bool:
+        return True
+
+    def advantages(self, rewards_SF: Tensor, weights_F: Tensor, generations: int, kl_S: Tensor | None) -> Tensor:
+        reward_S = total_reward(rewards_SF, weights_F)
+        if self.args.reward_clip_range is not None:
+            reward_S = reward_S.clamp(*self.args.reward_clip_range)
+        if kl_S is not None:
+            reward_S = reward_S - self.args.beta * kl_S
+        advantage_S = leave_one_out(reward_S, num_generations=generations)
+        return standardised(advantage_S) if self.args.normalize_advantages else advantage_S
+
+    def is_idle(self, sample: Sample) -> bool:
+        return not sample.trained or (sample.advantage == 0.0 and self.router_aux_loss_coef() == 0.0)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+        args, balance = self.args, self.router_aux_loss_coef()
+        stats = score(model, batch, entropy=True, temperature=args.temperature, router=balance > 0)
+        assert stats.entropy_N is not None
+        old_N = stats.logp_N.detach() if self.numbers.parts * args.num_iterations == 1 else batch["old_logp_N"]
+        ratio_S = seq_sum(stats.logp_N - old_N, stats.seq_N, stats.sequences).exp()
+        # An advantage is the same for all tokens of a sequence; one without trained tokens has none.
+        advantage_S = torch.zeros_like(ratio_S).index_copy(0, stats.seq_N, batch["advantage_N"])
+        loss_S = clip(ratio_N=ratio_S, advantage_N=advantage_S, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+        total = loss_S.sum()
+        low_S = ((ratio_S < 1 - args.epsilon) & (advantage_S < 0)).float()
+        high_S = ((ratio_S > 1 + args.epsilon_high) & (advantage_S > 0)).float()
+        metrics = {
+            "entropy": mean(stats.entropy_N),
+            "clip_ratio/low_mean": mean(low_S),
+            "clip_ratio/high_mean": mean(high_S),
+            "clip_ratio/region_mean": mean(torch.maximum(low_S, high_S)),
+        }
+        if len(ratio_S):
+            metrics["clip_ratio/low_min"] = Metric(low_S.min(), 1.0)
+            metrics["clip_ratio/high_max"] = Metric(high_S.max(), 1.0)
+        if stats.aux is not None:
+            total = total + balance * stats.aux * stats.sequences
+            metrics["aux_loss"] = mean(stats.aux)
+        return {SEQUENCES: total}, metrics
