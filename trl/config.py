@@ -46,6 +46,21 @@ class ScriptArguments(Adoptable):
 
 
 @dataclass
+class RewardArguments(ScriptArguments):
+    """Which data a command reads, and what judges completions."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names of trl.rewards, package.module:function, file.py:function, or addresses."
+        },
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model: a folder or a name; beside reward_funcs, one more of them."}
+    )
+
+
+@dataclass
 class ModelConfig(Adoptable):
     """Which model a command loads, and which adapter it trains."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 import trl
-from trl.cli import UsageError
+from trl.cli import UsageError, train
 from trl.cli.parser import Kind, Parser, set_environment
 
 
@@ -206,25 +206,26 @@ def test_the_usual_options_and_all_of_them(capsys: pytest.CaptureFixture[str]) -
     assert everything.count("--steps INTEGER") == 1 and "--rate NUMBER" in everything
 
 
-def sft_parser(**options: Any) -> Parser:
-    return Parser([trl.ScriptArguments, trl.ModelConfig, trl.SFTConfig], prog="trl sft", **options)
+def sft_parser(config: str = "SFT", **options: Any) -> Parser:
+    classes = [trl.ScriptArguments, trl.ModelConfig, getattr(trl, f"{config}Config")]
+    return Parser(classes, prog="trl sft", **options)
 
 
-def test_help_of_a_training_command_fits_two_screens() -> None:
-    from trl.cli.train import COMMON, NOTES
-
-    parser = sft_parser(common=COMMON, notes=NOTES)
-    named = [name for options in COMMON.values() for name in options]
-    assert set(named) <= parser.kinds.keys() and 20 <= len(named) <= 28
+@pytest.mark.parametrize("command", train.METHODS)
+def test_help_of_a_training_command_fits_two_screens(command: str) -> None:
+    config = train.METHODS[command].name
+    parser = sft_parser(config, common=train.COMMON, notes=train.NOTES)
+    named = [name for options in train.COMMON.values() for name in options if name in parser.kinds]
+    assert 20 <= len(named) <= 35
     short, everything = parser.help(everything=False), parser.help(everything=True)
-    assert len(short.splitlines()) <= 64
+    assert len(short.splitlines()) <= 72
     for name in named:
         assert f"  --{name} " in short
     for name in parser.kinds:
         assert everything.count(f"\n  --{name} ") == 1, name
-    for title in COMMON:
-        assert f"\n{title}:\n" in short
-    for title in ("(SFTConfig):", "(BaseConfig):", "(ModelConfig):", "transformers.TrainingArguments:"):
+    for title, options in train.COMMON.items():
+        assert (f"\n{title}:\n" in short) is not parser.kinds.keys().isdisjoint(options)
+    for title in (f"({config}Config):", "(BaseConfig):", "(ModelConfig):", "transformers.TrainingArguments:"):
         assert title in everything and title not in short
     for word in parser.older:
         assert f"--{word} " not in everything
@@ -374,3 +375,42 @@ def test_a_nested_union_is_flattened() -> None:
     assert kind.convert("a") == "a"
     assert kind.convert("3") == 3
     assert kind.convert("none") is None
+
+
+# --- lists of names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "names", "weights"),
+    [
+        ("--loss_type sigmoid", ["sigmoid"], None),
+        ("--loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1.0", ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1]),
+        ('--loss_type=["hinge","sft"] --loss_weights [1,2]', ["hinge", "sft"], [1, 2]),
+        ("--loss_type math:hypot", ["math:hypot"], None),
+        ("--loss_type aot_pair", ["aot_unpaired"], None),
+    ],
+)
+def test_a_list_of_names(argv: str, names: list[str], weights: list[float] | None) -> None:
+    *_, config = sft_parser("DPO").parse(argv.split())
+    assert (config.loss_type, config.loss_weights) == (names, weights)
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("sigmoid", ["sigmoid"]),
+        ("[sigmoid, sft]", ["sigmoid", "sft"]),
+        ("\n- ipo\n- aot_pair", ["ipo", "aot_unpaired"]),
+    ],
+)
+def test_a_list_of_names_in_a_file(tmp_path: Path, written: str, names: list[str]) -> None:
+    (tmp_path / "run.yaml").write_text(f"loss_type: {written}\n")
+    *_, config = sft_parser("DPO").parse(["--config", str(tmp_path / "run.yaml")])
+    assert config.loss_type == names
+
+
+@pytest.mark.parametrize("written", ["[[sigmoid]]", "{sigmoid: 1}", "[3]", "[sigmiod, sft]"])
+def test_what_is_no_list_of_names(tmp_path: Path, written: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"loss_type: {written}\n")
+    with pytest.raises(UsageError, match=r"run.yaml: loss_type: needs some of aot, aot_unpaired, .*, not `"):
+        sft_parser("DPO").parse(["--config", str(tmp_path / "run.yaml")])

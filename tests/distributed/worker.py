@@ -230,6 +230,7 @@ if __name__ == "__main__":
     tokenizer = AutoTokenizer.from_pretrained(model)
     if mode == "fsdp":
         dist.init_process_group("gloo")
-    {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws, "resumes": resumes}[mode](out, tokenizer)
+    modes = {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws}
+    {**modes, "resumes": resumes}[mode](out, tokenizer)
     if dist.is_initialized():
         dist.destroy_process_group()

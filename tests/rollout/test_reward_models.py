@@ -74,11 +74,14 @@ def bert(tokenizer: Any, **options: Any) -> Any:
     return BertForSequenceClassification(settings).eval()
 
 
-def one_by_one(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """The first logit of each text alone."""
+def one_by_one(model: Any, tokenizer: Any, texts: list[str], *, pad: bool = True) -> torch.Tensor:
+    """The first logit of each text alone. `pad=False`: at the very last token, even if that is the padding token."""
+    known, model.config.pad_token_id = model.config.pad_token_id, tokenizer.pad_token_id if pad else None
     with torch.no_grad():
         rows = [tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in texts]
-        return torch.stack([model(input_ids=row["input_ids"]).logits[0, 0] for row in rows])
+        logits = torch.stack([model(input_ids=row["input_ids"]).logits[0, 0] for row in rows])
+    model.config.pad_token_id = known
+    return logits
 
 
 def rendered(tokenizer: Any) -> list[str]:
@@ -114,18 +117,21 @@ def test_where_the_turn_ends(tokenizer: Any) -> None:
     texts = [text.removesuffix("\n") for text in rendered(tokenizer)]
     assert all(text.endswith("<|im_end|>") for text in texts)
     table = RewardFunctions(model, processing_classes=tokenizer, chat=True).score(*chats(), [[1]] * 4)
-    torch.testing.assert_close(table[:, 0], one_by_one(model, tokenizer, texts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(table[:, 0], one_by_one(model, tokenizer, texts, pad=False), atol=1e-5, rtol=1e-5)
 
 
-def test_strings(tokenizer: Any) -> None:
-    """A text that was finished ends in the end-of-sequence token."""
-    model = llama(tokenizer)
+@pytest.mark.parametrize("marked", [False, True])
+def test_strings(tokenizer: Any, marked: bool) -> None:
+    """A text that was finished ends in the end-of-sequence token, which transformers passes over where it also pads."""
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    model = llama(tokenizer, **({"scores_end_of_turn": True} if marked else {}))
     functions = RewardFunctions(model, processing_classes=[tokenizer], tokenizer=tokenizer)
     end = tokenizer.eos_token_id
     table = functions.score(PROMPTS, TEXTS, [[5, end], [5], [], [end]])
     ends = [tokenizer.eos_token, "", "", tokenizer.eos_token]
     texts = [prompt + text + last for prompt, text, last in zip(PROMPTS, TEXTS, ends, strict=True)]
-    torch.testing.assert_close(table[:, 0], one_by_one(model, tokenizer, texts), atol=1e-5, rtol=1e-5)
+    expected = one_by_one(model, tokenizer, texts, pad=not marked)
+    torch.testing.assert_close(table[:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_encoder(tokenizer: Any) -> None:

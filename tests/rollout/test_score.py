@@ -7,9 +7,12 @@ import functools
 import http.server
 import json
 import math
+import os
 import pickle
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -265,8 +268,8 @@ def test_a_constant_is_said_once(rewards: Any, said: set[str]) -> None:
         ask(functions)
     (sentence,) = said
     assert sentence == (
-        "reward function '<lambda>' gave 0.5 to every row 5 times in a row, lately to 'It is 4.': nothing is learnt from "
-        "it like this."
+        "reward function '<lambda>' gave 0.5 to every row 5 times in a row, lately to 'It is 4.': nothing is learnt "
+        "from it like this."
     )
 
 
@@ -287,8 +290,8 @@ def test_a_function_for_messages_and_data_of_strings(rewards: Any, said: set[str
     for _ in range(2):
         assert ask(functions) == [[1.0], [0.0], [0.0]]
     assert said == {
-        "reward function 'correctness_reward' reads chat messages, and prompts and completions are strings: each answers "
-        "as one message"
+        "reward function 'correctness_reward' reads chat messages, and prompts and completions are strings: each "
+        "answers as one message"
     }
     assert ask(rewards(correctness_reward, chat=True)) == [[1.0], [0.0], [0.0]]
 
@@ -517,6 +520,36 @@ def test_worker_errors(rewards: Any) -> None:
     functions.judges = [score._Elsewhere(judges.sleeps, False, None, 1, functions._pool, 0.5)]
     with pytest.raises(RewardError, match="did not come back from its worker process within 0.5 seconds"):
         ask(functions)
+
+
+SCRIPT = """
+import asyncio
+from trl.rollout.score import RewardFunctions
+
+def lengths(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+async def hangs(completions):
+    await asyncio.sleep(1000)
+
+if __name__ == "__main__":
+    functions = RewardFunctions(lengths, workers=2)
+    print(functions.score(["a"] * 3, ["b", "cc", ""], [[1]] * 3).tolist())
+    try:
+        RewardFunctions(hangs, timeout=0.1).score(["a"], ["b"], [[1]])
+    except ValueError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_with_functions_of_its_own_ends_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": root})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[[1.0], [2.0], [0.0]]", "RewardError"]
 
 
 # --- endpoints ----------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ COMMANDS = {
     "orpo": Command("trl.cli.train", "fine-tuning and preferences at once, without a reference model"),
     "cpo": Command("trl.cli.train", "pairs without a reference model: CPO, SimPO, AlphaPO"),
     "bco": Command("trl.cli.train", "completions labelled good or bad, as a binary classifier"),
+    "grpo": Command("trl.cli.train", "the model's own completions, judged by reward functions, compared in groups"),
+    "rloo": Command("trl.cli.train", "the same by REINFORCE, each completion against the mean of the others"),
     "reward": Command("trl.cli.train", "a reward model, from pairs"),
     "prm": Command("trl.cli.train", "a process reward model, from labelled steps"),
     "demo": Command("trl.cli.demo", "train a small real model here and now, offline, and see what it learned"),

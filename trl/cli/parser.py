@@ -335,6 +335,8 @@ class Kind:
         return self._scalar(value)
 
     def _list(self, value: Any, older: Collection[Any]) -> Any:
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+            value = value[0]
         if isinstance(value, str) and value.lstrip().startswith("["):
             value = _json(value)
         values = list(value) if isinstance(value, (list, tuple)) else [value]

@@ -16,6 +16,7 @@ class Method(NamedTuple):
     name: str  # of its trainer and its configuration
     summary: str
     head: str = "CausalLM"  # what transformers calls the kind of model that comes out
+    judged: bool = False  # by reward functions, as it goes
 
 
 METHODS = {
@@ -30,6 +31,10 @@ METHODS = {
     "reward": Method(
         "Reward", "Reward model: trains a score that tells the better of two completions.", "SequenceClassification"
     ),
+    "grpo": Method(
+        "GRPO", "Group-relative policy optimisation: trains on completions that reward functions judge.", judged=True
+    ),
+    "rloo": Method("RLOO", "REINFORCE leave-one-out: trains on completions that reward functions judge.", judged=True),
     "prm": Method("PRM", "Process reward model: trains a label for each step of a solution.", "TokenClassification"),
 }
 
@@ -61,6 +66,14 @@ COMMON = {
         "undesirable_weight": "",
         "center_rewards_coefficient": "",
         "precompute_ref_log_probs": "",
+    },
+    "Completions": {
+        "reward_funcs": "",
+        "reward_model_name_or_path": "",
+        "num_generations": "",
+        "temperature": "",
+        "num_iterations": "",
+        "log_completions": "",
     },
     "Adapter": {
         "use_peft": "",
@@ -107,12 +120,13 @@ def _run(argv: Sequence[str], command: str) -> int:
     hide_library_notes()
 
     import trl
+    from trl.config import RewardArguments
     from trl.data.mixture import DatasetMixtureConfig
 
     method = METHODS[command]
     config_class, trainer_class = getattr(trl, f"{method.name}Config"), getattr(trl, f"{method.name}Trainer")
     parser = Parser(
-        [trl.ScriptArguments, trl.ModelConfig, config_class],
+        [RewardArguments if method.judged else trl.ScriptArguments, trl.ModelConfig, config_class],
         prog=f"trl {command}",
         description=method.summary,
         common=COMMON,
@@ -140,6 +154,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     notices = _Notices()
     logging.getLogger("trl").addHandler(notices)
     train_rows, test_rows = rows(script, mixture, config, notices)
+    judges = {"reward_funcs": reward_functions(script)} if method.judged else {}
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
@@ -147,6 +162,7 @@ def _run(argv: Sequence[str], command: str) -> int:
         eval_dataset=test_rows,
         quantization_config=quantization_config(model),
         peft_config=lora_config(model),
+        **judges,
     )
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
     trainer.save_model(trainer.args.output_dir)
@@ -190,6 +206,16 @@ class _Notices(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"trl: {record.getMessage()}", flush=True)
+
+
+def reward_functions(script: Any) -> list[Any]:
+    """The reward functions by name, and the reward model."""
+    found = list(script.reward_funcs or ())
+    if script.reward_model_name_or_path:
+        found.append(script.reward_model_name_or_path)
+    if not found:
+        raise UsageError("--reward_funcs is missing: what judges completions, by name or as file.py:function.")
+    return found
 
 
 def loading_arguments(model: Any) -> dict[str, Any]:

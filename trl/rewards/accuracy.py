@@ -111,8 +111,8 @@ def _graded(
             else:
                 reward, seen = None, (_UNPARSEABLE, _SKIPPED)
         rewards.append(reward)
-        for column, formula in zip(read.values(), seen, strict=True):
-            column.append(formula)
+        for formulas, formula in zip(read.values(), seen, strict=True):
+            formulas.append(formula)
     if log_extra is not None:
         log_extra("solution", list(solutions))
         for column, values in read.items():

@@ -73,7 +73,7 @@ class _Character(str):
         self.text = text
         return self
 
-    def __getnewargs__(self) -> tuple[str, Text]:
+    def __getnewargs__(self) -> Any:
         return str(self), self.text
 
     def __getitem__(self, key: Any) -> Any:

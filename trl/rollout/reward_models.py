@@ -61,8 +61,9 @@ class ModelJudge(_Judge):
     """`AutoModelForSequenceClassification`, or what has its outputs: the first of its logits.
 
     Plain texts are read with the tokenizer's special tokens, and a finished one with its end-of-sequence token, as a
-    reward model is trained on them; messages as its chat template writes them. A model whose configuration has
-    `scores_end_of_turn` is read at the token that ends the turn, and others at what the template writes last.
+    reward model is trained on them; messages as its chat template writes them. The score is read where transformers
+    reads it, at the last token that is not the padding token, which may also be what ends a turn; a model whose
+    configuration has `scores_end_of_turn` is read at the very token that ends the turn.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int, **kwargs: Any):
@@ -76,6 +77,8 @@ class ModelJudge(_Judge):
         text_config = self.config.get_text_config()
         if getattr(text_config, "pad_token_id", None) is None:  # a padded row is scored at its last token that is none
             text_config.pad_token_id = self.config.pad_token_id = tokenizer.pad_token_id
+        self.pad_id = text_config.pad_token_id
+        self.ends_turn = getattr(self.config, "scores_end_of_turn", False)
         labels = getattr(self.config, "num_labels", 1)
         if labels > 1:
             say_once(f"{self.name} has {labels} labels: the logit of the first is the reward")
@@ -109,8 +112,10 @@ class ModelJudge(_Judge):
     def _token_ids(self, call: Call) -> list[list[int]]:
         plain = isinstance(call.prompts[0], str) or not getattr(self.tokenizer, "chat_template", None)
         end = (self.tokenizer.eos_token or "") if self.is_decoder else ""
-        texts = self.texts(call, end, whole=not getattr(self.config, "scores_end_of_turn", False))
+        texts = self.texts(call, end, whole=not self.ends_turn)
         rows = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
+        if self.is_decoder and not self.ends_turn:
+            rows = [_without_last(ids, self.pad_id) for ids in rows]
         limits = (
             getattr(self.config.get_text_config(), "max_position_embeddings", None),
             self.tokenizer.model_max_length,
@@ -119,15 +124,17 @@ class ModelJudge(_Judge):
         if any(len(ids) > limit for ids in rows):
             say_once(f"{self.name} reads {limit} tokens at most: longer texts lose their beginning, but for one token")
             rows = [[ids[0], *ids[len(ids) - limit + 1 :]] if len(ids) > limit else ids for ids in rows]
-        known = (self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, 0)
-        filler = next(token for token in known if token is not None)
+        filler: int = self.pad_id or 0
         return [[filler] * (2 - len(ids)) + ids for ids in rows]  # what is scored stands after something
 
     def _batches(self, rows: list[list[int]], prompts: Sequence[Any]) -> Iterator[tuple[list[int], Tensor]]:
         """Numbers of rows, and their scores."""
         if self.attachment is not None and self.attachment.is_flat:
-            for trees in self._trees(rows, prompts):
-                yield [branch.row for tree in trees for branch in tree.branches or (tree.root,)], self._score(trees)
+            done = 0
+            for trees in self._trees(rows, prompts):  # in the order of the rows
+                count = sum(len(tree.branches) or 1 for tree in trees)
+                yield list(range(done, done + count)), self._score(trees)
+                done += count
             return
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         while order:
@@ -176,6 +183,14 @@ class ModelJudge(_Judge):
     def _device(self) -> torch.device:
         device = self.base.get_input_embeddings().weight.device
         return torch.device("cpu") if device.type == "meta" else device
+
+
+def _without_last(ids: list[int], token: int) -> list[int]:
+    """`ids` without the run of `token` that they end in."""
+    length = len(ids)
+    while length and ids[length - 1] == token:
+        length -= 1
+    return ids[:length]
 
 
 def _scored(ids: list[int], number: int) -> Branch:

@@ -634,8 +634,9 @@ class _Endpoint:
     def _rewards(self, answer: bytes) -> list[Any]:
         try:
             rewards = json.loads(answer)["rewards"]
-            assert isinstance(rewards, list)
-        except (ValueError, KeyError, TypeError, AssertionError):
+            if not isinstance(rewards, list):
+                raise TypeError("not a list")
+        except (ValueError, KeyError, TypeError):
             beginning = answer[:100].decode(errors="replace")
             raise WorkerError(
                 f'the endpoint {self.url} answered {beginning!r} instead of {{"rewards": [...]}}'

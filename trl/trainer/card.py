@@ -60,13 +60,15 @@ def model_card(
     head = {"reward": "SequenceClassification", "prm": "TokenClassification"}.get(method, "CausalLM")
     opener = f"AutoPeftModelFor{head}" if adapter else f"AutoModelFor{head}"
     package = "peft" if adapter else "transformers"
+    # The folder of an adapter does not say how many numbers its head gives; transformers would guess two.
+    more = ", num_labels=1" if adapter and method == "reward" else ""
     thing = "A LoRA adapter for" if adapter else "A model fine-tuned from"
     return _CARD.format(
         header=header,
         name=name,
         what=f"{thing} `{base or 'a model built in code'}`, trained by {words}.",
         use=f"from {package} import {opener}\nfrom transformers import AutoTokenizer\n\n"
-        f'model = {opener}.from_pretrained("{name}")\ntokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {opener}.from_pretrained("{name}"{more})\ntokenizer = AutoTokenizer.from_pretrained("{name}")',
         training="\n".join(f"- {line}" for line in data),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         version=__version__,

@@ -10,6 +10,7 @@ from trl.config import BaseConfig, PreferenceFields, say_once
 from trl.data.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.scalar import scalars
+from trl.engine.score import causal_lm
 from trl.losses.reward import bradley_terry, centring
 from trl.losses.tokens import Metric, mean
 from trl.models import load
@@ -63,6 +64,11 @@ class RewardTrainer(ScalarTrainer):
 
     config_class = RewardConfig
     method = "reward"
+
+    def ready(self) -> None:
+        super().ready()
+        # Who scores with this model later reads the end of turn too, even where it serves as padding.
+        causal_lm(self.model).config.scores_end_of_turn = True
 
     @staticmethod
     def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:

@@ -1,0 +1,213 @@
+"""The sampler of this process: what it draws, and that nothing but the request decides it."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.engine import families
+from trl.data.collate import Branch, Tree
+from trl.engine.score import attach, score
+from trl.rollout import generate
+from trl.rollout.generate import InProcessSampler, describe
+from trl.rollout.types import Request, Sampling
+
+PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [23, 24], [31], [41, 42, 43, 44, 45, 46, 47]]
+STOP = 7
+
+
+def build(name, **changes):
+    model = families.build(name, **changes).eval()
+    attach(model)
+    return model
+
+
+def requests(samples=3, seed=0):
+    return [Request(prompt, samples, (seed, index)) for index, prompt in enumerate(PROMPTS)]
+
+
+def greedy(model, prompt, count, stops=(STOP,)):
+    """Token by token, without a cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", [*families.FLAT, *families.REFUSED])
+def test_greedy_tokens_are_those_without_a_cache(family):
+    model = build(family)
+    # Four rows for fifteen samples: rows are left and entered all the time, and the columns run out.
+    sampling = Sampling(max_new_tokens=12, temperature=0, stop_ids=(STOP,))
+    drawn = InProcessSampler(max_rows=4).generate(model, requests(), sampling)
+    served = family not in ("falcon_mamba", "lfm2", "minimax")
+    assert (model._trl_sampled is None) is served
+    for prompt, group in zip(PROMPTS, drawn, strict=True):
+        expected = greedy(model, prompt, 12)
+        for completion in group:
+            assert completion.ids == expected
+            assert completion.finished is (expected[-1] == STOP)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_are_those_of_the_engine(temperature):
+    model = build("qwen3")
+    sampling = Sampling(max_new_tokens=10, temperature=temperature, top_k=20, stop_ids=(STOP,))
+    drawn = InProcessSampler(max_rows=5).generate(model, requests(), sampling)
+    for prompt, group in zip(PROMPTS, drawn, strict=True):
+        branches = tuple(Branch(each.ids, [True] * len(each.ids)) for each in group)
+        batch = model._trl_attachment.batch([Tree(Branch(prompt, [False] * len(prompt)), branches)])
+        with torch.no_grad():
+            expected = score(model, batch, temperature=temperature).logp_N
+        ours = torch.tensor([logp for each in group for logp in each.logps])
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_completion_depends_on_its_request_alone():
+    model = build("llama")
+    sampling = Sampling(max_new_tokens=9, stop_ids=(STOP, 9))
+    together = InProcessSampler().generate(model, requests(), sampling)
+    assert len({tuple(each.ids) for group in together for each in group}) > 10
+    for sampler in (InProcessSampler(max_rows=1), InProcessSampler(max_rows=3), InProcessSampler(max_cache_tokens=60)):
+        assert ids(sampler.generate(model, requests(), sampling)) == ids(together)
+    backwards = InProcessSampler(max_rows=2).generate(model, requests()[::-1], sampling)
+    assert ids(backwards)[::-1] == ids(together)
+    # Another rank draws the last two of each.
+    last = [request._replace(samples=2, first=1) for request in requests()]
+    assert ids(InProcessSampler().generate(model, last, sampling)) == [group[1:] for group in ids(together)]
+    assert ids(InProcessSampler().generate(model, requests(seed=1), sampling)) != ids(together)
+
+
+def ids(drawn):
+    return [[each.ids for each in group] for group in drawn]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.3}, {"temperature": 1.4, "top_k": 6}],
+)
+def test_tokens_are_drawn_by_their_probabilities(filters):
+    model = build("llama")
+    prompt, count = PROMPTS[0], 4000
+    drawn = InProcessSampler(max_rows=500).generate(
+        model, [Request(prompt, count, (3,))], Sampling(max_new_tokens=1, **filters)
+    )[0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / filters.get("temperature", 1.0)
+    probabilities = kept(logits, **filters).softmax(-1)
+    seen = torch.bincount(torch.tensor([each.ids[0] for each in drawn]), minlength=len(logits)).double()
+    assert seen[probabilities == 0].sum() == 0
+    expected = probabilities * count
+    likely = expected >= 5
+    chi = ((seen - expected)[likely] ** 2 / expected[likely]).sum()
+    freedom = int(likely.sum()) - 1
+    # A chance of about one in ten thousand (Wilson and Hilferty's approximation of the quantile).
+    assert chi < freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def kept(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=None):
+    """The logits that filters leave, the others at minus infinity; worked out from the probabilities."""
+    probabilities = logits.softmax(-1)
+    order = probabilities.argsort(descending=True)
+    keep = torch.zeros_like(logits, dtype=torch.bool)
+    if top_k:
+        keep[order[:top_k]] = True
+    elif top_p < 1:
+        before = probabilities[order].cumsum(0) - probabilities[order]
+        keep[order[before < top_p]] = True
+    elif min_p:
+        keep = probabilities >= min_p * probabilities.max()
+    else:
+        keep[:] = True
+    return logits.masked_fill(~keep, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7},
+        {"further": {"no_repeat_ngram_size": 2}},
+        {"further": {"suppress_tokens": [3, 4, 8]}},
+        {"further": {"bad_words_ids": [[9], [10, 11]]}},
+        {"further": {"min_new_tokens": 8}},
+    ],
+)
+def test_settings_mean_what_they_mean_in_transformers(settings):
+    model = build("llama")
+    sampling = Sampling(max_new_tokens=10, temperature=0, stop_ids=(STOP,), **settings)
+    drawn = InProcessSampler(max_rows=2).generate(model, requests(1), sampling)
+    arguments = {
+        **{name: value for name, value in settings.items() if name != "further"},
+        **settings.get("further", {}),
+    }
+    for prompt, [completion] in zip(PROMPTS, drawn, strict=True):
+        expected = model.generate(
+            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False, max_new_tokens=10, eos_token_id=STOP, pad_token_id=0, **arguments,
+        )  # fmt: skip
+        assert completion.ids == expected[0, len(prompt) :].tolist()
+
+
+def test_strings_stop_too(smol_path):
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    model = build("llama", vocab_size=len(tokenizer))
+    free = InProcessSampler().generate(model, requests(2), Sampling(max_new_tokens=12))[0][0]
+    text = tokenizer.decode(free.ids)
+    word = tokenizer.decode(free.ids[4:6])
+    assert text.find(word) > 0
+    sampling = Sampling(max_new_tokens=12, stop_strings=(word,))
+    stopped = InProcessSampler(tokenizer).generate(model, requests(2), sampling)[0][0]
+    assert stopped.finished and word in tokenizer.decode(stopped.ids) and len(stopped.ids) <= 6
+    assert stopped.ids == free.ids[: len(stopped.ids)]
+    with pytest.raises(ValueError, match="need the tokenizer"):
+        InProcessSampler().generate(model, requests(1), sampling)
+
+
+def test_the_model_is_left_as_it_was():
+    import peft
+
+    model = families.build("llama")
+    families.checkpoint_layers(model, reentrant=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    attach(model)
+    model.train()
+    drawn = InProcessSampler(max_rows=4).generate(model, requests(), Sampling(max_new_tokens=6, temperature=0))
+    assert model.training and all(module.training for module in model.modules())
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    model.eval()
+    assert drawn[1][0].ids == greedy(model, PROMPTS[1], 6, ())
+
+
+def test_small_cases():
+    model = build("llama")
+    assert InProcessSampler().generate(model, [], Sampling(max_new_tokens=3)) == []
+    one = InProcessSampler().generate(model, requests(2), Sampling(max_new_tokens=1))
+    assert all(len(each.ids) == len(each.logps) == 1 and not each.finished for group in one for each in group)
+    with pytest.raises(ValueError, match="num_beams not understood"):
+        InProcessSampler().generate(model, requests(), Sampling(max_new_tokens=2, further={"num_beams": 4}))
+
+
+def test_a_prompt_is_prefilled_once(monkeypatch):
+    model = build("llama")
+    InProcessSampler().generate(model, requests(1), Sampling(max_new_tokens=1))  # the check of the model
+    computed = []
+    original = generate._Run._forward
+
+    def counted(self, ids, *args):
+        computed.append(ids.numel())
+        return original(self, ids, *args)
+
+    monkeypatch.setattr(generate._Run, "_forward", counted)
+    drawn = InProcessSampler().generate(model, requests(8), Sampling(max_new_tokens=4))
+    assert sum(computed[:1]) == len(PROMPTS) * max(map(len, PROMPTS))  # one prefill of all
+    # The first token comes from the prefill; each further one is one position.
+    assert sum(computed[1:]) == sum(len(each.ids) - 1 for group in drawn for each in group)
+
+
+def test_what_is_in_force_is_said():
+    sampling = Sampling(max_new_tokens=5, temperature=0.7, top_p=0.9, stop_ids=(2,), further={"min_new_tokens": 2})
+    assert describe(sampling) == "temperature 0.7, top_p 0.9, min_new_tokens 2, at most 5 tokens, stops at 2"
+    assert describe(Sampling(max_new_tokens=5, temperature=0)).startswith("the most likely token is taken")

@@ -1,0 +1,500 @@
+"""Drawing completions in this process: a prompt is prefilled once, what is finished leaves, what waits takes its place.
+
+Cost is the tokens drawn, not rows times the longest. The cache is allocated once; a row's tokens end at the column that
+all rows are at, as in a left-padded batch, so that masks, windows and positions are transformers' own.
+
+`B` rows that decode together, `T` columns, `V` vocabulary.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.cache_utils import CacheLayerMixin
+
+from trl.config import say_once
+from trl.engine.score import causal_lm, evaluating
+
+from .types import Completion, Request, Sampling
+
+ROWS = 256  # that decode together, at most
+CACHE_TOKENS = {"cpu": 2**16, "default": 2**19}
+PREFILL_TOKENS = 4096  # of a prefill, padding included
+DEAD_SHARE = 0.2  # of the rows, from which on they are taken out
+
+# Other arguments of `generate` that are understood.
+FURTHER = (
+    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
+
+
+def describe(sampling: Sampling) -> str:
+    """What is in force, in one line."""
+    if sampling.temperature == 0:
+        parts = ["the most likely token is taken"]
+    else:
+        parts = [f"temperature {sampling.temperature:g}"]
+        parts += [f"top_k {sampling.top_k}"] if sampling.top_k else []
+        parts += [f"top_p {sampling.top_p:g}"] if sampling.top_p < 1 else []
+        parts += [f"min_p {sampling.min_p:g}"] if sampling.min_p else []
+    if sampling.repetition_penalty != 1:
+        parts.append(f"repetition_penalty {sampling.repetition_penalty:g}")
+    parts += [f"{name} {value}" for name, value in sampling.further.items()]
+    parts.append(f"at most {sampling.max_new_tokens} tokens")
+    if sampling.stop_ids:
+        parts.append(f"stops at {', '.join(map(str, sampling.stop_ids))}")
+    parts += [f"stops after {string!r}" for string in sampling.stop_strings]
+    return ", ".join(parts)
+
+
+class InProcessSampler:
+    """Draws completions with the model that trains, on its own device.
+
+    `max_rows` decode together at most, and their cache holds `max_cache_tokens` at most; neither changes what is drawn.
+    The tokenizer is asked for `stop_strings` alone. A model whose cache is not one of keys and values (state-space
+    layers and the like) is served by its own `generate`, which is said once.
+    """
+
+    def __init__(self, tokenizer: Any = None, *, max_rows: int = ROWS, max_cache_tokens: int | None = None) -> None:
+        self.tokenizer, self.max_rows, self.max_cache_tokens = tokenizer, max_rows, max_cache_tokens
+
+    @torch.no_grad()
+    def generate(self, model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """`samples` completions of each request, in the order of the requests."""
+        unknown = [name for name in sampling.further if name not in FURTHER]
+        if unknown:
+            raise ValueError(
+                f"generation_kwargs: {', '.join(unknown)} not understood here; known are {', '.join(FURTHER)}"
+            )
+        with evaluating(model):
+            if self._is_served(model):
+                return _Run(self, model, requests, sampling).drawn()
+            return [_by_generate(model, request, sampling) for request in requests]
+
+    def _is_served(self, model: nn.Module) -> bool:
+        """Whether the model's first tokens after two prompts of different lengths are those without a cache: a numeric
+        check, made once for each model."""
+        base = causal_lm(model)
+        if not hasattr(base, "_trl_sampled"):
+            base._trl_sampled = fault = _first_fault(self, model)
+            if fault is not None:
+                say_once(f"completions are drawn by the model's own generate, without refilling: {fault}")
+        return base._trl_sampled is None
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, [rows, heads, columns, D]. Their bookkeeping is shared by all layers."""
+
+    is_sliding = False
+
+    def __init__(self, columns: "_Columns") -> None:
+        super().__init__()
+        self.columns = columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, capacity = self.columns.rows, self.columns.capacity
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], capacity, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], capacity, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        columns, used = self.columns, key_states.shape[0]
+        self.keys[:used, :, columns.at] = key_states[:, :, 0]
+        self.values[:used, :, columns.at] = value_states[:, :, 0]
+        span = slice(columns.first, columns.at + 1)
+        return self.keys[:used, :, span], self.values[:used, :, span]
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.columns.at + 1 - self.columns.first, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns.at - self.columns.first
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _Columns(Cache):
+    """A cache whose rows all end at the column `at`, which is written next; no row begins before `first`."""
+
+    def __init__(self, layers: int, rows: int, capacity: int, at: int) -> None:
+        self.rows, self.capacity, self.at, self.first = rows, capacity, at, at
+        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.at - self.first
+
+    def put(self, row: int, prompt: list[tuple[Tensor, Tensor]]) -> None:
+        """A prompt's keys and values into a row, ending before the current column."""
+        start = self.at - prompt[0][0].shape[1]
+        for layer, (keys, values) in zip(self.layers, prompt, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None], values[None])
+            layer.keys[row, :, start : self.at] = keys
+            layer.values[row, :, start : self.at] = values
+
+    def keep(self, rows: list[int]) -> None:
+        """Move these rows to the front."""
+        span = slice(self.first, self.at)
+        for layer in self.layers:
+            for kept in (layer.keys, layer.values):
+                index = torch.tensor(rows, device=kept.device)
+                kept[: len(rows), :, span] = kept[:, :, span].index_select(0, index)
+
+    def shift(self, to: int) -> None:
+        """Move what is held to the left, so that the current column is `to`."""
+        width = self.at - self.first
+        for layer in self.layers:
+            for kept in (layer.keys, layer.values):
+                kept[:, :, to - width : to] = kept[:, :, self.first : self.at].clone()
+        self.first, self.at = to - width, to
+
+
+class _Prompt:
+    """A prompt that was prefilled: keys and values of each layer [heads, length, D], and what its end predicts [V]."""
+
+    def __init__(self, ids: Sequence[int], cached: list[tuple[Tensor, Tensor]], logits_V: Tensor) -> None:
+        self.ids, self.cached, self.logits_V = list(ids), cached, logits_V
+
+
+class _Row:
+    """A sample under way."""
+
+    def __init__(self, request: int, number: int, seed: Sequence[int], prompt: _Prompt, longest: int) -> None:
+        self.request, self.number, self.prompt = request, number, prompt
+        self.ids: list[int] = []
+        self.logps: list[float] = []
+        self.finished = False
+        self.uniforms = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, number]))).random(longest)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.ids) + len(self.ids)
+
+
+class _Run:
+    """One call: what waits, what is under way, what is done."""
+
+    def __init__(self, sampler: InProcessSampler, model: nn.Module, requests: Sequence[Request], sampling: Sampling):
+        self.model, self.requests, self.sampling, self.tokenizer = model, requests, sampling, sampler.tokenizer
+        base = causal_lm(model)
+        self.device = base.get_input_embeddings().weight.device
+        self.longest = max((len(request.prompt_ids) for request in requests), default=0)
+        most = sampler.max_cache_tokens or CACHE_TOKENS.get(self.device.type, CACHE_TOKENS["default"])
+        wanted = sum(request.samples for request in requests)
+        self.rows = max(1, min(sampler.max_rows, wanted, most // max(self.longest + sampling.max_new_tokens, 1)))
+        self.capacity = self.longest + 2 * sampling.max_new_tokens + 8
+        self.waiting = deque((index, request.first + each) for index, request in enumerate(requests)
+                             for each in range(request.samples))  # fmt: skip
+        self.prompts: dict[int, _Prompt] = {}
+        self.left = {index: request.samples for index, request in enumerate(requests)}
+        self.done: dict[tuple[int, int], Completion] = {}
+        self.active: list[_Row | None] = []
+        self.cache: _Columns | None = None
+        self.kwargs = _accepted(base)
+        self.is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        self.processors = _processors(sampling, self.device)
+
+    def drawn(self) -> list[list[Completion]]:
+        self._refill()
+        while self._anyone(bool(self.active)):
+            if self.active:
+                self._advance()
+            else:
+                self._stand_in()
+        return [
+            [self.done[index, request.first + each] for each in range(request.samples)]
+            for index, request in enumerate(self.requests)
+        ]
+
+    def _anyone(self, here: bool) -> bool:
+        """Whether any rank still draws: sharded weights are gathered by all ranks together."""
+        if not self.is_sharded:
+            return here
+        flag = torch.tensor(int(here), device=self.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def _stand_in(self) -> None:
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+
+    # --- prompts --------------------------------------------------------------------------------------------------
+
+    def _refill(self) -> None:
+        """Waiting samples into free rows, until there is none of either."""
+        free = [place for place, row in enumerate(self.active) if row is None]
+        free += range(len(self.active), self.rows)
+        while free and self.waiting:
+            entering = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
+            self._prefill(list(dict.fromkeys(index for index, _ in entering if index not in self.prompts)))
+            rows = [_Row(index, number, self.requests[index].seed, self.prompts[index], self.sampling.max_new_tokens)
+                    for index, number in entering]  # fmt: skip
+            self._draw(rows, torch.stack([row.prompt.logits_V for row in rows]))
+            for row in rows:
+                if not row.finished and len(row.ids) < self.sampling.max_new_tokens:
+                    self._enter(row, free.pop(0))
+                else:
+                    self._finish(row)
+
+    def _enter(self, row: _Row, place: int) -> None:
+        if self.cache is None:
+            layers = len(row.prompt.cached)
+            self.cache = _Columns(layers, self.rows, self.capacity, at=self.longest)
+        while len(self.active) <= place:
+            self.active.append(None)
+        self.active[place] = row
+        self.cache.put(place, row.prompt.cached)
+        self.cache.first = min(self.cache.first, self.cache.at - len(row.prompt.ids))
+        self._forget(row.request)
+
+    def _forget(self, request: int) -> None:
+        """Drop a prompt's keys when its last sample has entered."""
+        self.left[request] -= 1
+        if not self.left[request]:
+            self.prompts.pop(request, None)
+
+    def _prefill(self, indices: list[int]) -> None:
+        for group in self._groups(indices):
+            prompts = [self.requests[index].prompt_ids for index in group]
+            width = max(map(len, prompts))
+            ids = torch.zeros(len(group), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for place, prompt in enumerate(prompts):
+                ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
+                mask[place, width - len(prompt) :] = 1
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            cache = DynamicCache()
+            logits_BV = self._forward(ids, mask, positions, cache)
+            for place, index in enumerate(group):
+                length = len(prompts[place])
+                cached = [(layer.keys[place, :, -length:], layer.values[place, :, -length:]) for layer in cache.layers]
+                self.prompts[index] = _Prompt(prompts[place], cached, logits_BV[place])
+
+    def _groups(self, indices: list[int]) -> Iterator[list[int]]:
+        """Prompts of like lengths together, so that little is padded."""
+        group: list[int] = []
+        for index in sorted(indices, key=lambda each: len(self.requests[each].prompt_ids)):
+            width = len(self.requests[index].prompt_ids)
+            if group and (len(group) + 1) * width > PREFILL_TOKENS:
+                yield group
+                group = []
+            group.append(index)
+        if group:
+            yield group
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """What the last column predicts, [B, V], fp32."""
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {name: value.to(self.device) for name, value in inputs.items() if name in self.kwargs}
+        further = {"logits_to_keep": 1} if "logits_to_keep" in self.kwargs else {}
+        return self.model(**inputs, past_key_values=cache, **further, use_cache=True).logits[:, -1].float()
+
+    # --- one token of every row -----------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        cache = self.cache
+        assert cache is not None
+        if cache.at == cache.capacity:
+            cache.shift(self.longest + self.sampling.max_new_tokens)
+        ids, lengths = [], []
+        for row in self.active:
+            ids.append(0 if row is None else row.ids[-1])
+            lengths.append(1 if row is None else row.length)
+        length_B = torch.tensor(lengths)
+        first = cache.at + 1 - max(lengths)
+        cache.first = first
+        # A row's tokens are those of the last columns, the new one included.
+        column_T = torch.arange(first, cache.at + 1)
+        mask = (column_T[None] > cache.at - length_B[:, None]).long()
+        logits_BV = self._forward(torch.tensor(ids)[:, None], mask, length_B[:, None] - 1, cache)
+        cache.at += 1
+        alive = [place for place, row in enumerate(self.active) if row is not None]
+        rows = [row for row in self.active if row is not None]
+        self._draw(rows, logits_BV if len(alive) == len(self.active) else logits_BV[alive])
+        for place, row in zip(alive, rows, strict=True):
+            if row.finished or len(row.ids) == self.sampling.max_new_tokens:
+                self._finish(row)
+                self.active[place] = None
+        if self.waiting:
+            self._refill()
+        self._close_ranks()
+
+    def _close_ranks(self) -> None:
+        alive = [place for place, row in enumerate(self.active) if row is not None]
+        if len(self.active) - len(alive) > DEAD_SHARE * len(self.active) or not alive:
+            assert self.cache is not None
+            if alive:
+                self.cache.keep(alive)
+            self.active = [self.active[place] for place in alive]
+
+    def _draw(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
+        """The next token of each row, by its own random number."""
+        if not rows:
+            return
+        sampling = self.sampling
+        greedy = sampling.temperature == 0
+        scale = 1.0 if greedy else sampling.temperature
+        scores_BV = logits_BV
+        if self.processors:
+            ids = self._left_padded(rows) if self._needs_ids() else None
+            scores_BV = self.processors(ids, logits_BV.clone())
+        if sampling.further.get("min_new_tokens") and sampling.stop_ids:
+            early = [place for place, row in enumerate(rows) if len(row.ids) < sampling.further["min_new_tokens"]]
+            scores_BV = scores_BV.clone()
+            scores_BV[torch.tensor(early, dtype=torch.long)[:, None], list(sampling.stop_ids)] = -torch.inf
+        if greedy:
+            token_B = scores_BV.argmax(-1)
+        else:
+            cumulative_BV = scores_BV.softmax(-1).cumsum(-1)
+            uniform_B = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float32)
+            # Of the sum itself, which rounding keeps from being one; the last token that has a probability at most.
+            wanted_B = uniform_B.to(self.device) * cumulative_BV[:, -1]
+            token_B = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)[:, 0]
+            last_B = scores_BV.shape[1] - 1 - (scores_BV.flip(-1) > -torch.inf).int().argmax(-1)
+            token_B = torch.minimum(token_B, last_B)
+        tempered_BV = logits_BV if scale == 1.0 else logits_BV / scale
+        logp_B = tempered_BV.gather(1, token_B[:, None])[:, 0] - tempered_BV.logsumexp(-1)
+        stops = set(sampling.stop_ids)
+        for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist(), strict=True):
+            row.ids.append(token)
+            row.logps.append(logp)
+            row.finished = token in stops or self._stopped(row)
+
+    def _stopped(self, row: _Row) -> bool:
+        strings = self.sampling.stop_strings
+        if not strings:
+            return False
+        if self.tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: InProcessSampler(tokenizer)")
+        tail = self.tokenizer.decode(row.ids[-max(map(len, strings)) - 8 :])
+        last = self.tokenizer.decode(row.ids[-max(map(len, strings)) - 8 : -1])
+        return any(string in tail and string not in last for string in strings)
+
+    def _needs_ids(self) -> bool:
+        return self.sampling.repetition_penalty != 1 or bool(
+            {"no_repeat_ngram_size", "bad_words_ids"} & self.sampling.further.keys()
+        )
+
+    def _left_padded(self, rows: Sequence[_Row]) -> Tensor:
+        """Prompts and completions, [B, T]; what is left over on the left repeats the first token."""
+        width = max(row.length for row in rows)
+        table = [[row.prompt.ids[0]] * (width - row.length) + row.prompt.ids + row.ids for row in rows]
+        return torch.tensor(table, device=self.device)
+
+    def _finish(self, row: _Row) -> None:
+        if row not in self.active:
+            self._forget(row.request)  # it never entered
+        self.done[row.request, row.number] = Completion(row.ids, row.logps, row.finished)
+
+
+def _processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
+    """transformers' processors in the order of its `generate`."""
+    further, found = sampling.further, LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if further.get("no_repeat_ngram_size"):
+        found.append(NoRepeatNGramLogitsProcessor(further["no_repeat_ngram_size"]))
+    if further.get("bad_words_ids"):
+        found.append(NoBadWordsLogitsProcessor(further["bad_words_ids"], list(sampling.stop_ids)))
+    if further.get("suppress_tokens"):
+        found.append(SuppressTokensLogitsProcessor(further["suppress_tokens"], device=device))
+    if sampling.temperature == 0:
+        return found
+    if sampling.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        found.append(MinPLogitsWarper(sampling.min_p))
+    if further.get("typical_p", 1.0) < 1:
+        found.append(TypicalLogitsWarper(further["typical_p"]))
+    if further.get("epsilon_cutoff"):
+        found.append(EpsilonLogitsWarper(further["epsilon_cutoff"]))
+    if further.get("eta_cutoff"):
+        found.append(EtaLogitsWarper(further["eta_cutoff"], device=device))
+    return found
+
+
+def _accepted(base: Any) -> set[str]:
+    return set(inspect.signature(type(base).forward).parameters)
+
+
+def _first_fault(sampler: InProcessSampler, model: nn.Module) -> str | None:
+    """What is wrong with the cache that is kept here for this model, in one sentence, or None."""
+    base = causal_lm(model)
+    vocabulary = base.config.get_text_config().vocab_size
+    prompts = [[(start + 7 * index) % vocabulary for index in range(length)] for start, length in ((11, 3), (23, 6))]
+    requests = [Request(prompt, 1, (0, index)) for index, prompt in enumerate(prompts)]
+    sampling = Sampling(max_new_tokens=3, temperature=0)
+    try:
+        for [completion], prompt in zip(_Run(sampler, model, requests, sampling).drawn(), prompts, strict=True):
+            ids = torch.tensor([prompt + completion.ids], device=base.get_input_embeddings().weight.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            ours = torch.tensor(completion.logps, device=logps.device)
+            theirs = logps.gather(1, ids[0, len(prompt) :, None])[:, 0]
+            rounds = logits.dtype != torch.float32 or next(base.parameters()).dtype != torch.float32
+            if not torch.allclose(ours, theirs, atol=0.2 if rounds or torch.is_autocast_enabled() else 1e-3):
+                return "tokens after a shared cache are not those without it"
+    except Exception as error:
+        return f"its cache is not one of keys and values ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    return None
+
+
+def _by_generate(model: nn.Module, request: Request, sampling: Sampling) -> list[Completion]:
+    """The model's own `generate`, one request at a time, seeded by the request."""
+    base = causal_lm(model)
+    device = base.get_input_embeddings().weight.device
+    found = []
+    for number in range(request.first, request.first + request.samples):
+        # One at a time, so that a sample does not depend on how many are drawn together.
+        with torch.random.fork_rng():
+            torch.manual_seed(int(np.random.SeedSequence([*request.seed, number]).generate_state(1)[0]))
+            settings = {
+                "max_new_tokens": sampling.max_new_tokens,
+                "do_sample": sampling.temperature != 0,
+                "repetition_penalty": sampling.repetition_penalty,
+                "eos_token_id": list(sampling.stop_ids) or None,
+                "pad_token_id": sampling.stop_ids[0] if sampling.stop_ids else 0,
+                **sampling.further,
+            }
+            if sampling.temperature != 0:
+                settings |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+                settings |= {"min_p": sampling.min_p} if sampling.min_p else {}
+            ids = torch.tensor([list(request.prompt_ids)], device=device)
+            output = base.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True,
+                **settings,
+            )  # fmt: skip
+        tokens = output.sequences[0, ids.shape[1] :].tolist()
+        scale = sampling.temperature or 1.0
+        logps = [
+            (logits[0].float() / scale).log_softmax(-1)[token].item()
+            for logits, token in zip(output.logits, tokens, strict=True)
+        ]
+        found.append(Completion(tokens, logps, bool(tokens) and tokens[-1] in sampling.stop_ids))
+    return found
