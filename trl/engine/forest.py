@@ -207,7 +207,9 @@ def computed(batch: Batch) -> tuple[int, int]:
     included. Further layouts inside the batch are counted too."""
     inner = [computed(each) for each in batch.values() if isinstance(each, dict) and "input_ids" in each]
     distinct = batch["distinct"] + sum(each[0] for each in inner)
-    return distinct, batch["input_ids"].numel() + sum(each[1] for each in inner)
+    # The stand-in of an empty forest is nobody's token.
+    own = batch["input_ids"].numel() if batch["distinct"] else 0
+    return distinct, own + sum(each[1] for each in inner)
 
 
 def trained(batch: Batch) -> int:

@@ -567,7 +567,8 @@ class BaseTrainer(Adoptable, Trainer):
             found = self._reduced("train", num_tokens=self._tokens_seen)
             logs = {**logs, **found}
         if "train_runtime" in logs:
-            logs = {**logs, "train_token_efficiency": round(self._distinct / max(self._positions, 1), 4)}
+            efficiency = round(self._distinct / self._positions, 4) if self._positions else 1.0
+            logs = {**logs, "train_token_efficiency": efficiency}
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
