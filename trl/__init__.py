@@ -8,6 +8,7 @@ from . import compat
 __version__ = "2.0.0.dev0"
 
 if TYPE_CHECKING:
+    from .callbacks import SyncRefModelCallback
     from .compat import FDivergenceType
     from .config import ModelConfig, ScriptArguments
     from .data.completion_only import DataCollatorForCompletionOnlyLM
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .data.mixture import DatasetMixtureConfig
     from .data.packing import pack_dataset
+    from .engine.reference import create_reference_model
     from .models.adapters import get_peft_config
     from .models.load import get_quantization_config
     from .models.vocabulary import clone_chat_template
@@ -64,8 +66,10 @@ _home = {
     "SFTConfig": "trl.trainer.sft",
     "SFTTrainer": "trl.trainer.sft",
     "ScriptArguments": "trl.config",
+    "SyncRefModelCallback": "trl.callbacks",
     "apply_chat_template": "trl.data.convert",
     "clone_chat_template": "trl.models.vocabulary",
+    "create_reference_model": "trl.engine.reference",
     "extract_prompt": "trl.data.convert",
     "get_peft_config": "trl.models.adapters",
     "get_quantization_config": "trl.models.load",
@@ -105,9 +109,11 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "ScriptArguments",
+    "SyncRefModelCallback",
     "__version__",
     "apply_chat_template",
     "clone_chat_template",
+    "create_reference_model",
     "extract_prompt",
     "get_peft_config",
     "get_quantization_config",

@@ -397,3 +397,27 @@ def test_scores_are_those_of_transformers(tokenizer, family):
     ours = scalars(model, attachment.batch([Tree(Branch(prompt, [False] * 3), branches)]))[:, 0]
     theirs = [model(input_ids=torch.tensor([prompt + end]), use_cache=False).logits[0, 0] for end in ends]
     torch.testing.assert_close(ours, torch.stack(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_reference_for_loops_of_ones_own(tokenizer):
+    from types import SimpleNamespace
+
+    policy = tiny(tokenizer)
+    copy = trl.create_reference_model(policy)
+    assert not any(parameter.requires_grad for parameter in copy.parameters()) and not copy.training
+    with torch.no_grad():
+        policy.lm_head.weight += 1.0
+    arguments = SimpleNamespace(ref_model_sync_steps=2, ref_model_mixup_alpha=0.25)
+    before = copy.lm_head.weight.clone()
+    callback = trl.SyncRefModelCallback(copy)
+    callback.on_step_end(arguments, SimpleNamespace(global_step=1), None, model=policy)
+    assert torch.equal(copy.lm_head.weight, before)
+    callback.on_step_end(arguments, SimpleNamespace(global_step=2), None, model=policy)
+    torch.testing.assert_close(copy.lm_head.weight, before + 0.25)
+
+
+def test_collators_are_refused(tmp_path, tokenizer):
+    config = trl.DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="lays its batches out itself"):
+        trl.DPOTrainer(tiny(tokenizer), None, config, data_collator=len, train_dataset=pair_rows(4),
+                       processing_class=tokenizer)  # fmt: skip

@@ -203,8 +203,12 @@ class _Notices(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
+        self.held: list[str] | None = None  # where they are kept, for who decides later what to say
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self.held is not None:
+            self.held.append(record.getMessage())
+            return
         print(f"trl: {record.getMessage()}", flush=True)
 
 
@@ -230,7 +234,7 @@ def loading_arguments(model: Any) -> dict[str, Any]:
     return arguments
 
 
-def rows(script: Any, mixture: Any, config: Any, notices: logging.Handler) -> tuple[Any, Any]:
+def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
     """What is trained on, and what is evaluated on: None when nothing asks for evaluation."""
     from trl.data.formats import load
     from trl.data.mixture import load_mixture
@@ -245,14 +249,18 @@ def rows(script: Any, mixture: Any, config: Any, notices: logging.Handler) -> tu
     train = load(name, script.dataset_train_split, config_name, streaming=streams)
     if not evaluates:
         return train, None
-    # That another split stands in is an error here, and told as one.
-    notices.setLevel(logging.CRITICAL)
+    # That the only split stands in is an error here, and told as one.
+    notices.held = []
     test = load(name, script.dataset_test_split, config_name, streaming=streams)
-    notices.setLevel(logging.WARNING)
+    heard, notices.held = notices.held, None
     wanted = script.dataset_test_split.split("[")[0]
     # A file has one split, and `load` then reads that one, whatever the name. To train on, that is what was meant; to
     # evaluate on, it would be the training rows.
-    another = test.split is not None and str(test.split).split("[")[0] != wanted
+    taken = str(test.split).split("[")[0]
+    another = test.split is not None and taken != wanted and taken.startswith("train")
+    for sentence in heard:
+        if not another:
+            print(f"trl: {sentence}", flush=True)
     if another or (not streams and test._fingerprint == train._fingerprint):
         raise UsageError(
             f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. Set some aside: "

@@ -129,6 +129,13 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
+def create_reference_model(model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
+    """A frozen copy of a model, as upstream names it. Trainers make their own where they need one."""
+    if num_shared_layers is not None or pattern is not None:
+        raise ValueError("num_shared_layers: sharing layers is not supported; an adapter needs no second model at all")
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
 def peft_model(model: nn.Module) -> Any:
     """The model that carries the adapter, out of what wraps it for several processes."""
     while not hasattr(model, "peft_config"):

@@ -41,6 +41,14 @@ SHARD, STREAM_SHARD = 4096, 512
 class PreferenceTrainer(BaseTrainer):
     """A trainer on rows of prompts and judged completions."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("data_collator") is not None:
+            raise ValueError(
+                f"{type(self).__name__} lays its batches out itself, prompts with their completions under them, which "
+                "a data_collator cannot do: leave it out"
+            )
+        super().__init__(*args, **kwargs)
+
     kind = "pairs"  # how rows are read: `data.preference.prepare_preferences`
     prepared_columns = frozenset({"prompt_ids", "chosen_ids", "rejected_ids", "row"})
 
