@@ -118,6 +118,8 @@ def _logging_dir(folder: Any) -> None:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
 
 
+_OTHER_SAMPLER = "completions are drawn by the sampler of this process"
+
 # --- the table ------------------------------------------------------------------------------------------------------
 
 # What configs of preferences had, and trainers before them took themselves.
@@ -267,6 +269,47 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "use_num_logits_to_keep": Gone(_HEAD, "trl 0.13 – 0.16", nothing=(None, False)),
         "use_logits_to_keep": Gone(_HEAD, "trl 0.15 – 0.28", nothing=(None, False)),
         "tools": Refused("give each row its tools, in a column `tools`", "trl 0.14 – 0.28", nothing=(None, [])),
+    },
+    "OnlineConfig": {
+        "use_vllm": Refused(
+            "completions are drawn by the sampler of this process; leave it out",
+            "trl 0.14 – 1.16",
+            nothing=(None, False),
+        ),
+        "use_transformers_continuous_batching": Refused(
+            "the sampler refills its batch by itself; leave it out", "trl 1.0 – 1.16", nothing=(None, False)
+        ),
+        "use_transformers_paged": Refused(
+            "the sampler refills its batch by itself; leave it out", "trl 0.20 – 1.16", nothing=(None, False)
+        ),
+        "transformers_continuous_batching_config": Gone(_OTHER_SAMPLER, "trl 1.0 – 1.16"),
+        "cache_implementation": Gone("the sampler has a cache of its own", "trl 0.16 – 1.16"),
+        "ds3_gather_for_generation": Gone("sharded weights are gathered layer by layer", "trl 0.14 – 1.16"),
+        "pad_to_multiple_of": Gone("flat rows are not padded", "trl 1.0 – 1.16"),
+        "log_multimodal": Gone("there are no images yet", "trl 0.28 – 1.16"),
+        "max_tool_calling_iterations": Gone("there are no tools yet", "trl 0.26 – 1.16"),
+        "vllm_importance_sampling_correction": Gone(
+            "it is on with rollout_correction=True, for any sampler", "trl 0.22 – 1.16"
+        ),
+        "vllm_importance_sampling_cap": Now("vllm_importance_sampling_clip_max", "trl 0.22 – 1.0"),
+        "log_completions_hub_repo": Refused(
+            "completions are kept in the output folder; upload that", "trl 0.26 – 1.16"
+        ),
+        **{
+            old: Gone(_OTHER_SAMPLER, "trl 0.14 – 1.16")
+            for old in (
+                *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex"),
+                *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
+                *("vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_max_model_len"),
+                *("vllm_tensor_parallel_size", "vllm_device", "vllm_dtype", "vllm_guided_decoding_regex"),
+            )
+        },
+    },
+    "OnlineTrainer": {
+        "tools": Refused("tools and environments are not there yet", "trl 0.26 – 1.16"),
+        "rollout_func": Refused("tools and environments are not there yet", "trl 0.24 – 1.16"),
+        "environment_factory": Refused("tools and environments are not there yet", "trl 1.0 – 1.16"),
+        "reward_model": Now("reward_funcs", "trl ≤ 0.16"),
     },
     "KTOConfig": {
         old: Gone("it belonged to the loss bco, which is BCOTrainer's today", "trl 0.9")

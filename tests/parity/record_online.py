@@ -32,11 +32,17 @@ GRADIENTS = ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight")
 PROMPTS = [[1, 5], [1, 15, 16, 17, 9]]
 COMPLETIONS = [[4, 7, 11, 3, 2], [8], [10, 12, 2], [19, 20, 21, 22, 6, 2], [13, 14], [23, 8, 17, 2]]
 ADVANTAGES = [1.2, -0.7, 0.0, -1.1, 0.9, 0.4]
+# What the policy has since moved away from its completions, in the mean: towards the second, away from the fourth.
+DRIFT = [-0.15, -0.4, 0.0, 0.2, 0.1, -0.05]
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-OFTEN = {"vllm_importance_sampling_clip_min": 0.9, "vllm_importance_sampling_clip_max": 1.3}
+# Bounds between the weights of the tokens, and of the sequences.
+BOUNDS = {
+    "token": {"vllm_importance_sampling_clip_min": 0.9, "vllm_importance_sampling_clip_max": 1.3},
+    "sequence": {"vllm_importance_sampling_clip_min": 0.8, "vllm_importance_sampling_clip_max": 1.6},
+}
 SHARE = {"top_entropy_quantile": 0.5}
 
 
@@ -47,8 +53,9 @@ def grpo_cases():
         for level in LEVELS:
             # A sequence's ratio is nearer to one: the bounds are too.
             near = {"epsilon": 0.1} if level == "sequence" else {}
+            near |= {"epsilon_high": 1.05} if loss == "cispo" else {}
             cases[f"{loss} {level}"] = {"loss_type": loss, "importance_sampling_level": level, **near}
-    cases |= {f"on the policy {loss}": {"loss_type": loss, "old": "own"} for loss in ("dapo", "cispo", "vespo")}
+    cases |= {f"on the policy {loss}": {"loss_type": loss, "old": "own"} for loss in ("dapo", "sapo", "vespo")}
     for level in LEVELS:
         for biased in (False, True):
             name = f"beta {level}" + (" biased" if biased else "")
@@ -60,7 +67,7 @@ def grpo_cases():
         cases[f"off-policy mask {level}"] = {"off_policy_mask_threshold": 0.05, "importance_sampling_level": level}
     cases |= {
         "delta 1.5": {"delta": 1.5},
-        "cispo epsilon_high": {"loss_type": "cispo", "epsilon_high": 1.1},
+        "cispo default": {"loss_type": "cispo"},
         "beta luspo": {"loss_type": "luspo", "beta": 0.1, "importance_sampling_level": "sequence"},
         "beta vespo": {"loss_type": "vespo", "beta": 0.1},
         "entropy_coef": {"entropy_coef": 0.01},
@@ -78,20 +85,22 @@ def grpo_cases():
     for old in ("own", "rows"):
         for mode in MODES:
             settings = {"vllm_importance_sampling_mode": mode, "old": old, "corrected": True}
-            cases[f"corrected {mode} {old}"] = {"loss_type": "grpo", **OFTEN, **settings}
+            cases[f"corrected {mode} {old}"] = {"loss_type": "grpo", **BOUNDS[mode.split("_")[0]], **settings}
         for mode in MODES[:2]:  # upstream refuses the others
             settings = {"vllm_importance_sampling_mode": mode, "old": old, "corrected": True}
-            cases[f"corrected vespo {mode} {old}"] = {"loss_type": "vespo", **OFTEN, **settings}
+            # Where a token is masked its sequence weighs next to nothing.
+            bound = {"vllm_importance_sampling_clip_max": 1.3}
+            cases[f"corrected vespo {mode} {old}"] = {"loss_type": "vespo", **bound, **settings}
     cases["corrected all at once"] = {
         "loss_type": "grpo", "beta": 0.1, "off_policy_mask_threshold": 0.05, "old": "rows", "corrected": True,
-        "importance_sampling_level": "sequence", **OFTEN, **SHARE, "vllm_importance_sampling_mode": "token_truncate",
+        "importance_sampling_level": "sequence", **BOUNDS["token"], **SHARE, "vllm_importance_sampling_mode": "token_truncate",
     }  # fmt: skip
     return cases
 
 
 RLOO = {
     "plain": {},
-    "epsilon_high": {"epsilon": 0.1, "epsilon_high": 0.28},
+    "epsilon_high": {"epsilon": 0.1, "epsilon_high": 2.0},
     "on the policy": {"old": "own"},
     "temperature": {"temperature": 0.7},
 }
@@ -187,7 +196,7 @@ def rows_of(trainer):
         step = torch.arange(place, place + len(own), dtype=torch.float64)
         place += len(own)
         moved = {
-            "old_logps": own + 0.45 * torch.sin(1.9 * step + 0.3),
+            "old_logps": own + DRIFT[index] + 0.45 * torch.sin(1.9 * step + 0.3),
             "ref_logps": own + 0.6 * torch.cos(0.8 * step),
             "sampler_logps": own + 0.3 * torch.sin(2.6 * step + 1.0),
         }

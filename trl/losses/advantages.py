@@ -13,12 +13,25 @@ EPSILON = 1e-4  # added to standard deviations
 
 
 def _std(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """The sample standard deviation of what is not NaN (0 of a single value)."""
+    """The sample standard deviation of what is not NaN; 0 of a single value and of none."""
     dims = tuple(range(values.dim())) if dim is None else dim
     count = (~values.isnan()).sum(dims, keepdim=keepdim)
     mean = values.nanmean(dims, keepdim=True)
     squares = (values - mean).square().nansum(dims, keepdim=keepdim)
     return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def _alike(values: Tensor, dim: int) -> Tensor:
+    """Whether all that is not NaN along `dim` is one and the same number, which then stays as a dimension of one."""
+    high = values.masked_fill(values.isnan(), -torch.inf).amax(dim, keepdim=True)
+    low = values.masked_fill(values.isnan(), torch.inf).amin(dim, keepdim=True)
+    return low >= high
+
+
+def _centred(values: Tensor, dim: int) -> Tensor:
+    """Less the mean of what is not NaN; exactly 0 where all are alike, whatever rounding makes of their mean."""
+    away = values - values.nanmean(dim, keepdim=True)
+    return away.masked_fill(_alike(values, dim) & ~values.isnan(), 0.0)
 
 
 def total_reward(rewards_SF: Tensor, weights_F: Tensor) -> Tensor:
@@ -38,7 +51,7 @@ def sum_then_normalize(
     """
     reward_S = total_reward(rewards_SF, weights_F)
     group = reward_S.view(-1, num_generations)
-    advantage_S = (group - group.nanmean(1, keepdim=True)).flatten()
+    advantage_S = _centred(group, 1).flatten()
     if scale_rewards == "group":
         deviation_S = _std(group, 1, keepdim=True).expand_as(group).flatten()
     elif scale_rewards == "batch":
@@ -54,9 +67,8 @@ def normalize_then_sum(
     """Each function's rewards normalised in the group, then their weighted sum normalised over all completions,
     [S, F] -> [S]. GDPO, Liu et al. 2026, arXiv:2601.05242."""
     group = rewards_SF.view(-1, num_generations, rewards_SF.shape[1])
-    each_SF = ((group - group.nanmean(1, keepdim=True)) / (_std(group, 1, keepdim=True) + EPSILON)).flatten(0, 1)
-    reward_S = total_reward(each_SF, weights_F).masked_fill(rewards_SF.isnan().all(1), float("nan"))
-    return ((reward_S - reward_S.nanmean()) / (_std(reward_S) + EPSILON)).nan_to_num(0.0)
+    each_SF = (_centred(group, 1) / (_std(group, 1, keepdim=True) + EPSILON)).flatten(0, 1)
+    return standardised(total_reward(each_SF, weights_F)).nan_to_num(0.0)
 
 
 def unbiased_group(
@@ -66,8 +78,7 @@ def unbiased_group(
 
     Dr. GRPO, arXiv:2503.20783, appendix A.
     """
-    reward_S = total_reward(rewards_SF, weights_F)
-    return leave_one_out(reward_S, num_generations=num_generations)
+    return leave_one_out(total_reward(rewards_SF, weights_F), num_generations=num_generations)
 
 
 def maximum_likelihood(
@@ -80,29 +91,33 @@ def maximum_likelihood(
     reward_S = total_reward(rewards_SF, weights_F)
     group = reward_S.view(-1, num_generations)
     mean = group.nanmean(1, keepdim=True)
-    return torch.where(mean > 0, (group - mean) / mean.clamp(min=EPSILON), 0.0).flatten().nan_to_num(0.0)
+    return torch.where(mean > 0, _centred(group, 1) / mean, 0.0).flatten().nan_to_num(0.0)
 
 
-def leave_one_out(reward_S: Tensor, *, num_generations: int) -> Tensor:
-    """`r - mean of the group's others`, [S] -> [S]. RLOO, Ahmadian et al. 2024, arXiv:2402.14740, equation 8."""
-    if num_generations == 1:
-        return torch.zeros_like(reward_S)
+def leave_one_out(reward_S: Tensor, *, num_generations: int, normalize: bool = False) -> Tensor:
+    """`r - mean of the group's others`, [S] -> [S]; 0 where there are no others. With `normalize` then of mean 0 and
+    deviation 1 over all completions that have a reward and others to compare with.
+
+    RLOO, Ahmadian et al. 2024, arXiv:2402.14740, equation 8.
+    """
     group = reward_S.view(-1, num_generations)
-    others = (~group.isnan()).sum(1, keepdim=True) - 1
-    baseline = (group.nansum(1, keepdim=True) - group) / others
-    return torch.where(others > 0, group - baseline, 0.0).flatten().nan_to_num(0.0)
+    count = (~group.isnan()).sum(1, keepdim=True)
+    # r - (sum - r) / (n - 1) is (r - mean) n / (n - 1).
+    advantage_S = (_centred(group, 1) * count / (count - 1)).flatten()
+    return (standardised(advantage_S) if normalize else advantage_S).nan_to_num(0.0)
 
 
-def standardised(advantage_S: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over all completions, [S] -> [S]."""
-    return (advantage_S - advantage_S.mean()) / (_std(advantage_S) + EPSILON)
+def standardised(values_S: Tensor) -> Tensor:
+    """Of mean 0 and deviation 1 over all that is not NaN, [S] -> [S]."""
+    if not len(values_S):
+        return values_S
+    return _centred(values_S, 0) / (_std(values_S) + EPSILON)
 
 
 def without_spread(rewards_SF: Tensor, weights_F: Tensor, num_generations: int) -> Tensor:
     """Which completions stand in a group whose total rewards are all alike, [S, F] -> bool [S]."""
     group = total_reward(rewards_SF, weights_F).view(-1, num_generations)
-    deviation = _std(group, 1, keepdim=True)
-    return torch.isclose(deviation, torch.zeros_like(deviation)).expand_as(group).flatten()
+    return _alike(group, 1).expand_as(group).flatten()
 
 
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {

@@ -4,6 +4,7 @@
 its logarithm is averaged first. Advantages are per token, all alike in a sequence.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ def pool(log_ratio_N: Tensor, *, seq_N: Tensor, sequences: int, importance_sampl
     if importance_sampling_level == "sequence":
         return mean_N
     return mean_N.detach() + log_ratio_N - log_ratio_N.detach()
+
+
+def _either(condition_N: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """One number or the other, in the precision of `like`."""
+    return torch.where(condition_N, like.new_tensor(yes), like.new_tensor(no))
 
 
 # --- surrogates: [N] each -------------------------------------------------------------------------------------------
@@ -56,7 +62,7 @@ def sapo(*, ratio_N: Tensor, advantage_N: Tensor, sapo_temperature_pos: float, s
 
     SAPO, Gao et al. 2025, arXiv:2511.20347.
     """
-    temperature_N = torch.where(advantage_N > 0, sapo_temperature_pos, sapo_temperature_neg)
+    temperature_N = _either(advantage_N > 0, sapo_temperature_pos, sapo_temperature_neg, advantage_N)
     return -torch.sigmoid(temperature_N * (ratio_N - 1)) * 4 / temperature_N * advantage_N
 
 
@@ -74,16 +80,45 @@ def vespo(
     log_correction_N: Tensor | None = None,
 ) -> Tensor:
     """`-sg[w] A log pi` with `w = exp(l + k log W - l W)` of the sequence's ratio W, k and l by the advantage's sign,
-    [N] -> [N]. VESPO, arXiv:2602.10693. `log_correction_N` is what corrects for another sampler."""
-    lowest = -18.420680743952367  # log 1e-8
+    [N] -> [N]: w is 1 where W is. VESPO, arXiv:2602.10693.
+
+    `log_correction_N` is of each token, and corrects for another sampler.
+    """
+    weight_N = vespo_weight(
+        log_ratio_N=log_ratio_N,
+        advantage_N=advantage_N,
+        seq_N=seq_N,
+        sequences=sequences,
+        vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
+        log_correction_N=log_correction_N,
+    )
+    return -weight_N * advantage_N * logp_N
+
+
+def vespo_weight(
+    *,
+    log_ratio_N: Tensor,
+    advantage_N: Tensor,
+    seq_N: Tensor,
+    sequences: int,
+    vespo_k_pos: float,
+    vespo_lambda_pos: float,
+    vespo_k_neg: float,
+    vespo_lambda_neg: float,
+    log_correction_N: Tensor | None = None,
+) -> Tensor:
+    """The w of `vespo`, without a gradient, alike for all tokens of a sequence, [N] -> [N]."""
+    lowest = math.log(1e-8)
     log_S = seq_sum(log_ratio_N.detach().clamp(-20, 20), seq_N, sequences)
     if log_correction_N is not None:
         log_S = log_S + seq_sum(log_correction_N.clamp(lowest, 20), seq_N, sequences)
     log_N = log_S.clamp(lowest, 20)[seq_N]
-    k_N = torch.where(advantage_N >= 0, vespo_k_pos, vespo_k_neg)
-    rate_N = torch.where(advantage_N >= 0, vespo_lambda_pos, vespo_lambda_neg).clamp(min=1e-4)
-    weight_N = (rate_N + k_N * log_N - rate_N * log_N.exp()).exp().nan_to_num(0.0, 0.0, 0.0)
-    return -weight_N * advantage_N * logp_N
+    k_N = _either(advantage_N >= 0, vespo_k_pos, vespo_k_neg, log_N)
+    rate_N = _either(advantage_N >= 0, vespo_lambda_pos, vespo_lambda_neg, log_N).clamp(min=1e-4)
+    return (rate_N + k_N * log_N - rate_N * log_N.exp()).exp().nan_to_num(0.0, 0.0, 0.0)
 
 
 def gmpo(

@@ -306,8 +306,9 @@ class OnlineTrainer(ReferencedTrainer):
         logged: dict[str, list[float]] = defaultdict(list)
         known = ("prompt", "prompt_ids", "row")
         columns = {name: [row[name] for row in of_row] for name in (rows[0] if rows else {}) if name not in known}
-        own_SF = torch.as_tensor(
-            self.rewards.score(
+        own_SF = torch.zeros(0, len(self.rewards.names))
+        if completions:  # a rank may have none
+            own_SF = self.rewards.score(
                 prompts,
                 replies,
                 [each.ids for each in completions],
@@ -315,9 +316,7 @@ class OnlineTrainer(ReferencedTrainer):
                 trainer_state=self.state,
                 log_extra=lambda name, values: extra.__setitem__(name, list(values)),
                 log_metric=lambda name, value: logged[name].append(float(value)),
-            ),
-            dtype=torch.float32,
-        ).view(len(completions), len(self.rewards.names))
+            )
         ref = self._reference_logps(model, of_row, completions) if self.needs_reference() else None
         kl_S = None
         if ref is not None and self.kl_in_reward():
@@ -329,10 +328,13 @@ class OnlineTrainer(ReferencedTrainer):
             rewards_SF = torch.cat([part[0] for part in together])
             all_kl_S = None if kl_S is None else torch.cat([part[1] for part in together])
         weights_F = self.rewards.weights
-        advantage_S = self.advantages(rewards_SF, weights_F, generations, all_kl_S)
+        advantage_S = torch.zeros(0)
+        if len(rewards_SF):
+            advantage_S = self.advantages(rewards_SF, weights_F, generations, all_kl_S)
         own_S = advantage_S[torch.from_numpy(mine)] if ranks > 1 else advantage_S
-        self._log_round(mode, rewards_SF, weights_F, generations, completions, kl_S, logged)
-        if not training:
+        if len(rewards_SF):
+            self._log_round(mode, rewards_SF, weights_F, generations, completions, kl_S, logged)
+        if not training and completions:
             totals = total_reward(rewards_SF, weights_F).view(-1, generations)
             self._judged += [(float(each.nanmean()), each.tolist()) for each in totals]
         if args.log_completions:
@@ -520,7 +522,8 @@ class OnlineTrainer(ReferencedTrainer):
     def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool,
                         ignore_keys: list[str] | None = None) -> tuple[Tensor, Any, Any]:  # fmt: skip
         generations = self.args.num_generations_eval or self.args.num_generations
-        samples = self._draw(inputs["rows"], generations, training=False) if inputs["rows"] else []
+        # Also without rows: other ranks may have some, and wait for this one.
+        samples = self._draw(inputs["rows"], generations, training=False)
         found = {kind: float(count) for kind, count in self.counts_of(samples).items()}
         total = torch.zeros((), device=self.args.device)
         for group in self._micro_batches(samples):

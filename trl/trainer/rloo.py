@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trl.engine.forest import Batch
 from trl.engine.score import score
-from trl.losses.advantages import leave_one_out, standardised, total_reward
+from trl.losses.advantages import leave_one_out, total_reward
 from trl.losses.policy import SEQUENCES, clip
 from trl.losses.tokens import Metric, mean, seq_sum
 
@@ -58,8 +58,7 @@ class RLOOTrainer(OnlineTrainer):
             reward_S = reward_S.clamp(*self.args.reward_clip_range)
         if kl_S is not None:
             reward_S = reward_S - self.args.beta * kl_S
-        advantage_S = leave_one_out(reward_S, num_generations=generations)
-        return standardised(advantage_S) if self.args.normalize_advantages else advantage_S
+        return leave_one_out(reward_S, num_generations=generations, normalize=self.args.normalize_advantages)
 
     def is_idle(self, sample: Sample) -> bool:
         return not sample.trained or (sample.advantage == 0.0 and self.router_aux_loss_coef() == 0.0)

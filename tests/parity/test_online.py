@@ -1,0 +1,132 @@
+"""The first step of GRPO and RLOO on fixed completions, and advantages, beside those that `record_online.py` took."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trl
+from tests.parity import tiny
+from tests.parity.test_parity import check
+from tests.trainer.helpers import DEFAULTS
+from trl.losses.advantages import ADVANTAGES
+from trl.trainer.grpo import GRPOTrainer
+from trl.trainer.online import Sample
+
+RECORDED = {name: json.loads((Path(__file__).parent / f"{name}.json").read_text()) for name in ("grpo", "rloo")}
+CASES = [(method, name) for method, recorded in RECORDED.items() for name in recorded["cases"]]
+TABLES = [(method, name) for method, recorded in RECORDED.items() for name in recorded["advantages"]]
+EACH_CASE = pytest.mark.parametrize(("method", "name"), CASES, ids=[f"{method} {name}" for method, name in CASES])
+LONGEST = 8  # as it was recorded
+IDLE = 2  # the sample whose advantage is 0
+
+
+def make(path: Path, method: str, settings: dict[str, Any], *, on_policy: bool = False) -> Any:
+    kind = method.upper()
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=tiny.policy(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=getattr(trl, f"{kind}Config")(
+            **{
+                **DEFAULTS,
+                "output_dir": str(path),
+                "per_device_train_batch_size": 6,
+                "num_generations": 3,
+                "max_completion_length": LONGEST,
+                "num_iterations": 1 if on_policy else 2,
+                **settings,
+            }
+        ),
+        train_dataset=[{"prompt": "w5 w6"}, {"prompt": "w7"}],
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.model.train()
+    return trainer
+
+
+def samples(method: str, case: dict[str, Any]) -> list[Sample]:
+    rows = RECORDED[method]["rows"]
+    drawn = "sampler_logps" if case["corrected"] else "old_logps"
+    found = []
+    for index, row in enumerate(rows):
+        further = {"old_logps": row["old_logps"]} if case["corrected"] and case["old"] == "rows" else {}
+        found.append(
+            Sample(
+                index // 3, row["prompt_ids"], row["completion_ids"], row[drawn], row["advantage"], row["ref_logps"],
+                True, **further,
+            )
+        )  # fmt: skip
+    return found
+
+
+def step(path: Path, method: str, name: str, **further: Any) -> tuple[float, dict, dict]:
+    """Loss, metrics and gradients of the recorded rows."""
+    case = RECORDED[method]["cases"][name]
+    settings = {**case["settings"], "rollout_correction": True} if case["corrected"] else case["settings"]
+    with contextlib.redirect_stdout(None):
+        trainer = make(path, method, {**settings, **further}, on_policy=case["old"] == "own")
+    loss = trainer._learn(trainer.model, samples(method, case)).item()
+    gradients = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
+    return loss, trainer._reduced("train"), gradients
+
+
+@pytest.fixture
+def nothing_dropped(monkeypatch):
+    for kind in (trl.GRPOTrainer, trl.RLOOTrainer):
+        monkeypatch.setattr(kind, "is_idle", lambda self, sample: False)
+
+
+@EACH_CASE
+def test_the_first_step_is_upstreams(method, name, tmp_path, nothing_dropped):
+    expected = RECORDED[method]["cases"][name]
+    loss, logged, gradients = step(tmp_path, method, name)
+    check(expected, loss, gradients)
+    for metric, value in expected["metrics"].items():
+        assert logged[metric] == pytest.approx(value, rel=1e-4, abs=1e-4), metric
+
+
+@EACH_CASE
+def test_so_is_that_of_single_samples_and_without_idle_ones(method, name, tmp_path):
+    expected = RECORDED[method]["cases"][name]
+    loss, _, gradients = step(tmp_path, method, name, max_tokens_per_micro_batch=1)
+    check(expected, loss, gradients)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_entropy_quantile": 0.5}, {"beta": 0.1}, {"entropy_coef": 0.1}])
+def test_who_is_idle(tmp_path, settings):
+    with contextlib.redirect_stdout(None):
+        trainer = make(tmp_path, "grpo", settings)
+    case = RECORDED["grpo"]["cases"]["dapo token"]
+    idle = [trainer.is_idle(each) for each in samples("grpo", case)]
+    assert idle == [index == IDLE and not settings for index in range(6)]
+
+
+@pytest.mark.parametrize(("method", "name"), TABLES, ids=[f"{method} {name}" for method, name in TABLES])
+def test_advantages_are_upstreams(method, name, tmp_path):
+    recorded = RECORDED[method]
+    settings = recorded["advantages"][name]["settings"]
+    rewards_SF = torch.tensor([[math.nan if value is None else value for value in row] for row in recorded["rewards"]])
+    with contextlib.redirect_stdout(None):
+        trainer = make(tmp_path, method, settings)
+    kl_S = torch.tensor(recorded["kl"]) if settings.get("beta") else None
+    ours = trainer.advantages(rewards_SF, torch.tensor(recorded["weights"]), 3, kl_S)
+    torch.testing.assert_close(ours, torch.tensor(recorded["advantages"][name]["advantages"]), atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_cases_are_about():
+    """Clipping acts on both sides, and each setting moves the loss."""
+    cases = RECORDED["grpo"]["cases"]
+    for level in ("token", "sequence"):
+        assert cases[f"grpo {level}"]["metrics"]["clip_ratio/low_mean"] > 0.1
+        assert cases[f"grpo {level}"]["metrics"]["clip_ratio/high_mean"] > 0.1
+    losses = [round(case["loss"], 7) for case in cases.values()]
+    alike = {name for name, case in cases.items() if losses.count(round(case["loss"], 7)) > 1}
+    # Mean over tokens of one step, and surrogates that do not read the sequence's mean.
+    assert alike == {"bnpo token", "dapo token", "bnpo sequence", "dapo sequence", "vespo token", "vespo sequence"}
+    assert {"group", "batch", "none"} <= RECORDED["grpo"]["advantages"].keys()
+    assert {"sum_then_normalize", "normalize_then_sum"} <= ADVANTAGES.keys()
+    assert issubclass(trl.GRPOTrainer, GRPOTrainer)
