@@ -93,7 +93,8 @@ def grpo_cases():
             cases[f"corrected vespo {mode} {old}"] = {"loss_type": "vespo", **bound, **settings}
     cases["corrected all at once"] = {
         "loss_type": "grpo", "beta": 0.1, "off_policy_mask_threshold": 0.05, "old": "rows", "corrected": True,
-        "importance_sampling_level": "sequence", **BOUNDS["token"], **SHARE, "vllm_importance_sampling_mode": "token_truncate",
+        "importance_sampling_level": "sequence", **BOUNDS["token"], **SHARE,
+        "vllm_importance_sampling_mode": "token_truncate",
     }  # fmt: skip
     return cases
 

@@ -68,7 +68,9 @@ def normalize_then_sum(
     [S, F] -> [S]. GDPO, Liu et al. 2026, arXiv:2601.05242."""
     group = rewards_SF.view(-1, num_generations, rewards_SF.shape[1])
     each_SF = (_centred(group, 1) / (_std(group, 1, keepdim=True) + EPSILON)).flatten(0, 1)
-    return standardised(total_reward(each_SF, weights_F)).nan_to_num(0.0)
+    reward_S = total_reward(each_SF, weights_F)
+    # Their mean is zero: each function's are zero in sum over a group. Not taken off, it leaves exact zeros alone.
+    return (reward_S / (_std(reward_S) + EPSILON)).nan_to_num(0.0)
 
 
 def unbiased_group(

@@ -39,7 +39,7 @@ from trl.engine.score import causal_lm, evaluating
 from .types import Completion, Request, Sampling
 
 ROWS = 256  # that decode together, at most
-CACHE_TOKENS = {"cpu": 2**16, "default": 2**19}
+CACHE_BYTES = 2**30  # of keys and values; on an accelerator half of what is free
 PREFILL_TOKENS = 4096  # of a prefill, padding included
 DEAD_SHARE = 0.2  # of the rows, from which on they are taken out
 
@@ -202,10 +202,11 @@ class _Run:
         base = causal_lm(model)
         self.device = base.get_input_embeddings().weight.device
         self.longest = max((len(request.prompt_ids) for request in requests), default=0)
-        most = sampler.max_cache_tokens or CACHE_TOKENS.get(self.device.type, CACHE_TOKENS["default"])
+        most = sampler.max_cache_tokens or _tokens_that_fit(base, self.device)
         wanted = sum(request.samples for request in requests)
-        self.rows = max(1, min(sampler.max_rows, wanted, most // max(self.longest + sampling.max_new_tokens, 1)))
+        # Columns for the longest row, and as many again before what is held must be moved to the left.
         self.capacity = self.longest + 2 * sampling.max_new_tokens + 8
+        self.rows = max(1, min(sampler.max_rows, wanted, most // self.capacity))
         self.waiting = deque((index, request.first + each) for index, request in enumerate(requests)
                              for each in range(request.samples))  # fmt: skip
         self.prompts: dict[int, _Prompt] = {}
@@ -437,6 +438,20 @@ def _processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList
     if further.get("eta_cutoff"):
         found.append(EtaLogitsWarper(further["eta_cutoff"], device=device))
     return found
+
+
+def _tokens_that_fit(base: Any, device: torch.device) -> int:
+    """Tokens whose keys and values have room, by the sizes in the model's configuration."""
+    config = base.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = (
+        torch.get_autocast_dtype(device.type).itemsize
+        if torch.is_autocast_enabled(device.type)
+        else base.dtype.itemsize
+    )
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
+    return room // (2 * config.num_hidden_layers * heads * width * size)
 
 
 def _accepted(base: Any) -> set[str]:

@@ -1,0 +1,346 @@
+"""Policy losses: hand-worked values, float64 gradient checks, limits, permutation, nothing."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from trl.losses.policy import (
+    BUDGET,
+    CLIPPING,
+    METHODS,
+    SEQUENCES,
+    TOKENS,
+    by_sequence,
+    by_token,
+    cispo,
+    clip,
+    correction,
+    gmpo,
+    high_entropy,
+    k3,
+    off_policy_keep,
+    pool,
+    sapo,
+    vespo,
+    vespo_weight,
+)
+
+LOG2, LOG3 = math.log(2), math.log(3)
+SETTINGS = {
+    "epsilon": 0.2,
+    "epsilon_high": 0.3,
+    "delta": None,
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
+}
+LEVELS = ("token", "sequence", "sequence_token")
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def drawn(tokens: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return scale * torch.randn(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def surrogate(name: str, logp_N, old_N, advantage_N, seq_N, sequences: int, level: str = "token", **settings):
+    """A method's losses of tokens, as a trainer asks for them."""
+    log_ratio_N = logp_N - old_N
+    pooled_N = pool(log_ratio_N, seq_N=seq_N, sequences=sequences, importance_sampling_level=level)
+    given = {
+        "log_ratio_N": log_ratio_N,
+        "ratio_N": pooled_N.exp(),
+        "logp_N": logp_N,
+        "advantage_N": advantage_N,
+        "seq_N": seq_N,
+        "sequences": sequences,
+        **SETTINGS,
+        **settings,
+    }
+    function = METHODS[name].surrogate
+    return function(**{each: given[each] for each in inspect.signature(function).parameters if each in given})
+
+
+# --- the ratio --------------------------------------------------------------------------------------------------------
+
+# A sequence of two tokens and one of one; the first's log-ratios have mean 0.2.
+SEQ_N = torch.tensor([0, 0, 1])
+LOG_RATIO_N = double(0.1, 0.3, -0.5)
+POOLED = {"token": [0.1, 0.3, -0.5], "sequence": [0.2, 0.2, -0.5], "sequence_token": [0.2, 0.2, -0.5]}
+# Of the first token's value with respect to all log-ratios, and of the sum of all with respect to each.
+OF_THE_FIRST = {"token": [1, 0, 0], "sequence": [0.5, 0.5, 0], "sequence_token": [1, 0, 0]}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_pooled(level):
+    log_ratio_N = LOG_RATIO_N.clone().requires_grad_()
+    ours = pool(log_ratio_N, seq_N=SEQ_N, sequences=2, importance_sampling_level=level)
+    torch.testing.assert_close(ours.detach(), double(*POOLED[level]))
+    ours[0].backward()
+    torch.testing.assert_close(log_ratio_N.grad, double(*OF_THE_FIRST[level]))
+
+
+# --- surrogates -------------------------------------------------------------------------------------------------------
+
+
+def test_clip():
+    """With bounds 0.8 and 1.3: what is already far the right way counts as the bound, the rest as it is."""
+    ratio_N = double(2, 0.5, 1.1, 2, 0.5, 1.1)
+    advantage_N = double(1, 1, 1, -1, -1, -1)
+    ours = clip(ratio_N=ratio_N, advantage_N=advantage_N, epsilon=0.2, epsilon_high=0.3)
+    torch.testing.assert_close(ours, double(-1.3, -0.5, -1.1, 2, 0.8, 1.1))
+
+
+def test_two_sided_clip():
+    """Nothing bounds a ratio of 5 at a negative advantage but `delta`."""
+    ratio_N, advantage_N = double(5, 5, 2, 0.5), double(-1, 1, -1, -1)
+    ours = clip(ratio_N=ratio_N, advantage_N=advantage_N, epsilon=0.2, epsilon_high=0.3, delta=3.0)
+    torch.testing.assert_close(ours, double(3, -1.3, 2, 0.8))
+
+
+def test_clip_without_bounds_is_the_ratio():
+    ratio_N, advantage_N = drawn(9).exp(), drawn(9, seed=1)
+    ours = clip(ratio_N=ratio_N, advantage_N=advantage_N, epsilon=math.inf, epsilon_high=math.inf)
+    torch.testing.assert_close(ours, -ratio_N * advantage_N)
+
+
+def test_what_is_clipped_has_no_gradient():
+    ratio_N = double(2, 0.5, 2, 0.5, 5).requires_grad_()
+    advantage_N = double(1, 1, -1, -1, -1)
+    clip(ratio_N=ratio_N, advantage_N=advantage_N, epsilon=0.2, epsilon_high=0.3, delta=3.0).sum().backward()
+    assert ratio_N.grad.tolist() == [0, -1, 1, 0, 0]
+
+
+def test_cispo():
+    """Ratios 1/2 and 3, the latter as 1.3; each keeps the gradient of its log-prob."""
+    logp_N = double(-1, -2).requires_grad_()
+    advantage_N = double(2, 2)
+    ours = cispo(ratio_N=double(0.5, 3), advantage_N=advantage_N, logp_N=logp_N, epsilon_high=1.3)
+    torch.testing.assert_close(ours.detach(), double(1, 5.2))  # 0.5 · 2 · 1, 1.3 · 2 · 2
+    ours.sum().backward()
+    torch.testing.assert_close(logp_N.grad, double(-1, -2.6))
+
+
+def test_sapo():
+    """At a ratio of one the soft gate is half of 4/t. At log-odds log 3, s = 3/4: t (r - 1) = log 3."""
+    ratio_N = double(1, 1, 1 + LOG3 / 2, 1 + LOG3 / 4)
+    ours = sapo(
+        ratio_N=ratio_N, advantage_N=double(1, -1, 1, -1), sapo_temperature_pos=2.0, sapo_temperature_neg=4.0
+    )
+    torch.testing.assert_close(ours, double(-1, 0.5, -1.5, 0.75))
+
+
+def test_sapo_has_the_gradient_of_the_policy_where_the_policy_is_the_old_one():
+    ratio_N = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    advantage_N = double(1, -2, 0.5, 0)
+    sapo(
+        ratio_N=ratio_N, advantage_N=advantage_N, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05
+    ).sum().backward()
+    torch.testing.assert_close(ratio_N.grad, -advantage_N)
+
+
+def vespo_of(log_ratio_N, advantage_N, **further):
+    given = {"seq_N": SEQ_N, "sequences": 2, **{name: SETTINGS[name] for name in SETTINGS if "vespo" in name}}
+    return vespo_weight(log_ratio_N=log_ratio_N, advantage_N=advantage_N, **given, **further)
+
+
+def test_vespo():
+    """Ratios 1/2 · 4 = 2 and 1/2. Better: e³ · 2² · e^-6 = 4 e^-3. Worse: e² · (1/2)³ · e^-1 = e/8."""
+    logp_N = double(-1, -2, -3).requires_grad_()
+    weight_N = vespo_of(double(-LOG2, 2 * LOG2, -LOG2), double(1, 1, -1))
+    expected = double(4 * math.exp(-3), 4 * math.exp(-3), math.e / 8)
+    torch.testing.assert_close(weight_N, expected)
+    given = {"seq_N": SEQ_N, "sequences": 2, **{name: SETTINGS[name] for name in SETTINGS if "vespo" in name}}
+    log_ratio_N = double(-LOG2, 2 * LOG2, -LOG2).requires_grad_()
+    ours = vespo(log_ratio_N=log_ratio_N, advantage_N=double(1, 1, -1), logp_N=logp_N, **given)
+    torch.testing.assert_close(ours.detach(), expected * double(1, 2, -3))
+    ours.sum().backward()
+    torch.testing.assert_close(logp_N.grad, expected * double(-1, -1, 1))
+    assert log_ratio_N.grad is None
+
+
+def test_vespo_corrected_for_another_sampler():
+    """The weights of a sequence's tokens multiply its ratio; one of zero leaves next to nothing."""
+    log_ratio_N, log_weight_N = double(-LOG2, LOG2, 0), double(LOG2, 0, -math.inf)
+    ours = vespo_of(log_ratio_N, double(1, 1, 1), log_correction_N=log_weight_N)
+    torch.testing.assert_close(ours, double(4 * math.exp(-3), 4 * math.exp(-3), math.exp(3) * 1e-16))
+
+
+def test_vespo_of_far_away_is_finite():
+    weight_N = vespo_of(double(-1e4, 0, 1e4), double(1, 1, -1))
+    assert weight_N.isfinite().all() and (weight_N < 1e-6).all()
+    torch.testing.assert_close(vespo_of(double(0, 0, 0), double(1, 1, -1)), double(1, 1, 1))
+
+
+def test_gmpo():
+    """Better: log-ratios 0.1 and 0.7, of which 0.3 is left, mean 0.2. Worse: -0.5, of which -0.2 is left."""
+    log_ratio_N = double(0.1, 0.7, -0.5)
+    given = {"seq_N": SEQ_N, "sequences": 2, "epsilon": 0.2, "epsilon_high": 0.3}
+    ours = gmpo(log_ratio_N=log_ratio_N, advantage_N=double(2, 2, -1), **given)
+    torch.testing.assert_close(ours, double(-2 * math.exp(0.2), -2 * math.exp(0.2), math.exp(-0.2)))
+    # The other way round nothing is clipped: lowering a good completion, raising a bad one.
+    ours = gmpo(log_ratio_N=log_ratio_N, advantage_N=double(-1, -1, 3), **given)
+    torch.testing.assert_close(ours, double(math.exp(0.4), math.exp(0.4), -3 * math.exp(-0.5)))
+
+
+def test_gmpo_shares_the_gradient_over_a_sequence():
+    """d exp(mean) = exp(mean) / 2 for each of two tokens; the clipped one has none."""
+    log_ratio_N = double(0.1, 0.7, 0).requires_grad_()
+    loss_N = gmpo(
+        log_ratio_N=log_ratio_N, advantage_N=double(2, 2, 0), seq_N=SEQ_N, sequences=2, epsilon=0.2, epsilon_high=0.3
+    )
+    by_sequence(loss_N, SEQ_N, 2).backward()
+    torch.testing.assert_close(log_ratio_N.grad, double(-math.exp(0.2), 0, 0))
+
+
+# --- what else a token adds -------------------------------------------------------------------------------------------
+
+
+def test_k3():
+    """The reference twice as likely: 2 - log 2 - 1; half as likely: 1/2 + log 2 - 1."""
+    ours = k3(logp_N=double(-2, -2, -2), ref_logp_N=double(-2, -2 + LOG2, -2 - LOG2))
+    torch.testing.assert_close(ours, double(0, 1 - LOG2, LOG2 - 0.5))
+
+
+def test_k3_is_the_divergence_in_the_mean():
+    pi_V, ref_V = drawn(7).softmax(0), drawn(7, seed=1).softmax(0)
+    ours = (pi_V * k3(logp_N=pi_V.log(), ref_logp_N=ref_V.log())).sum()
+    torch.testing.assert_close(ours, (pi_V * (pi_V / ref_V).log()).sum())
+
+
+def test_whom_off_policy_masking_keeps():
+    """Mean gaps of 0.3 (0.1 and 0.5) and 0.2 by a threshold of 0.25; whoever is not worse stays; unknown is no gap."""
+
+    def keep(sampler: list[float], advantage: list[float]) -> list[float]:
+        given = {"seq_N": SEQ_N, "sequences": 2, "off_policy_mask_threshold": 0.25}
+        return off_policy_keep(
+            advantage_N=double(*advantage), logp_N=double(-1, -1, -1), sampler_logp_N=double(*sampler), **given
+        ).tolist()
+
+    assert keep([-0.9, -0.5, -0.8], [-1, -1, -1]) == [0, 0, 1]
+    assert keep([-0.9, -0.5, -0.8], [0, 0, 1]) == [1, 1, 1]
+    assert keep([-0.9, math.nan, -0.7], [-1, -1, -1]) == [1, 1, 0]
+    assert keep([-9, -9, -9], [-1, -1, -1]) == [1, 1, 1]
+
+
+# Ratios 1/2, 3 and 2: of sequences 3/2 and 2, of geometric means √1.5 and 2.
+ROOT = 1.5**0.5
+CORRECTED = {
+    "token_truncate": [0.75, 2.5, 2],
+    "token_mask": [0, 0, 2],
+    "sequence_truncate": [1.5, 1.5, 2],
+    "sequence_mask": [1.5, 1.5, 2],
+    "geometric_truncate": [ROOT, ROOT, 2],
+    "geometric_mask": [ROOT, ROOT, 2],
+}
+TIGHT = {
+    "token_truncate": [1.3, 1.8, 1.8],
+    "token_mask": [0, 0, 0],
+    "sequence_truncate": [1.5, 1.5, 1.8],
+    "sequence_mask": [1.5, 1.5, 0],
+    "geometric_truncate": [1.3, 1.3, 1.8],
+    "geometric_mask": [0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("mode", CORRECTED)
+def test_corrections(mode):
+    policy_logp_N = double(-LOG2, LOG3, LOG2).requires_grad_()
+    given = {"sampler_logp_N": double(0, 0, 0), "seq_N": SEQ_N, "sequences": 2, "mode": mode}
+
+    def of(low: float | None, high: float | None) -> torch.Tensor:
+        return correction(policy_logp_N=policy_logp_N, low=low, high=high, **given)
+
+    torch.testing.assert_close(of(0.75, 2.5), double(*CORRECTED[mode]))
+    torch.testing.assert_close(of(1.3, 1.8), double(*TIGHT[mode]))
+    free = {"token": [0.5, 3, 2], "sequence": [1.5, 1.5, 2], "geometric": [ROOT, ROOT, 2]}[mode.split("_")[0]]
+    torch.testing.assert_close(of(None, None), double(*free))
+    # A bound on one side leaves the other free.
+    assert of(0.75, None).max() == max(free) and not of(0.75, None).requires_grad
+    assert of(None, 2.5).min() == min(each if each <= 2.5 or "truncate" in mode else 0 for each in free)
+
+
+@pytest.mark.parametrize("mode", CORRECTED)
+def test_a_sampler_that_says_nothing_is_not_corrected(mode):
+    """Nor is a token whose log-prob is unknown: its ratio is 1."""
+    ours = correction(
+        policy_logp_N=double(-1, -2, -3), sampler_logp_N=double(math.nan, -2, -3),
+        seq_N=SEQ_N, sequences=2, mode=mode, low=0.5, high=3.0,
+    )  # fmt: skip
+    assert ours.tolist() == [1, 1, 1]
+
+
+def test_high_entropy():
+    assert high_entropy(double(0.1, 0.2, 0.3), threshold=double(0.2)[0]).tolist() == [0, 1, 1]
+
+
+# --- adding up --------------------------------------------------------------------------------------------------------
+
+
+def test_adding_up():
+    """1 and 3 in a sequence, 5 in another, none in a third: 2 + 5, and 9."""
+    assert by_sequence(double(1, 3, 5), SEQ_N, 3) == 7
+    assert by_token(double(1, 3, 5), SEQ_N, 3) == 9
+
+
+REDUCTIONS = {
+    "grpo": (by_sequence, SEQUENCES), "bnpo": (by_token, TOKENS), "dr_grpo": (by_token, BUDGET),
+    "dapo": (by_token, TOKENS), "cispo": (by_token, TOKENS), "sapo": (by_sequence, SEQUENCES),
+    "luspo": (by_token, SEQUENCES), "vespo": (by_token, TOKENS), "gmpo": (by_sequence, SEQUENCES),
+}  # fmt: skip
+
+
+def test_every_method_is_known():
+    assert {name: (each.add_up, each.divide_by) for name, each in METHODS.items()} == REDUCTIONS
+    assert {name for name, each in METHODS.items() if each.surrogate is clip} == CLIPPING
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+# Sequences of 3, 1 and 4 tokens, none in the one between.
+SEQ_8 = torch.tensor([0, 0, 0, 1, 3, 3, 3, 3])
+ADVANTAGE_8 = double(1.5, -0.7, 0, -2)[SEQ_8]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradients_in_float64(name, level):
+    """What is detached is no part of a derivative, so those are held where they are."""
+    old_N, start_N = drawn(8, seed=3), drawn(8, seed=3) + drawn(8, 0.4, seed=4)
+    function, add_up = METHODS[name].surrogate, METHODS[name].add_up
+    pooled_N = pool(start_N - old_N, seq_N=SEQ_8, sequences=4, importance_sampling_level=level)
+
+    def loss(logp_N: torch.Tensor) -> torch.Tensor:
+        if function in (cispo, vespo):
+            weight_N = pooled_N.exp().clamp(max=0.3)
+            if function is vespo:
+                given = {"seq_N": SEQ_8, "sequences": 4, **{key: SETTINGS[key] for key in SETTINGS if "vespo" in key}}
+                weight_N = vespo_weight(log_ratio_N=start_N - old_N, advantage_N=ADVANTAGE_8, **given)
+            return add_up(-weight_N * ADVANTAGE_8 * logp_N, SEQ_8, 4)
+        # Each token's own gradient, scaled to the sequence's ratio: linear in the log-ratio around where we are.
+        own = logp_N - old_N
+        given_level = level
+        if level == "sequence_token":
+            own, given_level = pooled_N + logp_N - start_N, "token"
+            if function is gmpo:
+                own = logp_N - old_N
+        return add_up(
+            surrogate(name, own, torch.zeros(8).double(), ADVANTAGE_8, SEQ_8, 4, given_level), SEQ_8, 4
+        )
+
+    logp_N = start_N.clone().requires_grad_()
+    total = add_up(surrogate(name, logp_N, old_N, ADVANTAGE_8, SEQ_8, 4, level), SEQ_8, 4)
+    ours = torch.autograd.grad(total, logp_N)[0]
+    step = 1e-6
+    for place in range(8):
+        moved = torch.zeros(8, dtype=torch.float64)
+        moved[place] = step
+        slope = (loss(start_N + moved) - loss(start_N - moved)) / (2 * step)
+        assert ours[place].item() == pytest.approx(slope.item(), rel=1e-6, abs=1e-7), place
