@@ -22,8 +22,14 @@ from datasets import Dataset
 from record import number, result
 
 import trl
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 HERE = Path(__file__).parent
+KINDS = {
+    "GRPO": (trl.GRPOTrainer, trl.GRPOConfig),
+    "RLOO": (trl.RLOOTrainer, trl.RLOOConfig),
+    "GMPO": (GMPOTrainer, GMPOConfig),
+}
 GROUP = 3  # completions of a prompt
 LONGEST = 8
 GRADIENTS = ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight")
@@ -99,6 +105,13 @@ def grpo_cases():
     return cases
 
 
+# A loss type here, a trainer of its own there, which does not weigh the divergence.
+GMPO = {
+    "gmpo": {"epsilon": 0.2},
+    "gmpo bounds": {"epsilon": 0.1, "epsilon_high": 0.3},
+    "gmpo beta": {"epsilon": 0.2, "beta": 0.1, "use_bias_correction_kl": False},
+}
+
 RLOO = {
     "plain": {},
     "epsilon_high": {"epsilon": 0.1, "epsilon_high": 2.0},
@@ -142,10 +155,11 @@ def made(kind, settings, functions=1, rows=None):
         # Upstream loads the reference by the policy's name; nothing here asks it.
         model.save_pretrained(settings["output_dir"])
         model.config._name_or_path = settings["output_dir"]
-    trainer = getattr(trl, f"{kind}Trainer")(
+    trainer_class, config_class = KINDS[kind]
+    trainer = trainer_class(
         model,
         [lambda completions, **_: [0.0] * len(completions) for _ in range(functions)],
-        args=getattr(trl, f"{kind}Config")(**settings),
+        args=config_class(**settings),
         train_dataset=Dataset.from_list([{"prompt": "w5"}] * 4),
         processing_class=tiny.tokenizer(),
     )
@@ -228,6 +242,8 @@ def case(kind, rows, settings):
     found = result(settings, model, loss, {name: values[-1] for name, values in trainer._metrics["train"].items()})
     found["gradients"] = {name: found["gradients"][name] for name in GRADIENTS}
     found["gradients"] = {name: [float(f"{x:.7g}") for x in each] for name, each in found["gradients"].items()}
+    if kind == "GMPO":
+        found["settings"]["loss_type"] = "gmpo"
     return {**said, **found}
 
 
@@ -284,6 +300,7 @@ def main():
     warnings.simplefilter("ignore")
     rows = rows_of(made("GRPO", {}))
     cases = {name: case("GRPO", rows, settings) for name, settings in grpo_cases().items()}
+    cases |= {name: case("GMPO", rows, settings) for name, settings in GMPO.items()}
     write("grpo", rows, cases, {name: advantages("GRPO", each) for name, each in GRPO_ADVANTAGES.items()})
     cases = {name: case("RLOO", rows, settings) for name, settings in RLOO.items()}
     write("rloo", rows, cases, {name: advantages("RLOO", each) for name, each in RLOO_ADVANTAGES.items()})

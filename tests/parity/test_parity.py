@@ -14,9 +14,9 @@ from datasets import Dataset
 from tests.parity import tiny
 from tests.trainer.helpers import first_gradient, preference
 
-RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("*.json"))}
-CASES = [(method, name) for method, recorded in RECORDED.items() for name in recorded["cases"]]
 TRAINERS = {"dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "cpo": "CPO", "reward": "Reward", "bco": "BCO", "prm": "PRM"}
+RECORDED = {name: json.loads((Path(__file__).parent / f"{name}.json").read_text()) for name in sorted(TRAINERS)}
+CASES = [(method, name) for method, recorded in RECORDED.items() for name in recorded["cases"]]
 MODELS = {"reward": tiny.scorer, "prm": tiny.step_scorer}
 
 # Logged by both, and another number here: the methods, the metrics, and in which cases.

@@ -421,3 +421,14 @@ def test_collators_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="lays its batches out itself"):
         trl.DPOTrainer(tiny(tokenizer), None, config, data_collator=len, train_dataset=pair_rows(4),
                        processing_class=tokenizer)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["DPO", "KTO", "ORPO", "CPO", "BCO", "Reward", "PRM"])
+def test_no_token_is_computed_twice(tmp_path, tokenizer, method):
+    """With an adapter and its dropout, as the commands have them by default."""
+    rows = {"KTO": labelled_rows, "BCO": labelled_rows, "PRM": step_rows}.get(method, pair_rows)
+    model = tiny_scorer(tokenizer, per_token=method == "PRM") if method in ("Reward", "PRM") else tiny(tokenizer)
+    trainer = preference(method, tmp_path, model, tokenizer, rows(8), peft_config=lora(), disable_dropout=False,
+                         max_steps=2, per_device_train_batch_size=4)  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_token_efficiency"] == 1.0

@@ -139,7 +139,9 @@ class GRPOTrainer(OnlineTrainer):
 
     def is_idle(self, sample: Sample) -> bool:
         still = sample.advantage == 0.0 and self.args.beta == 0.0 and not self.has_entropy_bonus()
-        return not sample.trained or (still and self.router_aux_loss_coef() == 0.0)
+        # Where tokens are chosen by entropy, all of them say what is high.
+        alone = self.router_aux_loss_coef() == 0.0 and self.args.top_entropy_quantile == 1.0
+        return not sample.trained or (still and alone)
 
     def is_on_policy(self) -> bool:
         """Whether the policy that is trained is the one that drew the samples."""
