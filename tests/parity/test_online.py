@@ -21,16 +21,6 @@ TABLES = [(method, name) for method, recorded in RECORDED.items() for name in re
 EACH_CASE = pytest.mark.parametrize(("method", "name"), CASES, ids=[f"{method} {name}" for method, name in CASES])
 LONGEST = 8  # as it was recorded
 IDLE = 2  # the sample whose advantage is 0
-# What still is another number here: the loss, with an entropy bonus on some tokens and with a sampler that is corrected
-# for in later steps than the first; and metrics of clipping and of vespo.
-OTHER_LOSS = {"entropy_coef quantile", "all at once", "corrected all at once"}
-OTHER_LOSS |= {name for name, case in RECORDED["grpo"]["cases"].items() if case["corrected"] and case["old"] == "rows"}
-OTHER_METRICS = {"delta sequence", "epsilon_high sequence"}
-OTHER_METRICS |= {f"{loss} sequence" for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")}
-OTHER_METRICS |= {
-    name for name, case in RECORDED["grpo"]["cases"].items() if case["settings"].get("loss_type") in ("vespo", "gmpo")
-}
-AWAITED = pytest.mark.xfail(strict=True, raises=(AssertionError, KeyError, TypeError))
 
 
 def make(path: Path, method: str, settings: dict[str, Any], *, on_policy: bool = False) -> Any:
@@ -89,9 +79,7 @@ def nothing_dropped(monkeypatch):
 
 
 @EACH_CASE
-def test_the_first_step_is_upstreams(method, name, tmp_path, nothing_dropped, request):
-    if method == "grpo" and name in OTHER_LOSS | OTHER_METRICS:
-        request.applymarker(AWAITED)
+def test_the_first_step_is_upstreams(method, name, tmp_path, nothing_dropped):
     expected = RECORDED[method]["cases"][name]
     loss, logged, gradients = step(tmp_path, method, name)
     check(expected, loss, gradients)
@@ -100,9 +88,7 @@ def test_the_first_step_is_upstreams(method, name, tmp_path, nothing_dropped, re
 
 
 @EACH_CASE
-def test_so_is_that_of_single_samples_and_without_idle_ones(method, name, tmp_path, request):
-    if method == "grpo" and name in OTHER_LOSS:
-        request.applymarker(AWAITED)
+def test_so_is_that_of_single_samples_and_without_idle_ones(method, name, tmp_path):
     expected = RECORDED[method]["cases"][name]
     loss, _, gradients = step(tmp_path, method, name, max_tokens_per_micro_batch=1)
     check(expected, loss, gradients)
@@ -139,3 +125,23 @@ def test_what_the_cases_are_about():
     alike = {name for name, case in cases.items() if losses.count(round(case["loss"], 7)) > 1}
     # Mean over tokens of one step, and surrogates that do not read the sequence's mean.
     assert alike == {"bnpo token", "dapo token", "bnpo sequence", "dapo sequence", "vespo token", "vespo sequence"}
+
+
+def test_vespo_takes_weights_of_tokens_alone(tmp_path):
+    with pytest.raises(ValueError, match="token_truncate or token_mask"):
+        trl.GRPOConfig(output_dir=str(tmp_path), loss_type="vespo", rollout_correction=True)
+
+
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_who_computes_log_probs_of_its_own(tmp_path, correct, iterations):
+    """Who corrects for the sampler, and steps more than once on what it drew."""
+    with contextlib.redirect_stdout(None):
+        trainer = make(tmp_path, "grpo", {"rollout_correction": correct}, on_policy=iterations == 1)
+    assert trainer.needs_old() is (correct and iterations == 2)
+    rows = [{"row": 0, "prompt": "w5 w6", "prompt_ids": [5, 6]}, {"row": 1, "prompt": "w7", "prompt_ids": [7]}]
+    for sample in trainer._draw(rows, 3, training=True):
+        if not trainer.needs_old():
+            assert sample.old_logps is None
+        else:  # the sampler is the trainer's own: they say the same
+            assert sample.old_logps == pytest.approx(sample.logps, abs=1e-4)

@@ -1,5 +1,6 @@
 """Group-relative policy optimisation and its family: completions compared with the others of their prompt."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,17 @@ from torch import Tensor, nn
 from trl.engine.forest import Batch
 from trl.engine.score import evaluating, score
 from trl.losses.advantages import ADVANTAGES
-from trl.losses.policy import CLIPPING, METHODS, TOKENS, correction, k3, off_policy_keep, pool
+from trl.losses.policy import (
+    CLIPPING,
+    METHODS,
+    TOKENS,
+    correction,
+    high_entropy,
+    k3,
+    off_policy_keep,
+    pool,
+    vespo_weight,
+)
 from trl.losses.tokens import Metric, mean, seq_mean
 
 from .online import OnlineConfig, OnlineTrainer, Sample
@@ -73,7 +84,7 @@ class GRPOConfig(OnlineConfig):
     )
     rollout_correction: bool = field(
         default=False,
-        metadata={"help": "Weigh tokens by the trainer's log-prob over the sampler's, computed before the first step."},
+        metadata={"help": "Weigh tokens by their probability under the trainer's policy over that of the sampler."},
     )
     vllm_importance_sampling_mode: str = field(
         default="sequence_mask", metadata={"help": "Level and kind of that weight.", "choices": list(CORRECTIONS)}
@@ -103,7 +114,15 @@ class GRPOConfig(OnlineConfig):
             raise ValueError(
                 f"top_entropy_quantile={self.top_entropy_quantile} is a share of the tokens, above 0, at most 1"
             )
+        if self.rollout_correction and self.loss_type == "vespo" and not self._corrects_tokens():
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weighs whole sequences, but "
+                "vespo multiplies the weights of their tokens: set it to token_truncate or token_mask"
+            )
         super().__post_init__()
+
+    def _corrects_tokens(self) -> bool:
+        return self.vllm_importance_sampling_mode.startswith("token")
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -147,42 +166,31 @@ class GRPOTrainer(OnlineTrainer):
         """Whether the policy that is trained is the one that drew the samples."""
         return self.numbers.parts * self.args.num_iterations == 1
 
+    def needs_old(self) -> bool:
+        return self.args.rollout_correction and not self.is_on_policy()
+
     def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
-        """What needs the whole step before its first backward pass: the entropy that tokens must have to be trained on,
-        and, before the first step on a round, the trainer's own log-probs."""
+        """Which tokens of the step are trained on by their entropy, before its first backward pass."""
         args = self.args
-        if args.top_entropy_quantile == 1.0 and not args.rollout_correction:
+        if args.top_entropy_quantile == 1.0:
             return
         entropies = []
         for batch in batches:
-            moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager(), evaluating(model):
-                stats = score(model, moved, entropy=True, temperature=args.temperature)
+                stats = score(model, self._prepare_inputs(batch), entropy=True, temperature=args.temperature)
             assert stats.entropy_N is not None
             entropies.append(stats.entropy_N.float())
-            if args.rollout_correction:
-                batch["correction_N"] = correction(
-                    policy_logp_N=stats.logp_N,
-                    sampler_logp_N=moved["old_logp_N"],
-                    seq_N=stats.seq_N,
-                    sequences=stats.sequences,
-                    mode=args.vllm_importance_sampling_mode,
-                    low=args.vllm_importance_sampling_clip_min,
-                    high=args.vllm_importance_sampling_clip_max,
-                )
-                gap_N = (stats.logp_N - moved["old_logp_N"]).detach().abs()
-                self._add("train" if training else "eval", {
-                    "sampling/sampling_logp_difference/mean": mean(gap_N),
-                    "sampling/importance_sampling_ratio/mean": mean(batch["correction_N"]),
-                })  # fmt: skip
-        if args.top_entropy_quantile < 1.0:
-            together = torch.cat(entropies)
-            if args.world_size > 1 and training:
-                together = torch.cat([part.to(together.device) for part in _gathered(together)])
-            if len(together):
-                threshold = together.quantile(1 - args.top_entropy_quantile)
-                for batch in batches:
-                    batch["entropy_threshold"] = threshold
+        together = torch.cat(entropies)
+        if args.world_size > 1 and training:
+            together = torch.cat([part.to(together.device) for part in _gathered(together)])
+        if not len(together):
+            return
+        threshold = together.quantile(1 - args.top_entropy_quantile)
+        # The same numbers on both sides, so that the token on the threshold is not left to rounding.
+        for batch, entropy_N in zip(batches, entropies, strict=True):
+            batch["acts_N"] = high_entropy(entropy_N, threshold=threshold)
+        if training and self.has_entropy_bonus():
+            self._step_counts[ENTROPY] = high_entropy(together, threshold=threshold).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args, balance = self.args, self.router_aux_loss_coef()
@@ -199,6 +207,17 @@ class GRPOTrainer(OnlineTrainer):
             log_ratio_N, seq_N=seq_N, sequences=sequences, importance_sampling_level=args.importance_sampling_level
         )
         ratio_N = pooled_N.exp()
+        weight_N = None
+        if args.rollout_correction:
+            weight_N = correction(
+                policy_logp_N=old_logp_N,
+                sampler_logp_N=batch["sampler_logp_N"],
+                seq_N=seq_N,
+                sequences=sequences,
+                mode=args.vllm_importance_sampling_mode,
+                low=args.vllm_importance_sampling_clip_min,
+                high=args.vllm_importance_sampling_clip_max,
+            )
         available = {
             "log_ratio_N": log_ratio_N,
             "ratio_N": ratio_N,
@@ -206,7 +225,7 @@ class GRPOTrainer(OnlineTrainer):
             "advantage_N": advantage_N,
             "seq_N": seq_N,
             "sequences": sequences,
-            "log_correction_N": batch["correction_N"].log() if "correction_N" in batch else None,
+            "log_correction_N": None if weight_N is None else weight_N.log(),
             **{name: getattr(args, name) for name in SETTINGS},
         }
         loss_N = call(method.surrogate, available)
@@ -214,18 +233,21 @@ class GRPOTrainer(OnlineTrainer):
             loss_N = loss_N * off_policy_keep(
                 advantage_N=advantage_N,
                 logp_N=logp_N,
-                sampler_logp_N=batch["old_logp_N"],
+                sampler_logp_N=batch["sampler_logp_N"],
                 seq_N=seq_N,
                 sequences=sequences,
                 off_policy_mask_threshold=args.off_policy_mask_threshold,
             )
-        acts_N = torch.ones_like(logp_N)
-        if "entropy_threshold" in batch:
-            acts_N = (stats.entropy_N.detach() >= batch["entropy_threshold"]).to(logp_N.dtype)
-            loss_N = loss_N * acts_N
-        if "correction_N" in batch and args.loss_type != "vespo":
-            loss_N = loss_N * batch["correction_N"]
+        acts_N = batch["acts_N"] if "acts_N" in batch else torch.ones_like(logp_N)
+        loss_N = loss_N * acts_N
+        if weight_N is not None and args.loss_type != "vespo":
+            loss_N = loss_N * weight_N
         metrics = {"entropy": mean(stats.entropy_N)}
+        if args.loss_type == "vespo":
+            phi_N = call(vespo_weight, available)
+            metrics["vespo/phi_seq_mean"] = mean(seq_mean(phi_N, seq_N, sequences))
+        if weight_N is not None:
+            metrics.update(self._gap(old_logp_N - batch["sampler_logp_N"], weight_N, seq_N, sequences))
         if args.beta != 0.0:
             kl_N = k3(logp_N=logp_N, ref_logp_N=batch["ref_logp_N"])
             if args.use_bias_correction_kl:
@@ -234,14 +256,16 @@ class GRPOTrainer(OnlineTrainer):
             metrics["kl"] = mean(kl_N)
         sums = {method.divide_by: method.add_up(loss_N, seq_N, sequences)}
         if bonus:
-            metrics["policy_loss"] = Metric(sums[method.divide_by].detach(), self._items(method.divide_by))
+            if model.training:
+                metrics["policy_loss"] = Metric(sums[method.divide_by].detach(), self._items(method.divide_by))
             self._entropy_seen(stats.entropy_N.detach(), acts_N, model.training)
             total = sums.get(ENTROPY, 0.0) - self._bonus() * (stats.entropy_N * acts_N).sum()
             sums[ENTROPY] = total
         if stats.aux is not None:
             sums[TOKENS] = sums.get(TOKENS, 0.0) + balance * stats.aux * len(logp_N)
             metrics["aux_loss"] = mean(stats.aux)
-        metrics.update(self._clipping(ratio_N.detach(), advantage_N, seq_N, sequences))
+        read_N = log_ratio_N if args.loss_type == "gmpo" else pooled_N
+        metrics.update(self._clipping(read_N.detach().exp(), advantage_N, seq_N, sequences))
         return sums, metrics
 
     def counts_of(self, samples: Sequence[Sample]) -> dict[str, float]:
@@ -257,12 +281,21 @@ class GRPOTrainer(OnlineTrainer):
 
     def _clipping(self, ratio_N: Tensor, advantage_N: Tensor, seq_N: Tensor, sequences: int) -> dict[str, Metric]:
         args = self.args
-        if args.loss_type == "cispo":
-            return {"cispo_clip_ratio": mean(((ratio_N > args.epsilon_high) & (advantage_N > 0)).float())}
-        if args.loss_type not in CLIPPING:
+        low, high = 1 - args.epsilon, 1 + args.epsilon_high
+        if args.loss_type == "gmpo":  # which clips the logarithms of its tokens' ratios
+            low, high = math.exp(-args.epsilon), math.exp(args.epsilon_high)
+        elif args.loss_type == "cispo":
+            high = args.epsilon_high
+        elif args.loss_type not in CLIPPING:
             return {}
-        low_N = ((ratio_N < 1 - args.epsilon) & (advantage_N < 0)).float()
-        high_N = ((ratio_N > 1 + args.epsilon_high) & (advantage_N > 0)).float()
+        if args.importance_sampling_level == "sequence" and args.loss_type != "gmpo":
+            # One ratio for each sequence, and one voice.
+            advantage_N, ratio_N = seq_mean(advantage_N, seq_N, sequences), seq_mean(ratio_N, seq_N, sequences)
+            seq_N = torch.arange(sequences, device=ratio_N.device)
+        low_N = ((ratio_N < low) & (advantage_N < 0)).float()
+        high_N = ((ratio_N > high) & (advantage_N > 0)).float()
+        if args.loss_type == "cispo":
+            return {"cispo_clip_ratio": mean(high_N)}
         found = {
             "clip_ratio/low_mean": mean(low_N),
             "clip_ratio/high_mean": mean(high_N),
@@ -271,6 +304,20 @@ class GRPOTrainer(OnlineTrainer):
         if len(ratio_N):
             found["clip_ratio/low_min"] = Metric(seq_mean(low_N, seq_N, sequences).min(), 1.0)
             found["clip_ratio/high_max"] = Metric(seq_mean(high_N, seq_N, sequences).max(), 1.0)
+        return found
+
+    def _gap(self, gap_N: Tensor, weight_N: Tensor, seq_N: Tensor, sequences: int) -> dict[str, Metric]:
+        """How far the sampler's log-probs are from the trainer's, and what is made of that."""
+        far_N = gap_N.detach().abs()
+        far_N = far_N[~far_N.isnan()]
+        weight = weight_N if self.args._corrects_tokens() else seq_mean(weight_N, seq_N, sequences)
+        found = {}
+        for name, values in (("sampling_logp_difference", far_N), ("importance_sampling_ratio", weight)):
+            if len(values):
+                found[f"sampling/{name}/mean"] = mean(values)
+                found[f"sampling/{name}/max"] = Metric(values.max(), 1.0)
+        if len(weight):
+            found["sampling/importance_sampling_ratio/min"] = Metric(weight.min(), 1.0)
         return found
 
     # --- the entropy bonus ----------------------------------------------------------------------------------------

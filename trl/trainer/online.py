@@ -32,6 +32,7 @@ from trl.data.collate import Branch, Tree
 from trl.data.prompts import PromptReport, prepare_prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
+from trl.engine.score import evaluating, score
 from trl.losses.advantages import total_reward, without_spread
 from trl.losses.tokens import Metric
 from trl.models import offload
@@ -72,6 +73,7 @@ class Sample(NamedTuple):
     advantage: float
     ref_logps: list[float] | None  # of the reference
     trained: bool  # False: it was cut, and cut completions are not trained on
+    old_logps: list[float] | None = None  # of the policy that drew it, by the trainer, where the sampler's are others
 
 
 class Arithmetic(NamedTuple):
@@ -180,6 +182,10 @@ class OnlineTrainer(ReferencedTrainer):
 
     def needs_reference(self) -> bool:
         return self.args.beta != 0.0
+
+    def needs_old(self) -> bool:
+        """Whether the trainer computes log-probs of its own for what the sampler drew."""
+        return False
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -317,7 +323,8 @@ class OnlineTrainer(ReferencedTrainer):
                 log_extra=lambda name, values: extra.__setitem__(name, list(values)),
                 log_metric=lambda name, value: logged[name].append(float(value)),
             )
-        ref = self._reference_logps(model, of_row, completions) if self.needs_reference() else None
+        ref = self._logps(self.ask_reference(model), of_row, completions) if self.needs_reference() else None
+        old = self._logps(self.ask_policy(model), of_row, completions) if self.needs_old() else None
         kl_S = None
         if ref is not None and self.kl_in_reward():
             kl_S = torch.tensor([sum(a - b for a, b in zip(each.logps, r, strict=True))
@@ -349,19 +356,19 @@ class OnlineTrainer(ReferencedTrainer):
                 float(own_S[index]),
                 None if ref is None else ref[index],
                 each.finished or not cut,
+                None if old is None else old[index],
             )
             for index, (row, each) in enumerate(zip(of_row, completions, strict=True))
         ]
 
-    def _reference_logps(self, model: nn.Module, rows: list[Any], completions: list[Any]) -> list[list[float]]:
-        """The reference's log-probs of every token of the completions."""
+    def _logps(self, ask: Callable[..., TokenStats], rows: list[Any], completions: list[Any]) -> list[list[float]]:
+        """Log-probs of every token of the completions, by whom `ask` asks."""
         blank = [
             Sample(int(row["row"]), list(row["prompt_ids"]), each.ids, each.logps, 0.0, None, True)
             for row, each in zip(rows, completions, strict=True)
         ]
-        ask = self.ask_reference(model)
         found: list[list[float]] = []
-        for group in self._micro_batches(blank):
+        for group in self._together(self._micro_batches(blank)):
             batch = self._prepare_inputs(self._collate.lay(trees(group)))
             with torch.no_grad(), self.compute_loss_context_manager():
                 stats = ask(batch, temperature=self.args.temperature)
@@ -372,6 +379,13 @@ class OnlineTrainer(ReferencedTrainer):
         reference = self.reference
         assert reference is not None
         return lambda batch, **asked: reference.score(model, batch, **asked)
+
+    def ask_policy(self, model: nn.Module) -> Callable[..., TokenStats]:
+        def ask(batch: Batch, **asked: Any) -> TokenStats:
+            with evaluating(model):
+                return score(model, batch, **asked)
+
+        return ask
 
     def _log_round(self, mode: str, rewards_SF: Tensor, weights_F: Tensor, generations: int, completions: list[Any],
                    kl_S: Tensor | None, logged: dict[str, list[float]]) -> None:  # fmt: skip
@@ -449,11 +463,7 @@ class OnlineTrainer(ReferencedTrainer):
         moving = [each for each in samples if not self.is_idle(each)]
         skipped = Metric(torch.tensor(float(len(samples) - len(moving)), device=self.args.device), float(len(samples)))
         self._add("train", {"frac_samples_skipped": skipped} if samples else {})
-        groups = self._micro_batches(moving)
-        if self.args.world_size > 1:
-            most = torch.tensor(len(groups), device=self.args.device)
-            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-            groups += [[] for _ in range(int(most) - len(groups))]
+        groups = self._together(self._micro_batches(moving))
         # The step happens even if nothing moves.
         batches = [self.lay(group) for group in groups or [[]]]
         self._step_batches = batches
@@ -505,6 +515,14 @@ class OnlineTrainer(ReferencedTrainer):
             used += cost
         return groups
 
+    def _together(self, groups: list[list[Sample]]) -> list[list[Sample]]:
+        """As many groups on every rank: sharded weights are gathered by all of them at once. Some may be empty."""
+        if self.args.world_size > 1:
+            most = torch.tensor(len(groups), device=self.args.device)
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+            groups = groups + [[] for _ in range(int(most) - len(groups))]
+        return groups
+
     def lay(self, samples: Sequence[Sample]) -> Batch:
         """Samples as a batch: under each prompt its completions, with what the loss reads of each token."""
         batch = self._collate.lay(trees(samples))
@@ -514,7 +532,8 @@ class OnlineTrainer(ReferencedTrainer):
             return torch.tensor([value for each in kept for value in values(each)], dtype=torch.float32)
 
         batch["advantage_N"] = flat(lambda each: [each.advantage] * len(each.ids))
-        batch["old_logp_N"] = flat(lambda each: each.logps)
+        batch["sampler_logp_N"] = flat(lambda each: each.logps)
+        batch["old_logp_N"] = flat(lambda each: each.logps if each.old_logps is None else each.old_logps)
         if self.needs_reference():
             batch["ref_logp_N"] = flat(lambda each: each.ref_logps or [])
         return batch

@@ -44,7 +44,11 @@ class ScalarTrainer(PreferenceTrainer):
 
     def adapter_config(self, peft_config: Any) -> Any:
         """An adapter for a language model would leave the scoring head untrained."""
-        if peft_config is None or peft_config.task_type == self.task_type:
+        if peft_config is None:
+            return None
+        if getattr(peft_config, "target_modules", None) == "all-linear" and peft_config.exclude_modules is None:
+            peft_config.exclude_modules = ["score", "classifier"]  # the head is trained in full
+        if peft_config.task_type == self.task_type:
             return peft_config
         say_once(f"the adapter's task_type is {self.task_type} here, so that the scoring head trains and is saved")
         peft_config.task_type = self.task_type
