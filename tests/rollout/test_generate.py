@@ -151,6 +151,38 @@ def test_settings_mean_what_they_mean_in_transformers(settings):
         assert completion.ids == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7},
+        {"further": {"no_repeat_ngram_size": 2}},
+        {"further": {"bad_words_ids": [[9], [5, 5], [10, 11]]}},
+    ],
+)
+def test_settings_that_read_tokens_read_those_of_the_row_alone(settings):
+    model = build("llama")
+    # A few tokens only, the first of every prompt among them: they come again and again.
+    others = sorted(set(range(model.config.vocab_size)) - {prompt[0] for prompt in PROMPTS})
+    settings["further"] = {"suppress_tokens": others, **settings.get("further", {})}
+    sampling = Sampling(max_new_tokens=6, **settings)
+    together = InProcessSampler().generate(model, requests(4), sampling)
+    alone = InProcessSampler(max_rows=1).generate(model, requests(4), sampling)
+    assert ids(together) == ids(alone)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_k": 3}, {"top_p": 0.01}, {"min_p": 0.99}])
+def test_stops_are_ruled_out_before_the_filters(filters):
+    model = build("llama")
+    prompt = PROMPTS[0]
+    with torch.no_grad():
+        order = model(input_ids=torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
+    # The three likeliest tokens stop, and may not come first.
+    sampling = Sampling(max_new_tokens=1, stop_ids=tuple(order[:3]), further={"min_new_tokens": 1}, **filters)
+    drawn = InProcessSampler().generate(model, [Request(prompt, 60, (3,))], sampling)[0]
+    allowed = order[3 : 3 + filters.get("top_k", 1)]
+    assert {each.ids[0] for each in drawn} == set(allowed)
+
+
 def test_strings_stop_too(smol_path):
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
     model = build("llama", vocab_size=len(tokenizer))

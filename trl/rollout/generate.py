@@ -215,31 +215,29 @@ class _Run:
         self.active: list[_Row | None] = []
         self.cache: _Columns | None = None
         self.kwargs = _accepted(base)
-        self.is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        self.processors = _processors(sampling, self.device)
+        # By FSDP2, by ZeRO-3.
+        self.is_sharded = any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters())
+        self.penalties, self.filters = _penalties(sampling, self.device), _filters(sampling, self.device)
 
     def drawn(self) -> list[list[Completion]]:
         self._refill()
-        while self._anyone(bool(self.active)):
-            if self.active:
-                self._advance()
-            else:
-                self._stand_in()
+        while self.active:
+            self._advance()
+        while self._someone_asks(False):
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         return [
             [self.done[index, request.first + each] for each in range(request.samples)]
             for index, request in enumerate(self.requests)
         ]
 
-    def _anyone(self, here: bool) -> bool:
-        """Whether any rank still draws: sharded weights are gathered by all ranks together."""
+    def _someone_asks(self, here: bool) -> bool:
+        """Whether this rank or another is about to call the model: sharded weights are gathered by all ranks together,
+        so that who is done answers each call of the others by one of its own."""
         if not self.is_sharded:
             return here
         flag = torch.tensor(int(here), device=self.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)
-
-    def _stand_in(self) -> None:
-        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
@@ -310,6 +308,7 @@ class _Run:
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         inputs = {name: value.to(self.device) for name, value in inputs.items() if name in self.kwargs}
         further = {"logits_to_keep": 1} if "logits_to_keep" in self.kwargs else {}
+        self._someone_asks(True)
         return self.model(**inputs, past_key_values=cache, **further, use_cache=True).logits[:, -1].float()
 
     # --- one token of every row -----------------------------------------------------------------------------------
@@ -357,14 +356,7 @@ class _Run:
         sampling = self.sampling
         greedy = sampling.temperature == 0
         scale = 1.0 if greedy else sampling.temperature
-        scores_BV = logits_BV
-        if self.processors:
-            ids = self._left_padded(rows) if self._needs_ids() else None
-            scores_BV = self.processors(ids, logits_BV.clone())
-        if sampling.further.get("min_new_tokens") and sampling.stop_ids:
-            early = [place for place, row in enumerate(rows) if len(row.ids) < sampling.further["min_new_tokens"]]
-            scores_BV = scores_BV.clone()
-            scores_BV[torch.tensor(early, dtype=torch.long)[:, None], list(sampling.stop_ids)] = -torch.inf
+        scores_BV = self._filtered(rows, logits_BV)
         if greedy:
             token_B = scores_BV.argmax(-1)
         else:
@@ -393,16 +385,20 @@ class _Run:
         last = self.tokenizer.decode(row.ids[-max(map(len, strings)) - 8 : -1])
         return any(string in tail and string not in last for string in strings)
 
-    def _needs_ids(self) -> bool:
-        return self.sampling.repetition_penalty != 1 or bool(
-            {"no_repeat_ngram_size", "bad_words_ids"} & self.sampling.further.keys()
-        )
-
-    def _left_padded(self, rows: Sequence[_Row]) -> Tensor:
-        """Prompts and completions, [B, T]; what is left over on the left repeats the first token."""
-        width = max(row.length for row in rows)
-        table = [[row.prompt.ids[0]] * (width - row.length) + row.prompt.ids + row.ids for row in rows]
-        return torch.tensor(table, device=self.device)
+    def _filtered(self, rows: Sequence[_Row], logits_BV: Tensor) -> Tensor:
+        """Scores of what may be drawn: penalties and what is ruled out first, then the filters of what is left."""
+        scores_BV = logits_BV
+        if self.penalties:
+            scores_BV = scores_BV.clone()
+            # They read the ids. Rows of one length go together, so that there is no padding to be taken for a token.
+            for places, ids in _by_length(rows):
+                scores_BV[places] = self.penalties(ids.to(self.device), scores_BV[places])
+        least = self.sampling.further.get("min_new_tokens") or 0
+        early = [place for place, row in enumerate(rows) if len(row.ids) < least]
+        if early and self.sampling.stop_ids:
+            scores_BV = scores_BV.clone()
+            scores_BV[torch.tensor(early)[:, None], list(self.sampling.stop_ids)] = -torch.inf
+        return self.filters(None, scores_BV) if self.filters else scores_BV
 
     def _finish(self, row: _Row) -> None:
         if row not in self.active:
@@ -410,8 +406,17 @@ class _Run:
         self.done[row.request, row.number] = Completion(row.ids, row.logps, row.finished)
 
 
-def _processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
-    """transformers' processors in the order of its `generate`."""
+def _by_length(rows: Sequence[_Row]) -> Iterator[tuple[list[int], Tensor]]:
+    """Places of the rows of each length, with their prompts and completions, [rows, length]."""
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.length, []).append(place)
+    for group in places.values():
+        yield group, torch.tensor([rows[place].prompt.ids + rows[place].ids for place in group])
+
+
+def _penalties(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
+    """transformers' processors that raise, lower or rule out tokens, in the order of its `generate`."""
     further, found = sampling.further, LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -421,6 +426,12 @@ def _processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList
         found.append(NoBadWordsLogitsProcessor(further["bad_words_ids"], list(sampling.stop_ids)))
     if further.get("suppress_tokens"):
         found.append(SuppressTokensLogitsProcessor(further["suppress_tokens"], device=device))
+    return found
+
+
+def _filters(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
+    """transformers' filters of what a token is drawn from, in the order of its `generate`."""
+    further, found = sampling.further, LogitsProcessorList()
     if sampling.temperature == 0:
         return found
     if sampling.temperature != 1:
