@@ -289,6 +289,15 @@ class RolloutFields:
         default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}
     )
     reward_timeout: float = field(default=600.0, metadata={"help": "Seconds that a reward function may take."})
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={"help": "Draw further prompts in place of those whose completions are all worth the same (DAPO)."},
+    )
+    max_refills: int = field(default=10, metadata={"help": "Times that dynamic_sampling draws again in a round."})
+    replay_buffer_size: int = field(
+        default=0,
+        metadata={"help": "Groups of earlier rounds kept to be trained on in place of those worth the same; 0: none."},
+    )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not train on completions that reached max_completion_length."}
     )

@@ -111,6 +111,14 @@ ONLINE = {
     "grpo": ("GRPO", {"beta": 0.1, "num_iterations": 2, "entropy_coef": 0.01}),
     "grpo-sequences": ("GRPO", {"loss_type": "grpo", "top_entropy_quantile": 0.5}),
     "rloo": ("RLOO", {"normalize_advantages": True}),
+    # A round of two steps, in which the second rank drew most of what is dropped.
+    "grpo-refilled": (
+        "GRPO",
+        {
+            **{"dynamic_sampling": True, "steps_per_generation": 2, "rows": test_online.TASTES},
+            "reward_funcs": test_online.by_taste,
+        },
+    ),
 }
 
 
@@ -118,8 +126,9 @@ def drawing(name, path, tokenizer, batch):
     """One round of two prompts, four completions each; with two ranks each draws some of them."""
     method, options = ONLINE[name]
     return test_online.make(
-        path, tokenizer, method, rows=test_online.PROMPTS[:2], shuffle_dataset=False, max_tokens_per_micro_batch=20,
-        per_device_train_batch_size=batch, gradient_accumulation_steps=1, **options,
+        path, tokenizer, method, shuffle_dataset=False, max_tokens_per_micro_batch=20,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        **{"rows": test_online.PROMPTS[:2], **options},
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 import trl
 from tests.trainer.helpers import DEFAULTS, tiny
 from trl.engine.score import attach, score
+from trl.rollout import rounds
 from trl.rollout.types import Completion
-from trl.trainer import online
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,13 @@ def first_step(trainer):
     return kept, trainer.state.log_history[0]
 
 
+def watch_steps(trainer):
+    """The samples of each step."""
+    steps, original = [], trainer._learn
+    trainer._learn = lambda model, samples: steps.append(samples) or original(model, samples)
+    return steps
+
+
 def assert_same(ours, theirs, what=""):
     assert ours.keys() == theirs.keys() and ours
     for name, expected in theirs.items():
@@ -125,6 +132,99 @@ def test_samples_of_no_weight_are_not_forwarded(tmp_path, tokenizer, loss_type, 
     assert_same(ours, expected)
 
 
+TASTES = [{"prompt": f"say {word}", "dull": number % 2 == 0} for number, word in enumerate("abcdefghijkl")]
+
+
+def by_taste(completion_ids, dull, **_):
+    """Prompts that are dull are worth 1 whatever is said."""
+    return [1.0 if flat else value for flat, value in zip(dull, reward(completion_ids), strict=True)]
+
+
+def test_dull_groups_are_drawn_again(tmp_path, tokenizer):
+    """Dynamic sampling: the round is full of groups that teach something, of prompts that differ."""
+    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "reward_funcs": by_taste}
+    trainer = make(tmp_path, tokenizer, rows=TASTES, dynamic_sampling=True, max_steps=2, **settings)
+    steps = watch_steps(trainer)
+    trainer.train()
+    for samples in steps:
+        rows = [each.row for each in samples]
+        assert len(samples) == 16 and len(set(rows)) == 4 and all(row % 2 == 1 for row in rows)
+    line = trainer.state.log_history[0]
+    assert line["groups/idle"] == 0 and line["frac_samples_skipped"] == 0 and line["groups/drawn"] > 4
+    # Rewards are those of all that was drawn.
+    assert line["frac_reward_zero_std"] == pytest.approx(1 - 4 / line["groups/drawn"])
+    assert trainer.further_taken > 0
+
+
+def test_what_cannot_be_refilled_stays_as_it_is(tmp_path, tokenizer):
+    dull = [{**row, "dull": index > 0} for index, row in enumerate(TASTES[:6])]
+    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "shuffle_dataset": False}
+    for refills in (1, 5):
+        trainer = make(
+            tmp_path,
+            tokenizer,
+            rows=dull,
+            reward_funcs=by_taste,
+            dynamic_sampling=True,
+            max_refills=refills,
+            **settings,
+        )
+        trainer.train()
+        line = trainer.state.log_history[0]
+        assert line["groups/idle"] == 3 and line["groups/drawn"] == 6 and line["frac_samples_skipped"] == 0.75
+    with pytest.raises(ValueError, match="max_refills=0"):
+        make(tmp_path, tokenizer, dynamic_sampling=True, max_refills=0)
+
+
+def test_groups_of_earlier_rounds_take_the_place_of_dull_ones(tmp_path, tokenizer):
+    rows = [{**row, "dull": index >= 4} for index, row in enumerate(TASTES[:8])]
+    trainer = make(
+        tmp_path, tokenizer, rows=rows, reward_funcs=by_taste, replay_buffer_size=3, max_steps=2, shuffle_dataset=False,
+        per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-2,
+    )  # fmt: skip
+    steps = watch_steps(trainer)
+    trainer.train()
+    assert not trainer.is_on_policy()
+    first, second = steps
+    # Three groups of the first round, the newest, and one that is left dull.
+    again = [each for each in second if each.row < 4]
+    assert {each.row for each in again} == {1, 2, 3} and all(each in first for each in again)
+    assert [line["groups/replayed"] for line in trainer.state.log_history if "loss" in line] == [0, 3]
+    assert trainer.state.log_history[1]["frac_samples_skipped"] == 0.25
+    # They were drawn by an older policy.
+    assert trainer.state.log_history[1]["clip_ratio/region_mean"] > 0
+    with pytest.raises(ValueError, match="replay_buffer_size=-1"):
+        make(tmp_path, tokenizer, replay_buffer_size=-1)
+
+
+def test_a_run_that_refills_and_replays_resumes_exactly(tmp_path, tokenizer):
+    def run(path):
+        return make(
+            path, tokenizer, rows=TASTES, reward_funcs=by_taste, dynamic_sampling=True, max_refills=1,
+            replay_buffer_size=2, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+            steps_per_generation=2, save_strategy="steps", save_steps=3,
+        )  # fmt: skip
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    resumed = run(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    lines = [[line["loss"] for line in each.state.log_history if "loss" in line] for each in (whole, resumed)]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+    assert resumed.method_state() == whole.method_state()
+    for (name, ours), (_, theirs) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_ranks_share_a_step_by_its_tokens():
+    samples = [rounds.Sample(row, [1], [2] * length, [], 1.0, None, True) for row, length in enumerate((9, 1, 1, 1, 6))]
+    for ranks in (1, 2, 3, 7):
+        shares = [rounds.share(samples, ranks, rank) for rank in range(ranks)]
+        assert [each for part in shares for each in part] == samples
+        assert [rounds.share([], ranks, rank) for rank in range(ranks)] == [[]] * ranks
+    assert [[len(each.ids) for each in rounds.share(samples, 2, rank)] for rank in (0, 1)] == [[9], [1, 1, 1, 6]]
+
+
 def test_a_step_happens_even_if_nothing_moves(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, reward_funcs=lambda completions, **_: [1.0] * len(completions))
     trainer.train()
@@ -143,7 +243,7 @@ def test_rounds_are_whole_groups_and_whole_steps(tmp_path, tokenizer):
         num_generations=8,
         max_steps=4,
     )
-    assert trainer.numbers == online.Arithmetic(step=4, round=8, prompts=1, parts=2)
+    assert trainer.numbers == rounds.Arithmetic(step=4, round=8, prompts=1, parts=2)
     assert any("1 prompts × 8 completions each" in line and "2 steps of 4" in line for line in trainer.report())
     trainer.train()
     assert trainer.rounds_drawn == 2
@@ -233,7 +333,7 @@ def test_an_evaluation_says_how_sure_it_is(tmp_path, tokenizer):
 
 def test_pass_at_k():
     judged = [(0.5, [1.0, 0.0, 0.0, 1.0]), (0.0, [0.0] * 4)]
-    found = online.judgement(judged, 1.0)
+    found = rounds.judgement(judged, 1.0)
     assert found["reward"] == 0.25 and found["pass@1"] == 0.25 and found["pass@4"] == 0.5
     assert found["reward_ci95"] == pytest.approx(1.96 * np.std([0.5, 0.0], ddof=1) / np.sqrt(2))
 

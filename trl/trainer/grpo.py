@@ -23,8 +23,9 @@ from trl.losses.policy import (
     vespo_weight,
 )
 from trl.losses.tokens import Metric, mean, seq_mean
+from trl.rollout.rounds import Sample
 
-from .online import OnlineConfig, OnlineTrainer, Sample
+from .online import OnlineConfig, OnlineTrainer
 from .preference import call
 
 LEVELS = ("token", "sequence", "sequence_token")
@@ -161,10 +162,6 @@ class GRPOTrainer(OnlineTrainer):
         # Where tokens are chosen by entropy, all of them say what is high.
         alone = self.router_aux_loss_coef() == 0.0 and self.args.top_entropy_quantile == 1.0
         return not sample.trained or (still and alone)
-
-    def is_on_policy(self) -> bool:
-        """Whether the policy that is trained is the one that drew the samples."""
-        return self.numbers.parts * self.args.num_iterations == 1
 
     def needs_old(self) -> bool:
         return self.args.rollout_correction and not self.is_on_policy()

@@ -12,12 +12,11 @@ overridden beyond those of `base.py`, and why:
 
 import contextlib
 import json
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +25,9 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields
+from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields, say_once
 from trl.data.batches import RowBatches
-from trl.data.collate import Branch, Tree
+from trl.data.collate import Tree
 from trl.data.prompts import PromptReport, prepare_prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
@@ -37,9 +36,22 @@ from trl.losses.advantages import total_reward, without_spread
 from trl.losses.tokens import Metric
 from trl.models import offload
 from trl.rollout.generate import InProcessSampler, describe
+from trl.rollout.rounds import (
+    Drawn,
+    Further,
+    Replay,
+    Sample,
+    Tickets,
+    arithmetic,
+    grouped,
+    judgement,
+    share,
+    split,
+    trees,
+)
 from trl.rollout.score import RewardFunctions
 from trl.rollout.table import Table
-from trl.rollout.types import Request, Sampler, Sampling
+from trl.rollout.types import Completion, Request, Sampler, Sampling
 
 from .preference import ReferencedTrainer
 
@@ -60,65 +72,11 @@ class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields,
             )
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             raise ValueError("generation_batch_size and steps_per_generation say the same thing: give one of them")
+        if self.dynamic_sampling and self.max_refills < 1:
+            raise ValueError(f"max_refills={self.max_refills} leaves nothing of dynamic_sampling: give 1 or more")
+        if self.replay_buffer_size < 0:
+            raise ValueError(f"replay_buffer_size={self.replay_buffer_size}: give a number of groups, 0 for none")
         super().__post_init__()
-
-
-class Sample(NamedTuple):
-    """One completion, ready to be trained on. Plain values: a checkpoint keeps them."""
-
-    row: int
-    prompt_ids: list[int]
-    ids: list[int]
-    logps: list[float]  # of the policy that drew it
-    advantage: float
-    ref_logps: list[float] | None  # of the reference
-    trained: bool  # False: it was cut, and cut completions are not trained on
-    old_logps: list[float] | None = None  # of the policy that drew it, by the trainer, where the sampler's are others
-
-
-class Arithmetic(NamedTuple):
-    """How many of what."""
-
-    step: int  # completions an optimizer step, on all devices
-    round: int  # completions drawn at once, on all devices
-    prompts: int  # prompts of a round
-    parts: int  # optimizer steps that a round is cut into
-
-
-def arithmetic(args: Any, accumulation: int) -> Arithmetic:
-    """Rounds of whole groups and of whole steps, whatever the batch size and the number of generations."""
-    step = args.train_batch_size * accumulation * args.world_size
-    wanted = step
-    if args.generation_batch_size is not None:
-        wanted = args.generation_batch_size
-    elif args.steps_per_generation is not None:
-        wanted = args.train_batch_size * args.steps_per_generation * args.world_size
-    least = math.lcm(step, args.num_generations)
-    together = math.ceil(wanted / least) * least
-    return Arithmetic(step, together, together // args.num_generations, together // step)
-
-
-class Tickets:
-    """A batch sampler: for each round its prompts, and nothing for the steps that follow on the same round."""
-
-    def __init__(self, rounds: RowBatches, steps: int) -> None:
-        self.rounds, self.steps = rounds, steps
-
-    def __len__(self) -> int:
-        return len(self.rounds) * self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for prompts in self.rounds:
-            yield prompts
-            for _ in range(self.steps - 1):
-                yield []
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rounds.set_epoch(epoch)
-
-    @property
-    def batch_sampler(self) -> "Tickets":
-        return self
 
 
 class OnlineTrainer(ReferencedTrainer):
@@ -153,7 +111,7 @@ class OnlineTrainer(ReferencedTrainer):
         self._reward_funcs, self._reward_processing_classes = reward_funcs, reward_processing_classes
         self.round: list[list[Sample]] = []  # what is left of the round, step by step
         self.rounds_drawn = 0
-        self._later: list[list[Sample]] = []  # the whole round, to be trained on again
+        self.further_taken = 0  # prompts of `Further`
         super().__init__(
             model,
             ref_model,
@@ -182,6 +140,10 @@ class OnlineTrainer(ReferencedTrainer):
 
     def needs_reference(self) -> bool:
         return self.args.beta != 0.0
+
+    def is_on_policy(self) -> bool:
+        """Whether the policy that is trained is the one that drew the samples."""
+        return self.numbers.parts * self.args.num_iterations == 1 and not self.args.replay_buffer_size
 
     def needs_old(self) -> bool:
         """Whether the trainer computes log-probs of its own for what the sampler drew."""
@@ -226,7 +188,8 @@ class OnlineTrainer(ReferencedTrainer):
         self.sampling = self._sampling()
         self.sampler = InProcessSampler(self.processing_class, max_cache_tokens=args.max_cache_tokens)
         self.table = Table(Path(args.output_dir) / "completions")
-        self._judged: list[tuple[float, list[float]]] = []  # of an evaluation: for each prompt its total rewards
+        self._totals: list[tuple[float, list[float]]] = []  # of an evaluation: for each prompt its total rewards
+        self.replay = Replay(args.replay_buffer_size, args.seed) if args.replay_buffer_size else None
 
     def _sampling(self) -> Sampling:
         args, tokenizer = self.args, self.processing_class
@@ -256,6 +219,10 @@ class OnlineTrainer(ReferencedTrainer):
             f"in {numbers.parts} step{'s' if numbers.parts > 1 else ''} of {numbers.step} completions"
             + (f", {args.num_iterations} times" if args.num_iterations > 1 else "")
         )
+        if args.dynamic_sampling:
+            lines.append(f"prompts whose completions are all worth the same: others instead, {args.max_refills} times")
+        if args.replay_buffer_size:
+            lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
         lines.append(f"rewards: {', '.join(self.rewards.names)}")
         return [*lines, f"sampling: {describe(self.sampling)}"]
 
@@ -278,88 +245,149 @@ class OnlineTrainer(ReferencedTrainer):
     # --- drawing and judging --------------------------------------------------------------------------------------
 
     def _draw(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[Sample]:
-        """Completions of the rows, judged. In training every rank has all rows and draws its part of the samples; in an
-        evaluation a rank has rows of its own."""
-        args, model = self.args, self.model_wrapped if training else self.model
+        """Completions of the rows, judged and ready to be trained on: in training those of the round, on every rank; in
+        an evaluation, where a rank has rows of its own, its own."""
         mode = "train" if training else "eval"
+        drawn = everything = self._judged(rows, generations, training)
+        if training and self.args.dynamic_sampling:
+            drawn, everything = self._refilled(drawn, generations)
+        advantages = self._advantages(drawn, generations).tolist()
+        if everything:
+            self._log_round(mode, everything, generations)
+        if not training and drawn:
+            totals = total_reward(*self._rewards(drawn)).view(-1, generations)
+            self._totals += [(float(each.nanmean()), each.tolist()) for each in totals]
+        if self.args.log_completions:
+            self._keep(mode, drawn, advantages)
+        samples = [self._sample(*each) for each in zip(drawn, advantages, strict=True)]
+        return self._replayed(samples, generations) if training and self.replay is not None else samples
+
+    def _sample(self, each: Drawn, advantage: float) -> Sample:
+        ids, logps, _ = each.completion
+        trained = self._is_trained(each)
+        return Sample(each.row, each.prompt_ids, ids, logps, advantage, each.ref_logps, trained, each.old_logps)
+
+    def _is_trained(self, each: Drawn) -> bool:
+        return each.completion.finished or not self.args.mask_truncated_completions
+
+    def _judged(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[Drawn]:
+        """Completions of the rows, and what they are worth. In training every rank has all rows, draws its part of the
+        completions, and gets those of the others."""
+        args, model = self.args, self.model_wrapped if training else self.model
         ranks, rank = (args.world_size, args.process_index) if training else (1, 0)
         mine = np.array_split(np.arange(len(rows) * generations), ranks)[rank]
-        places, firsts, counts = [], [], []
-        for number in mine.tolist():
-            place, sample = divmod(number, generations)
-            if places and places[-1] == place:
-                counts[-1] += 1
-            else:
-                places.append(place)
-                firsts.append(sample)
-                counts.append(1)
+        samples: dict[int, list[int]] = {}
+        for place, sample in (divmod(number, generations) for number in mine.tolist()):
+            samples.setdefault(place, []).append(sample)
         number = self.rounds_drawn if training else -1
         requests = [
-            Request(rows[place]["prompt_ids"], count, (args.seed, number + 1, int(rows[place]["row"])), first)
-            for place, first, count in zip(places, firsts, counts, strict=True)
+            Request(rows[place]["prompt_ids"], len(own), (args.seed, number + 1, int(rows[place]["row"])), own[0])
+            for place, own in samples.items()
         ]
         with self.compute_loss_context_manager():
-            drawn = self.sampler.generate(model, requests, self.sampling)
-        completions = [completion for group in drawn for completion in group]
-        of_row = [rows[place] for place, count in zip(places, counts, strict=True) for _ in range(count)]
+            groups = self.sampler.generate(model, requests, self.sampling)
+        completions = [completion for group in groups for completion in group]
+        of_row = [rows[place] for place, own in samples.items() for _ in own]
         texts = self.processing_class.batch_decode([each.ids for each in completions], skip_special_tokens=True)
-        prompts = [row["prompt"] for row in of_row]
+        rewards_SF, extra = self._ask_rewards("train" if training else "eval", of_row, completions, texts)
+        absent = [None] * len(completions)
+        ref = self._logps(self.ask_reference(model), of_row, completions) if self.needs_reference() else absent
+        old = self._logps(self.ask_policy(model), of_row, completions) if self.needs_old() else absent
+        drawn = [
+            Drawn(int(row["row"]), row["prompt"], list(row["prompt_ids"]), *rest)
+            for row, *rest in zip(of_row, completions, texts, rewards_SF.tolist(), ref, old, extra, strict=True)
+        ]
+        return gather_object(drawn) if ranks > 1 else drawn
+
+    def _ask_rewards(self, mode: str, rows: list[dict[str, Any]], completions: list[Completion],
+                     texts: list[str]) -> tuple[Tensor, list[dict[str, Any]]]:  # fmt: skip
+        """The rewards of this rank's completions, [S, F], and what the functions want to see beside each."""
+        extra: list[dict[str, Any]] = [{} for _ in rows]
+        if not rows:  # a rank may have none
+            return torch.zeros(0, len(self.rewards.names)), extra
+
+        def keep(name: str, values: Sequence[Any]) -> None:
+            for own, value in zip(extra, values, strict=True):
+                own[name] = value
+
+        logged: dict[str, list[float]] = defaultdict(list)
+        prompts = [row["prompt"] for row in rows]
         replies: list[Any] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        extra: dict[str, list[Any]] = {}
-        logged: dict[str, list[float]] = defaultdict(list)
-        known = ("prompt", "prompt_ids", "row")
-        columns = {name: [row[name] for row in of_row] for name in (rows[0] if rows else {}) if name not in known}
-        own_SF = torch.zeros(0, len(self.rewards.names))
-        if completions:  # a rank may have none
-            own_SF = self.rewards.score(
-                prompts,
-                replies,
-                [each.ids for each in completions],
-                columns,
-                trainer_state=self.state,
-                log_extra=lambda name, values: extra.__setitem__(name, list(values)),
-                log_metric=lambda name, value: logged[name].append(float(value)),
+        rewards_SF = self.rewards.score(
+            prompts,
+            replies,
+            [each.ids for each in completions],
+            {name: [row[name] for row in rows] for name in rows[0] if name not in self.prepared_columns},
+            trainer_state=self.state,
+            log_extra=keep,
+            log_metric=lambda name, value: logged[name].append(float(value)),
+        )
+        self._add(mode, {name: Metric(torch.tensor(values).sum().to(self.args.device), float(len(values)))
+                         for name, values in logged.items()})  # fmt: skip
+        return rewards_SF, extra
+
+    def _rewards(self, drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
+        """Of each completion by each function, [S, F], and the weights of the functions, [F]."""
+        names = len(self.rewards.names)
+        return torch.tensor([each.rewards for each in drawn]).view(-1, names), self.rewards.weights
+
+    def _kl(self, drawn: Sequence[Drawn]) -> Tensor | None:
+        """The divergence of each completion from the reference, as its own tokens estimate it, [S]; of what is not
+        trained on, none."""
+        if not (self.kl_in_reward() and self.needs_reference()):
+            return None
+        return torch.tensor([
+            sum(each.completion.logps) - sum(each.ref_logps or []) if self._is_trained(each) else 0.0 for each in drawn
+        ])  # fmt: skip
+
+    def _advantages(self, drawn: Sequence[Drawn], generations: int) -> Tensor:
+        return self.advantages(*self._rewards(drawn), generations, self._kl(drawn)) if drawn else torch.zeros(0)
+
+    def _refilled(self, drawn: list[Drawn], generations: int) -> tuple[list[Drawn], list[Drawn]]:
+        """The round with further prompts drawn in place of those whose completions all have the same advantage, and
+        everything that was drawn. DAPO's dynamic sampling (Yu et al. 2025, arXiv:2503.14476, section 3.2)."""
+        args, wanted = self.args, len(drawn) // generations
+        everything: list[Drawn] = []
+        kept: list[list[Drawn]] = []
+        dull: list[list[Drawn]] = []
+        further = Further(len(self.train_dataset), args.seed)
+        further.taken = self.further_taken
+        for refills in range(args.max_refills + 1):
+            everything += drawn
+            moves = self._advantages(drawn, generations).view(-1, generations).any(1).tolist()
+            for group, moving in zip(grouped(drawn, generations), moves, strict=True):
+                (kept if moving else dull).append(group)
+            missing = wanted - len(kept) if refills < args.max_refills else 0
+            rows = further.take(missing, {each.row for each in everything})
+            if not rows:
+                break
+            drawn = self._judged([self.train_dataset[row] for row in rows], generations, training=True)
+        self.further_taken = further.taken
+        groups = (kept + dull)[:wanted]
+        if len(kept) < wanted:
+            say_once(
+                f"dynamic_sampling: {len(kept)} of {wanted} groups have completions of different worth after "
+                f"{len(everything) // generations} prompts were drawn; the round goes on with them (see the metric "
+                "`groups/idle`)"
             )
-        ref = self._logps(self.ask_reference(model), of_row, completions) if self.needs_reference() else None
-        old = self._logps(self.ask_policy(model), of_row, completions) if self.needs_old() else None
-        kl_S = None
-        if ref is not None and self.kl_in_reward():
-            kl_S = torch.tensor([sum(a - b for a, b in zip(each.logps, r, strict=True))
-                                 for each, r in zip(completions, ref, strict=True)])  # fmt: skip
-        rewards_SF, all_kl_S = own_SF, kl_S
-        if ranks > 1:
-            together = gather_object([(own_SF, kl_S)])
-            rewards_SF = torch.cat([part[0] for part in together])
-            all_kl_S = None if kl_S is None else torch.cat([part[1] for part in together])
-        weights_F = self.rewards.weights
-        advantage_S = torch.zeros(0)
-        if len(rewards_SF):
-            advantage_S = self.advantages(rewards_SF, weights_F, generations, all_kl_S)
-        own_S = advantage_S[torch.from_numpy(mine)] if ranks > 1 else advantage_S
-        if len(rewards_SF):
-            self._log_round(mode, rewards_SF, weights_F, generations, completions, kl_S, logged)
-        if not training and completions:
-            totals = total_reward(rewards_SF, weights_F).view(-1, generations)
-            self._judged += [(float(each.nanmean()), each.tolist()) for each in totals]
-        if args.log_completions:
-            self._keep(mode, prompts, texts, own_SF, own_S, extra)
-        cut = args.mask_truncated_completions
-        return [
-            Sample(
-                int(row["row"]),
-                list(row["prompt_ids"]),
-                each.ids,
-                each.logps,
-                float(own_S[index]),
-                None if ref is None else ref[index],
-                each.finished or not cut,
-                None if old is None else old[index],
-            )
-            for index, (row, each) in enumerate(zip(of_row, completions, strict=True))
-        ]
+        self._add("train", {"groups/drawn": self._once(len(everything) / generations),
+                            "groups/idle": self._once(max(0, wanted - len(kept)))})  # fmt: skip
+        return [each for group in groups for each in group], everything
+
+    def _replayed(self, samples: list[Sample], generations: int) -> list[Sample]:
+        assert self.replay is not None
+        groups, replaced = self.replay.replace(grouped(samples, generations), self.rounds_drawn)
+        self._add("train", {"groups/replayed": self._once(replaced)})
+        return [each for group in groups for each in group]
+
+    def _once(self, value: float | Tensor, mode: str = "train") -> Metric:
+        """A number that all ranks know in training, so that one of them adds it; in an evaluation, one of this rank."""
+        value = torch.as_tensor(value, dtype=torch.float32)
+        good = bool(torch.isfinite(value)) and (mode == "eval" or self.args.process_index == 0)
+        return Metric(value.nan_to_num(0.0).to(self.args.device) * good, float(good))
 
     def _logps(self, ask: Callable[..., TokenStats], rows: list[Any], completions: list[Any]) -> list[list[float]]:
         """Log-probs of every token of the completions, by whom `ask` asks."""
@@ -387,53 +415,43 @@ class OnlineTrainer(ReferencedTrainer):
 
         return ask
 
-    def _log_round(self, mode: str, rewards_SF: Tensor, weights_F: Tensor, generations: int, completions: list[Any],
-                   kl_S: Tensor | None, logged: dict[str, list[float]]) -> None:  # fmt: skip
-        """Metrics of a round under upstream's names. Rewards are those of all ranks, lengths this rank's own."""
-        device, here = self.args.device, self.args.process_index == 0 or mode == "eval"
+    def _log_round(self, mode: str, drawn: Sequence[Drawn], generations: int) -> None:
+        """Metrics of all that was drawn, under upstream's names: in training of all ranks, in an evaluation of this."""
+        rewards_SF, weights_F = self._rewards(drawn)
         total_S = total_reward(rewards_SF, weights_F)
-
-        def once(value: Tensor, count: float = 1.0) -> Metric:
-            """A number of all ranks, which one of them adds."""
-            good = bool(torch.isfinite(value)) and here
-            return Metric(value.nan_to_num(0.0).to(device) * good, count * good)
-
-        metrics = {"reward": once(total_S.nanmean()), "reward_std": once(_std(total_S))}
+        numbers = {"reward": total_S.nanmean(), "reward_std": _std(total_S)}
         for index, name in enumerate(self.rewards.names):
-            metrics[f"rewards/{name}/mean"] = once(rewards_SF[:, index].nanmean())
-            metrics[f"rewards/{name}/std"] = once(_std(rewards_SF[:, index]))
-        alike_S = without_spread(rewards_SF, weights_F, generations)
-        metrics["frac_reward_zero_std"] = once(alike_S.float().mean())
-        lengths = torch.tensor([float(len(each.ids)) for each in completions])
-        ended = torch.tensor([each.finished for each in completions], dtype=torch.bool)
+            numbers[f"rewards/{name}/mean"] = rewards_SF[:, index].nanmean()
+            numbers[f"rewards/{name}/std"] = _std(rewards_SF[:, index])
+        numbers["frac_reward_zero_std"] = without_spread(rewards_SF, weights_F, generations).float().mean()
+        lengths = torch.tensor([float(len(each.completion.ids)) for each in drawn])
+        ended = torch.tensor([each.completion.finished for each in drawn])
         for what, values in (("length", lengths), ("terminated_length", lengths[ended])):
             if len(values):
-                metrics[f"completions/mean_{what}"] = Metric(values.sum().to(device), float(len(values)))
-                metrics[f"completions/min_{what}"] = Metric(values.min().to(device), 1.0)
-                metrics[f"completions/max_{what}"] = Metric(values.max().to(device), 1.0)
-        if len(ended):
-            metrics["completions/clipped_ratio"] = Metric((~ended).float().sum().to(device), float(len(ended)))
+                numbers[f"completions/mean_{what}"] = values.mean()
+                numbers[f"completions/min_{what}"] = values.min()
+                numbers[f"completions/max_{what}"] = values.max()
+        numbers["completions/clipped_ratio"] = (~ended).float().mean()
+        kl_S = self._kl(drawn)
         if kl_S is not None:
-            metrics["kl"] = Metric(kl_S.sum().to(device), max(float(lengths.sum()), 1.0))
-        for name, values in logged.items():
-            metrics[name] = Metric(torch.tensor(values).sum().to(device), float(len(values)))
-        self._add(mode, metrics)
+            numbers["kl"] = kl_S.sum() / lengths.sum().clamp(min=1)
+        self._add(mode, {name: self._once(value, mode) for name, value in numbers.items()})
 
-    def _keep(self, mode: str, prompts: list[Any], texts: list[str], rewards_SF: Tensor, advantage_S: Tensor,
-              extra: dict[str, list[Any]]) -> None:  # fmt: skip
+    def _keep(self, mode: str, drawn: Sequence[Drawn], advantages: Sequence[float]) -> None:
         rows = [
             {
                 "step": self.state.global_step,
                 "mode": mode,
-                "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
-                "completion": text,
-                **{name: rewards_SF[index, place].item() for place, name in enumerate(self.rewards.names)},
-                "advantage": advantage_S[index].item(),
-                **{name: values[index] for name, values in extra.items()},
+                "prompt": each.prompt if isinstance(each.prompt, str) else json.dumps(each.prompt, ensure_ascii=False),
+                "completion": each.text,
+                **dict(zip(self.rewards.names, each.rewards, strict=True)),
+                "advantage": advantage,
+                **each.extra,
             }
-            for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+            for each, advantage in zip(drawn, advantages, strict=True)
         ]
-        rows = gather_object(rows)
+        if mode == "eval":
+            rows = gather_object(rows)
         if self.is_world_process_zero():
             self.table.write(rows, self.state.global_step, mode)
             self.table.show(
@@ -452,23 +470,26 @@ class OnlineTrainer(ReferencedTrainer):
         if inputs["rows"]:
             samples = self._draw(inputs["rows"], self.args.num_generations, training=True)
             self.rounds_drawn += 1
-            parts = [list(part) for part in _split(samples, self.numbers.parts)]
-            self.round = parts * self.args.num_iterations
+            self.round = split(samples, self.numbers.parts) * self.args.num_iterations
         samples, self.round = self.round[0], self.round[1:]
         return self._learn(model, samples)
 
     def _learn(self, model: nn.Module, samples: list[Sample]) -> Tensor:
-        """Forward and backward over the samples of this rank, in micro-batches of a token budget."""
-        self._step_counts = self._count(samples)
+        """Forward and backward over this rank's share of the samples, in micro-batches of a token budget."""
+        args = self.args
+        counts = self.counts_of(samples)
+        self._step_counts = {kind: torch.tensor(max(n, 1.0), device=args.device) for kind, n in counts.items()}
         moving = [each for each in samples if not self.is_idle(each)]
-        skipped = Metric(torch.tensor(float(len(samples) - len(moving)), device=self.args.device), float(len(samples)))
-        self._add("train", {"frac_samples_skipped": skipped} if samples else {})
+        if samples:
+            self._add("train", {"frac_samples_skipped": self._once(1 - len(moving) / len(samples))})
+        if args.process_index == 0:
+            self._tokens_seen += sum(len(each.ids) for each in samples)
+            self._tokens_seen += sum(len(ids) for ids in {tuple(each.prompt_ids) for each in samples})
+        moving = share(moving, args.world_size, args.process_index)
         groups = self._together(self._micro_batches(moving))
         # The step happens even if nothing moves.
         batches = [self.lay(group) for group in groups or [[]]]
         self._step_batches = batches
-        self._tokens_seen += sum(len(each.ids) for each in samples)
-        self._tokens_seen += sum(len(ids) for ids in {tuple(each.prompt_ids) for each in samples})
         for distinct, positions in map(computed, batches):
             self._distinct += distinct
             self._positions += positions
@@ -490,13 +511,6 @@ class OnlineTrainer(ReferencedTrainer):
         tokens = sum(len(each.ids) for each in samples if each.trained)
         longest = self.args.max_completion_length or LONGEST
         return {"sequences": len(samples), "tokens": tokens, "budget": len(samples) * longest}
-
-    def _count(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        found = self.counts_of(samples)
-        totals = torch.tensor(list(found.values()), dtype=torch.float64, device=self.args.device)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(totals)
-        return dict(zip(found, totals.clamp(min=1).float(), strict=True))
 
     def _micro_batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """The samples in their order, cut so that a forward pass has at most the budget's tokens (or one sample)."""
@@ -545,10 +559,10 @@ class OnlineTrainer(ReferencedTrainer):
         samples = self._draw(inputs["rows"], generations, training=False)
         found = {kind: float(count) for kind, count in self.counts_of(samples).items()}
         total = torch.zeros((), device=self.args.device)
-        for group in self._micro_batches(samples):
-            batch = self.lay(group)
+        batches = [self.lay(group) for group in self._micro_batches(samples)]
+        self.before_step(model, batches, training=False)
+        for batch in batches:
             with torch.no_grad(), self.compute_loss_context_manager():
-                self.before_step(model, [batch], training=False)
                 sums, metrics = self.loss(model, self._prepare_inputs(batch))
             self._add("eval", {**metrics, **self.parts(sums, dict.fromkeys(sums, 0.0))})
             total += torch.stack([each / max(found[kind], 1.0) for kind, each in sums.items()]).sum()
@@ -558,9 +572,9 @@ class OnlineTrainer(ReferencedTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
-        self._judged = []
+        self._totals = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        judged = gather_object(self._judged)
+        judged = gather_object(self._totals)
         for name, value in judgement(judged, self.args.pass_threshold).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -568,54 +582,32 @@ class OnlineTrainer(ReferencedTrainer):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        left = [[list(sample) for sample in part] for part in self.round]
-        return {**super().method_state(), "round": left, "rounds_drawn": self.rounds_drawn}
+        replayed = [] if self.replay is None else self.replay.groups
+        return {
+            **super().method_state(),
+            "round": _plain(self.round),
+            "replay": _plain(replayed),
+            "rounds_drawn": self.rounds_drawn,
+            "further_taken": self.further_taken,
+        }
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self.round = [[Sample(*sample) for sample in part] for part in state.get("round", [])]
-        self.rounds_drawn = state.get("rounds_drawn", 0)
+        self.round = _samples(state.get("round", []))
+        self.rounds_drawn, self.further_taken = state.get("rounds_drawn", 0), state.get("further_taken", 0)
+        if self.replay is not None:
+            self.replay.groups.extend(_samples(state.get("replay", [])))
 
 
 LONGEST = 512  # tokens of a completion where nobody says
 
 
-def trees(samples: Sequence[Sample]) -> list[Tree]:
-    """One tree for each run of samples of one prompt. One that is not trained on is a branch without trained tokens."""
-    found: list[Tree] = []
-    prompt: list[int] | None = None
-    for sample in samples:
-        branch = Branch(sample.ids, [sample.trained] * len(sample.ids), sample.row)
-        if found and sample.prompt_ids == prompt:
-            found[-1] = found[-1]._replace(branches=(*found[-1].branches, branch))
-        else:
-            prompt = sample.prompt_ids
-            found.append(Tree(Branch(prompt, [False] * len(prompt)), (branch,), sample.row))
-    return found
+def _plain(groups: Iterable[Sequence[Sample]]) -> list[list[list[Any]]]:
+    return [[list(sample) for sample in group] for group in groups]
 
 
-def judgement(judged: Sequence[tuple[float, list[float]]], threshold: float) -> dict[str, float]:
-    """The mean reward over prompts with half the width of its 95 % interval, and pass@k: the chance that one of k
-    completions passes, without bias (Chen et al. 2021, arXiv:2107.03374, equation 1)."""
-    means = np.array([mean for mean, _ in judged], dtype=np.float64)
-    means = means[np.isfinite(means)]
-    if not len(means):
-        return {}
-    spread = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    found = {"reward": float(means.mean()), "reward_ci95": float(1.96 * spread)}
-    drawn = min(len(rewards) for _, rewards in judged)
-    for k in sorted({1, drawn}):
-        chances = []
-        for _, rewards in judged:
-            count, passed = len(rewards), sum(reward >= threshold for reward in rewards)
-            chances.append(1.0 - math.comb(count - passed, k) / math.comb(count, k))
-        found[f"pass@{k}"] = float(np.mean(chances))
-    return found
-
-
-def _split(samples: list[Sample], parts: int) -> list[list[Sample]]:
-    bounds = np.linspace(0, len(samples), parts + 1).round().astype(int)
-    return [samples[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+def _samples(groups: Iterable[Iterable[Sequence[Any]]]) -> list[list[Sample]]:
+    return [[Sample(*sample) for sample in group] for group in groups]
 
 
 def _by_sample(stats: TokenStats, samples: Sequence[Sample]) -> list[list[float]]:

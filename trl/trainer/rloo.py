@@ -10,8 +10,9 @@ from trl.engine.score import score
 from trl.losses.advantages import leave_one_out, total_reward
 from trl.losses.policy import SEQUENCES, clip
 from trl.losses.tokens import Metric, mean, seq_sum
+from trl.rollout.rounds import Sample
 
-from .online import OnlineConfig, OnlineTrainer, Sample
+from .online import OnlineConfig, OnlineTrainer
 
 
 @dataclass
@@ -67,7 +68,7 @@ class RLOOTrainer(OnlineTrainer):
         args, balance = self.args, self.router_aux_loss_coef()
         stats = score(model, batch, entropy=True, temperature=args.temperature, router=balance > 0)
         assert stats.entropy_N is not None
-        old_N = stats.logp_N.detach() if self.numbers.parts * args.num_iterations == 1 else batch["old_logp_N"]
+        old_N = stats.logp_N.detach() if self.is_on_policy() else batch["old_logp_N"]
         ratio_S = seq_sum(stats.logp_N - old_N, stats.seq_N, stats.sequences).exp()
         # An advantage is the same for all tokens of a sequence; one without trained tokens has none.
         advantage_S = torch.zeros_like(ratio_S).index_copy(0, stats.seq_N, batch["advantage_N"])
