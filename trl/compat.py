@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib
 import math
 import os
 import sys
@@ -392,12 +393,12 @@ class FDivergenceType(str, enum.Enum):
 
 
 # Modules that callers import from and that are elsewhere here; with a remark where the path is no longer upstream's
-# either. What is public in `trl` is found in each of them.
+# either. What is public in `trl` is found in each of them, and what is public in `trl.rewards` in its own.
 PATHS = {
     "trl.trainer": "",
     **{
         f"trl.trainer.{method}_{part}": ""
-        for method in ("sft", "dpo", "kto", "orpo", "cpo", "bco", "reward", "prm")
+        for method in ("sft", "dpo", "kto", "orpo", "cpo", "bco", "reward", "prm", "grpo", "rloo")
         for part in ("trainer", "config")
     },
     "trl.trainer.model_config": "",
@@ -410,6 +411,7 @@ PATHS = {
         for method in ("kto", "orpo", "cpo", "bco", "prm")
         for part in ("trainer", "config")
     },
+    **{f"trl.rewards.{part}_rewards": "" for part in ("accuracy", "format", "other")},
     "trl.scripts": "",
     "trl.scripts.utils": "",
     "trl.core": "its names are in `trl` today",
@@ -702,14 +704,13 @@ def _fill(module: ModuleType) -> None:
 
 def _open(module: ModuleType) -> None:
     """Let the module answer for every public name of the library."""
+    home = "trl.rewards" if module.__name__.startswith("trl.rewards.") else "trl"
 
     def __getattr__(name: str) -> Any:
         if not name.startswith("_"):
-            import trl
-
-            today = NAMES.get(name, name)
-            if today in trl.__all__:
-                return getattr(trl, name)
+            public = importlib.import_module(home)
+            if NAMES.get(name, name) in public.__all__:
+                return getattr(public, name)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
     module.__getattr__ = __getattr__  # type: ignore[method-assign]

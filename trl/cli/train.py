@@ -167,7 +167,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.process_index == 0:
-        print(closing(command, method.head, trainer.args.output_dir, script.dataset_name or "..."), flush=True)
+        print(closing(command, method.head, trainer.args.output_dir, script), flush=True)
     return 0
 
 
@@ -269,13 +269,18 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     return train, test
 
 
-def closing(command: str, head: str, output_dir: str, dataset_name: str) -> str:
+def closing(command: str, head: str, output_dir: str, script: Any) -> str:
     """Where the result is, and what can be done with it."""
     adapter = os.path.exists(os.path.join(output_dir, "adapter_config.json"))
     package, opener = ("peft", f"AutoPeftModelFor{head}") if adapter else ("transformers", f"AutoModelFor{head}")
     # The folder of an adapter does not say how many numbers its head gives; transformers would guess two.
     more = ", num_labels=1" if adapter and head == "SequenceClassification" else ""
-    again = f"trl {command} --model_name_or_path {output_dir} --dataset_name {dataset_name} --output_dir ..."
+    again = f"trl {command} --model_name_or_path {output_dir} --dataset_name {script.dataset_name or '...'}"
+    if getattr(script, "reward_funcs", None):
+        again += f" --reward_funcs {' '.join(script.reward_funcs)}"
+    if getattr(script, "reward_model_name_or_path", None):
+        again += f" --reward_model_name_or_path {script.reward_model_name_or_path}"
+    again += " --output_dir ..."
     return "\n".join(
         [
             "",

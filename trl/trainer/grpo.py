@@ -41,7 +41,9 @@ class GRPOConfig(OnlineConfig):
     loss_type: str = field(
         default="dapo", metadata={"help": "Surrogate and how tokens are added up.", "choices": sorted(METHODS)}
     )
-    epsilon: float = field(default=0.2, metadata={"help": "Ratios below 1 - epsilon are clipped."})
+    epsilon: float = field(
+        default=0.2, metadata={"help": "Ratios below 1 - epsilon are clipped; GMPO's paper has 0.4."}
+    )
     epsilon_high: float | None = field(
         default=None, metadata={"help": "Ratios above 1 + epsilon_high are clipped. Default: epsilon."}
     )
