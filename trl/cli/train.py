@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -277,7 +278,7 @@ def closing(command: str, head: str, output_dir: str, script: Any) -> str:
     more = ", num_labels=1" if adapter and head == "SequenceClassification" else ""
     again = f"trl {command} --model_name_or_path {output_dir} --dataset_name {script.dataset_name or '...'}"
     if getattr(script, "reward_funcs", None):
-        again += f" --reward_funcs {' '.join(script.reward_funcs)}"
+        again += f" --reward_funcs {shlex.join(script.reward_funcs)}"
     if getattr(script, "reward_model_name_or_path", None):
         again += f" --reward_model_name_or_path {script.reward_model_name_or_path}"
     again += " --output_dir ..."

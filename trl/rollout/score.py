@@ -133,7 +133,7 @@ class RewardFunctions:
         if isinstance(function, str):
             if function.startswith(("http://", "https://")):
                 return _Endpoint(function, self._loop, self.timeout, self.retries)
-            if is_function(function):
+            if _names_function(function):
                 source, function = function, _found(function)
             else:
                 function, tokenizer = self._model(function, tokenizer)
@@ -162,8 +162,6 @@ class RewardFunctions:
         return _Here(function, self.chat, self._loop, self.timeout)
 
     def _model(self, name: str, tokenizer: Any) -> tuple[nn.Module, Any]:
-        if "/" not in name and not Path(name).exists() and difflib.get_close_matches(name, REWARDS, 1):
-            _found(name)  # raises, and says which name is near
         try:
             model, own = load_judge(name, self.device, self.model_kwargs)
         except (ValueError, RuntimeError) as error:
@@ -340,6 +338,20 @@ def _tokenizers(tokenizers: Any, count: int) -> list[Any]:
             "it is no model"
         )
     return tokenizers
+
+
+def _names_function(name: str) -> bool:
+    """Whether a name is that of a function, or was meant to be."""
+    if is_function(name):
+        return True
+    return "/" not in name and not Path(name).exists() and bool(difflib.get_close_matches(name, REWARDS, 1))
+
+
+def check(functions: Any) -> None:
+    """RewardError if a function's name among `functions`, one or a list of them, cannot be found; nothing is loaded."""
+    for function in functions if isinstance(functions, list | tuple) else [functions]:
+        if isinstance(function, str) and _names_function(function):
+            _found(function)
 
 
 def _found(name: str) -> Callable[..., Any]:

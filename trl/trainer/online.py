@@ -50,6 +50,7 @@ from trl.rollout.rounds import (
     trees,
 )
 from trl.rollout.score import RewardFunctions
+from trl.rollout.score import check as check_rewards
 from trl.rollout.table import Table
 from trl.rollout.types import Completion, Request, Sampler, Sampling
 
@@ -103,6 +104,7 @@ class OnlineTrainer(ReferencedTrainer):
     ) -> None:
         if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
+        check_rewards(reward_funcs)
         if args is None:
             args = self.config_class(output_dir=f"{self.method.upper()}")
         # One ticket is one optimizer step.
