@@ -277,13 +277,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
             "trl 0.14 – 1.16",
             nothing=(None, False),
         ),
-        "use_transformers_continuous_batching": Refused(
-            "the sampler refills its batch by itself; leave it out", "trl 1.0 – 1.16", nothing=(None, False)
-        ),
-        "use_transformers_paged": Refused(
-            "the sampler refills its batch by itself; leave it out", "trl 0.20 – 1.16", nothing=(None, False)
-        ),
-        "transformers_continuous_batching_config": Gone(_OTHER_SAMPLER, "trl 1.0 – 1.16"),
+        "use_transformers_paged": Now("use_transformers_continuous_batching", "trl 0.20 – 1.16", nothing=(None, False)),
         "cache_implementation": Gone("the sampler has a cache of its own", "trl 0.16 – 1.16"),
         "ds3_gather_for_generation": Gone("sharded weights are gathered layer by layer", "trl 0.14 – 1.16"),
         "pad_to_multiple_of": Gone("flat rows are not padded", "trl 1.0 – 1.16"),

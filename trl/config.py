@@ -285,6 +285,13 @@ class RolloutFields:
     max_cache_tokens: int | None = field(
         default=None, metadata={"help": "Tokens that the cache holds while completions are drawn."}
     )
+    use_transformers_continuous_batching: bool = field(
+        default=False,
+        metadata={"help": "Let transformers' continuous batching draw, instead of the library's own sampler."},
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of transformers' ContinuousBatchingConfig, as a dict or JSON."}
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}
     )

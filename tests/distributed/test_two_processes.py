@@ -15,16 +15,17 @@ from tests.engine import families
 from tests.trainer import test_online
 from tests.trainer.helpers import first_gradient
 from trl.engine.score import attach, score
+from trl.rollout.generate import InProcessSampler
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def launch(mode, out, model, timeout=500):
+def launch(mode, out, model, timeout=500, *further):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", worker.__file__, mode, str(out), model],
+         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", worker.__file__, mode, str(out), model, *further],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
@@ -100,6 +101,46 @@ def test_fsdp2_equals_one_process(tmp_path, smol_path):
         ours = torch.load(tmp_path / f"{name}.pt")
         # Where gradients are checkpointed the frozen embedding is made to ask for one of its output, not its weight.
         assert_same(ours, families.gradients(model), name)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_own_completions_equal_one_process(tmp_path, smol_path, name):
+    """The ranks draw completions of different lengths, so that one is done before the other."""
+    done = launch("samples", tmp_path, smol_path, 240, name)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    alone = worker.sampling(name, tmp_path / "alone", tokenizer, 8)
+    expected, line = test_online.first_step(alone)
+    found = json.loads((tmp_path / f"samples-{name}.json").read_text())
+    ours = [each for rank in found["drawn"] for each in rank]
+    theirs = [each for group in alone.sampler.drawn for each in group]
+    assert [ids for ids, _, _ in ours] == [each.ids for each in theirs]
+    steps = [sum(len(ids) for ids, _, _ in rank) for rank in found["drawn"]]
+    assert steps[0] != steps[1]
+    for (_, logps, finished), each in zip(ours, theirs, strict=True):
+        assert logps == pytest.approx(each.logps, abs=1e-5) and finished is each.finished
+    assert_same(torch.load(tmp_path / f"samples-{name}.pt"), expected, name)
+    for metric in ("loss", "reward", "entropy", "completions/mean_length"):
+        assert found["line"][metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-6), metric
+
+
+def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path, smol_path):
+    done = launch("shares", tmp_path, smol_path, 120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = families.build("llama").eval()
+    attach(model)
+    for case, both in enumerate(worker.shared_requests()):
+        for rank, requests in enumerate(both):
+            ours = json.loads((tmp_path / f"shares-{case}-{rank}.json").read_text())
+            theirs = InProcessSampler(max_rows=4).generate(model, requests, worker.SHARED)
+            for own, expected in zip(ours, theirs, strict=True):
+                assert [(ids, finished) for ids, _, finished in own] == [(e.ids, e.finished) for e in expected]
+                for (_, logps, _), each in zip(own, expected, strict=True):
+                    assert logps == pytest.approx(each.logps, abs=1e-5)
+    for rank in range(2):
+        own, continuous = json.loads((tmp_path / f"refused-{rank}.json").read_text())
+        assert "FalconMambaForCausalLM is served by its own generate" in own and "sharded" in own
+        assert "its weights are sharded" in continuous
 
 
 def test_a_rank_that_throws_ends_both_with_its_message(tmp_path, smol_path):

@@ -1,11 +1,14 @@
 """What each of two processes does in `test_two_processes.py`: worker.py MODE OUT MODEL."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
 from tests.engine import families
@@ -21,6 +24,9 @@ from tests.trainer.helpers import (
     tiny_scorer,
 )
 from trl.engine.score import attach, score
+from trl.rollout.continuous import ContinuousSampler
+from trl.rollout.generate import InProcessSampler
+from trl.rollout.types import Request, Sampling
 
 
 def lora(dropout=0.0):
@@ -142,9 +148,6 @@ def online(out, tokenizer):
 
 def sharded_gradient(adapter, checkpointing, head_apart, tied, out):
     """FSDP2 by hand: each layer sharded, then the root; two trees for the first rank, two for the second."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model = fsdp_model(adapter, tied)
     attachment = attach(model)
     assert attachment.is_flat, attachment.reason
@@ -192,6 +195,85 @@ FSDP_CASES = [
 ]
 
 
+STOPS = tuple(range(0, 60000, 4))  # one token in four ends a completion
+
+
+def sampling(name, path, tokenizer, batch):
+    """A step on completions of the model itself: with two ranks one draws those of the first prompt, the other those of
+    the second, which end after different numbers of tokens."""
+    run = test_online.make(
+        path, tokenizer, "GRPO", rows=test_online.PROMPTS[:2], shuffle_dataset=False, max_tokens_per_micro_batch=20,
+        max_completion_length=24, beta=0.1 * (name == "fsdp"), scale_rewards="none", per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
+    run.sampler = Kept(InProcessSampler(tokenizer, max_rows=3))
+    run.sampling = dataclasses.replace(run.sampling, stop_ids=STOPS)
+    run.report = list  # which would list them all
+    return run
+
+
+class Kept:
+    """A sampler that keeps what was drawn last."""
+
+    def __init__(self, sampler):
+        self.sampler, self.drawn = sampler, []
+
+    def generate(self, model, requests, sampling):
+        self.drawn = self.sampler.generate(model, requests, sampling)
+        return self.drawn
+
+
+def shard(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def samples(out, tokenizer):
+    for name in sys.argv[4:]:
+        run = sampling(name, out / "run", tokenizer, 4)
+        if name == "fsdp":
+            # accelerate shards on accelerators alone, so that this is done by hand.
+            shard(run.model)
+            run.accelerator.prepare_model = lambda model, **_: model
+        gradient, line = test_online.first_step(run)
+        gradient = {key: each.full_tensor() if hasattr(each, "full_tensor") else each for key, each in gradient.items()}
+        drawn = [None, None]
+        dist.all_gather_object(drawn, [each for group in run.sampler.drawn for each in group])
+        if dist.get_rank() == 0:
+            torch.save(gradient, out / f"samples-{name}.pt")
+            (out / f"samples-{name}.json").write_text(json.dumps({"line": line, "drawn": drawn}))
+
+
+def shares(out, _):
+    """Sharded weights: a rank with many samples, with one, and with none."""
+    model = families.build("llama").eval()
+    attach(model)
+    shard(model)
+    for case, both in enumerate(shared_requests()):
+        drawn = InProcessSampler(max_rows=4).generate(model, both[dist.get_rank()], SHARED)
+        (out / f"shares-{case}-{dist.get_rank()}.json").write_text(json.dumps(drawn))
+    refused = []
+    unserved = families.build("falcon_mamba").eval()
+    fully_shard(unserved, mesh=init_device_mesh("cpu", (2,)))
+    for sampler, each in ((InProcessSampler(), unserved), (ContinuousSampler(), model)):
+        try:
+            sampler.generate(each, both[dist.get_rank()], SHARED)
+        except ValueError as error:
+            refused.append(str(error))
+    (out / f"refused-{dist.get_rank()}.json").write_text(json.dumps(refused))
+
+
+SHARED = Sampling(max_new_tokens=20, temperature=0.9, stop_ids=tuple(range(0, 128, 9)))
+
+
+def shared_requests():
+    many = [Request(list(range(start, start + length)), 5, (start,)) for start, length in ((5, 3), (20, 9), (40, 1))]
+    one = [Request([7, 8, 9, 10], 1, (9,))]
+    return [(many, one), (one, many), ([], many), ([], [])]
+
+
 def throws(out, tokenizer):
     run = trainer(out / "run", tokenizer, 8, False, False, per_device_train_batch_size=2)
     if dist.get_rank() == 1:
@@ -237,9 +319,9 @@ if __name__ == "__main__":
     mode, out, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if mode == "fsdp":
+    if mode in ("fsdp", "shares"):
         dist.init_process_group("gloo")
     modes = {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws}
-    {**modes, "resumes": resumes}[mode](out, tokenizer)
+    {**modes, "resumes": resumes, "samples": samples, "shares": shares}[mode](out, tokenizer)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,6 +17,9 @@ from trl.engine.forest import flat, padded
 from trl.engine.head import plain_linear
 from trl.engine.score import attach, score
 from trl.models import adapters, load
+from trl.rollout.continuous import ContinuousSampler
+from trl.rollout.generate import InProcessSampler
+from trl.rollout.types import Request, Sampling
 
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 NF4 = {**FOUR, "bnb_4bit_compute_dtype": "bfloat16"}
@@ -258,3 +261,25 @@ def test_eight_bits(smol2_path: str, tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_quantised_weights_are_found_inside_wrappers(smol2_path: str) -> None:
     assert adapters.is_quantised(adapted(smol2_path))
     assert not adapters.is_quantised(SimpleNamespace())
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [InProcessSampler(max_rows=3), ContinuousSampler()], ids=["own", "continuous"])
+def test_log_probs_of_what_is_drawn_are_the_engines(smol2_path: str, sampler: Any) -> None:
+    model = adapted(smol2_path)
+    attachment = attach(model)
+    before = gradients(model)
+    prompts = [list(tree.root.ids) for tree in forest(smol2_path)]
+    requests = [Request(prompt, 3, (0, index)) for index, prompt in enumerate(prompts)]
+    drawn = sampler.generate(model, requests, Sampling(max_new_tokens=8, temperature=0.8))
+    for prompt, group in zip(prompts, drawn, strict=True):
+        branches = tuple(Branch(each.ids, [True] * len(each.ids)) for each in group)
+        with torch.no_grad():
+            batch = attachment.batch([Tree(Branch(prompt, [False] * len(prompt)), branches)])
+            expected = score(model, batch, temperature=0.8).logp_N.float()
+        ours = torch.tensor([logp for each in group for logp in each.logps])
+        # Logits of some tens, in half precision.
+        torch.testing.assert_close(ours, expected, atol=0.2, rtol=0.05)
+    assert distance(gradients(model), before) < 1e-6

@@ -243,3 +243,17 @@ def test_what_is_in_force_is_said():
     sampling = Sampling(max_new_tokens=5, temperature=0.7, top_p=0.9, stop_ids=(2,), further={"min_new_tokens": 2})
     assert describe(sampling) == "temperature 0.7, top_p 0.9, min_new_tokens 2, at most 5 tokens, stops at 2"
     assert describe(Sampling(max_new_tokens=5, temperature=0)).startswith("the most likely token is taken")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_weights_in_half_precision_change_log_probs_by_their_rounding_alone(family):
+    model = build(family).to(torch.bfloat16)
+    drawn = InProcessSampler(max_rows=4).generate(model, requests(), Sampling(max_new_tokens=10, temperature=0.8))
+    assert model._trl_sampled is None
+    for prompt, group in zip(PROMPTS, drawn, strict=True):
+        branches = tuple(Branch(each.ids, [True] * len(each.ids)) for each in group)
+        batch = model._trl_attachment.batch([Tree(Branch(prompt, [False] * len(prompt)), branches)])
+        with torch.no_grad():
+            expected = score(model, batch, temperature=0.8).logp_N.float()
+        ours = torch.tensor([logp for each in group for logp in each.logps])
+        torch.testing.assert_close(ours, expected, atol=0.05, rtol=0)

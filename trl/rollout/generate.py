@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import (
     Cache,
@@ -69,6 +70,13 @@ def describe(sampling: Sampling) -> str:
     return ", ".join(parts)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are gathered by all ranks together: by FSDP, by ZeRO-3."""
+    return any(isinstance(each, FullyShardedDataParallel) for each in model.modules()) or any(
+        isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters()
+    )
+
+
 class InProcessSampler:
     """Draws completions with the model that trains, on its own device.
 
@@ -91,6 +99,13 @@ class InProcessSampler:
         with evaluating(model):
             if self._is_served(model):
                 return _Run(self, model, requests, sampling).drawn()
+            if is_sharded(model):
+                base = causal_lm(model)
+                raise ValueError(
+                    f"{type(base).__name__} is served by its own generate ({base._trl_sampled}), in which each rank "
+                    "calls the model as often as it needs, while sharded weights (FSDP, ZeRO-3) are gathered by all "
+                    "ranks at once: train this model unsharded"
+                )
             return [_by_generate(model, request, sampling) for request in requests]
 
     def _is_served(self, model: nn.Module) -> bool:
@@ -215,8 +230,7 @@ class _Run:
         self.active: list[_Row | None] = []
         self.cache: _Columns | None = None
         self.kwargs = _accepted(base)
-        # By FSDP2, by ZeRO-3.
-        self.is_sharded = any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters())
+        self.is_sharded = is_sharded(model)
         self.penalties, self.filters = _penalties(sampling, self.device), _filters(sampling, self.device)
 
     def drawn(self) -> list[list[Completion]]:

@@ -35,6 +35,7 @@ from trl.engine.score import evaluating, score
 from trl.losses.advantages import total_reward, without_spread
 from trl.losses.tokens import Metric
 from trl.models import offload
+from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.generate import InProcessSampler, describe
 from trl.rollout.rounds import (
     Drawn,
@@ -63,7 +64,10 @@ BUDGET = {"cpu": 4096, "default": 16384}
 class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields, BaseConfig):
     """What all methods share that learn from the model's own completions."""
 
-    _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "generation_kwargs", "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *BaseConfig._VALID_DICT_FIELDS,
+        *("generation_kwargs", "chat_template_kwargs", "transformers_continuous_batching_config"),
+    ]
 
     def __post_init__(self) -> None:
         if self.num_generations < 2:
@@ -188,10 +192,20 @@ class OnlineTrainer(ReferencedTrainer):
             timeout=args.reward_timeout,
         )
         self.sampling = self._sampling()
-        self.sampler = InProcessSampler(self.processing_class, max_cache_tokens=args.max_cache_tokens)
+        self.sampler = self._sampler()
         self.table = Table(Path(args.output_dir) / "completions")
         self._totals: list[tuple[float, list[float]]] = []  # of an evaluation: for each prompt its total rewards
         self.replay = Replay(args.replay_buffer_size, args.seed) if args.replay_buffer_size else None
+
+    def _sampler(self) -> Sampler:
+        args = self.args
+        if not args.use_transformers_continuous_batching:
+            return InProcessSampler(self.processing_class, max_cache_tokens=args.max_cache_tokens)
+        sampler = ContinuousSampler(
+            args.transformers_continuous_batching_config, max_cache_tokens=args.max_cache_tokens
+        )
+        sampler.check(self.sampling)
+        return sampler
 
     def _sampling(self) -> Sampling:
         args, tokenizer = self.args, self.processing_class
@@ -226,7 +240,8 @@ class OnlineTrainer(ReferencedTrainer):
         if args.replay_buffer_size:
             lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
         lines.append(f"rewards: {', '.join(self.rewards.names)}")
-        return [*lines, f"sampling: {describe(self.sampling)}"]
+        by = "; by transformers' continuous batching" if args.use_transformers_continuous_batching else ""
+        return [*lines, f"sampling: {describe(self.sampling)}{by}"]
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:  # fmt: skip
