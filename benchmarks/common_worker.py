@@ -134,6 +134,14 @@ class Worker:
         """What else the driver is told when this side is ready."""
         return {}
 
+    def of_round(self) -> dict:
+        """What else the driver is told of a round that has ended."""
+        return {}
+
+    def at_end(self) -> dict:
+        """What else the driver is told after training."""
+        return {}
+
     def prepare(self) -> None:
         """What is left to do with the driver before training."""
 
@@ -193,7 +201,7 @@ class Worker:
         if self.device == "cuda":
             torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
-        self.say("round", seconds=seconds, cpu_seconds=cpu, positions=self.positions)
+        self.say("round", seconds=seconds, cpu_seconds=cpu, positions=self.positions, **self.of_round())
 
     def run(self) -> None:
         self.say(
@@ -215,7 +223,8 @@ class Worker:
         self.memory.mark()
         self.trainer.train()
         losses = [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
-        self.say("finish", losses=losses, growth=self.memory.growth(), how=self.memory.how, profile=self.profile_table)
+        self.say("finish", losses=losses, growth=self.memory.growth(), how=self.memory.how,
+                 profile=self.profile_table, **self.at_end())  # fmt: skip
 
     # --- beside training ------------------------------------------------------------------------------------------
 
