@@ -280,7 +280,7 @@ class RolloutFields:
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a forward pass in training. Default: 4,096 on a CPU, 16,384 on an accelerator."},
+        metadata={"help": "Tokens of a forward pass in training. Default: 1,024 on a CPU, 16,384 on an accelerator."},
     )
     max_cache_tokens: int | None = field(
         default=None, metadata={"help": "Tokens that the cache holds while completions are drawn."}

@@ -102,7 +102,21 @@ def segment_attention(
             return torch.cat(rows).transpose(1, 2), None
     if scoring.explicit:
         return _explicit(query, key, value, attention_mask, scoring).transpose(1, 2).contiguous(), None
+    shared = attention_mask is None or attention_mask.shape[1] == 1  # by the heads
+    if query.shape[2] == 1 and key.shape[1] != query.shape[1] and shared:
+        return _one_token(query, key, value, attention_mask, scoring), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """One query a row, of grouped heads: [B, Hq, 1, D], [B, Hk, L, D] -> [B, 1, Hq, D]. The heads of a group stand as
+    queries that see the same keys, so that these are not repeated for each of them."""
+    heads = query.shape[1]
+    grouped = query.view(query.shape[0], key.shape[1], heads // key.shape[1], query.shape[3])
+    out = F.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=mask, dropout_p=scoring.dropout, scale=scoring.scale
+    )
+    return out.reshape(query.shape[0], 1, heads, value.shape[3])
 
 
 def _varlen_serves(query: Tensor, value: Tensor, scoring: Scoring) -> bool:

@@ -219,9 +219,12 @@ class _Run:
         self.longest = max((len(request.prompt_ids) for request in requests), default=0)
         most = sampler.max_cache_tokens or _tokens_that_fit(base, self.device)
         wanted = sum(request.samples for request in requests)
-        # Columns for the longest row, and as many again before what is held must be moved to the left.
-        self.capacity = self.longest + 2 * sampling.max_new_tokens + 8
+        # Columns for the longest row; where others wait, as many again before what is held must be moved to the left.
+        self.capacity = self.longest + sampling.max_new_tokens
         self.rows = max(1, min(sampler.max_rows, wanted, most // self.capacity))
+        if self.rows < wanted:
+            self.capacity += sampling.max_new_tokens
+            self.rows = max(1, min(sampler.max_rows, most // self.capacity))
         self.waiting = deque((index, request.first + each) for index, request in enumerate(requests)
                              for each in range(request.samples))  # fmt: skip
         self.prompts: dict[int, _Prompt] = {}
