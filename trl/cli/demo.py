@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct learns to turn an order, phrased as people phrase it, into one line of JSON. It cannot do so
 before; the rows it is judged on hold customers and orders that it never saw in training. Then it learns from pairs, of
-a right ticket and one with a mistake, to keep the two apart.
+a right ticket and one with a mistake, to keep the two apart. Last it learns from its own tickets and how right they are
+what nobody showed it: to hear out who changes an order.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ PHRASES = (
     "Let me have {order}. The name is {customer}.",
 )
 INSTRUCTION = "Write a ticket."
+CHANGES = ("No, make that {new}.", "Sorry, I meant {new}.", "Actually, {new}, please.", "Oh wait, rather {new}.")
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,25 @@ class Size:
     pairs: int  # held out
     # At least this share of the held-out pairs told apart by the policy's own reward.
     accuracy: float
+    reward_steps: int
+    completions: int  # a step
+    changed: int  # held-out orders that are changed
+    # The mean reward on held-out orders rises by at least this.
+    reward_gain: float
 
 
-FULL = Size("five minutes", steps=32, held_out=48, reloaded=16, exact_match=0.7, loss_ratio=0.25,
-            preference_steps=16, pairs=32, accuracy=0.8)  # fmt: skip
+FULL = Size("eight minutes", steps=32, held_out=48, reloaded=16, exact_match=0.7, loss_ratio=0.25,
+            preference_steps=16, pairs=32, accuracy=0.8,
+            reward_steps=12, completions=32, changed=24, reward_gain=0.05)  # fmt: skip
 QUICK = Size("one minute", steps=4, held_out=6, reloaded=3, exact_match=0.0, loss_ratio=0.5,
-             preference_steps=2, pairs=6, accuracy=0.5)  # fmt: skip
+             preference_steps=2, pairs=6, accuracy=0.5,
+             reward_steps=2, completions=8, changed=4, reward_gain=-1.0)  # fmt: skip
 BATCH = 8
 LEARNING_RATE = 2e-3
 PREFERENCE_LEARNING_RATE = 2e-4
+REWARD_LEARNING_RATE = 5e-4
+GENERATIONS = 8  # completions of a prompt
+NEW_TOKENS = 40  # of a ticket at most
 
 
 def run(argv: Sequence[str], command: str) -> int:
@@ -93,7 +105,8 @@ def run(argv: Sequence[str], command: str) -> int:
     started = time.perf_counter()
     print(
         f"This teaches a language model of 135 million parameters to write orders as tickets, in {size.steps} steps,\n"
-        f"and in {size.preference_steps} more to prefer right ones to those with a mistake.\n"
+        f"in {size.preference_steps} more to prefer right ones to those with a mistake, and in {size.reward_steps} to "
+        "follow changes of an order,\nby reward alone.\n"
         f"About {size.minutes} on two idle processor cores; nothing is downloaded.\n"
     )
     # Waiting threads sleep instead of spinning: a tenth slower on an idle machine, far faster on one that does
@@ -102,7 +115,7 @@ def run(argv: Sequence[str], command: str) -> int:
     hide_library_notes()
     quiet()
     folder = Path(options.output_dir)
-    learned = sft(size, folder, options.seed) and dpo(size, folder, options.seed)
+    learned = all(stage(size, folder, options.seed) for stage in (sft, dpo, grpo))
     print(f"\nTook {time.perf_counter() - started:.0f} seconds.")
     return 0 if learned else 1
 
@@ -119,9 +132,8 @@ def sft(size: Size, folder: Path, seed: int) -> bool:
 
     train_rows, held_out = order_rows(size.steps * BATCH, size.held_out, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", train_rows), ("held_out", held_out)):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write(folder / "train.jsonl", train_rows)
+    write(folder / "held_out.jsonl", held_out)
     truth = [row["messages"][-1]["content"] for row in held_out]
 
     say("The model")
@@ -214,9 +226,8 @@ def dpo(size: Size, folder: Path, seed: int) -> bool:
     from trl import DPOConfig, DPOTrainer
 
     train_rows, held_out = pair_rows(size.preference_steps * BATCH, size.pairs, seed)
-    for name, rows in (("pairs", train_rows), ("held_out_pairs", held_out)):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write(folder / "pairs.jsonl", train_rows)
+    write(folder / "held_out_pairs.jsonl", held_out)
     set_seed(seed)
     say("Preferences: a right ticket and one with a mistake")
     trainer = DPOTrainer(
@@ -227,6 +238,9 @@ def dpo(size: Size, folder: Path, seed: int) -> bool:
             per_device_eval_batch_size=BATCH,
             max_steps=size.preference_steps,
             learning_rate=PREFERENCE_LEARNING_RATE,
+            # The pairs alone would make right tickets less likely too, only wrong ones more so.
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 1.0],
             gradient_checkpointing=False,
             bf16=False,
             model_init_kwargs={"dtype": "float32"},
@@ -250,13 +264,116 @@ def dpo(size: Size, folder: Path, seed: int) -> bool:
     if accuracy < size.accuracy or gaps[1] <= gaps[0]:
         print(f"\nThe demo FAILED: {size.accuracy:.0%} of the pairs were expected to be told apart, by a wider margin.")
         return False
-    print(f"\nIt learned. Everything is in {folder}. The same by hand:\n")
+    print("\nIt learned. The same by hand:\n")
     print(
         f"    trl dpo --model_name_or_path {folder / 'adapter'} \\\n"
         f"        --dataset_name {folder / 'pairs.jsonl'} --learning_rate {PREFERENCE_LEARNING_RATE} \\\n"
+        f"        --loss_type sigmoid sft --loss_weights 1 1 \\\n"
         f"        --gradient_checkpointing false --num_train_epochs 1 --output_dir {folder / 'preferred_again'}"
     )
     return True
+
+
+def grpo(size: Size, folder: Path, seed: int) -> bool:
+    """Rewards: train the adapter further on tickets of its own, by how right they are. Whether more parts are right."""
+    from transformers import set_seed
+
+    from trl import GRPOConfig, GRPOTrainer
+
+    train_rows, held_out = changed_rows(size.reward_steps * size.completions // GENERATIONS, size.changed, seed)
+    write(folder / "changed.jsonl", train_rows)
+    write(folder / "held_out_changed.jsonl", held_out)
+    set_seed(seed)
+    say("Rewards: orders that are changed, and how right the model's own tickets are")
+    trainer = GRPOTrainer(
+        model=str(folder / "preferred"),
+        reward_funcs=right_parts,
+        args=GRPOConfig(
+            output_dir=str(folder / "rewarded"),
+            num_generations=GENERATIONS,
+            num_generations_eval=2,
+            max_completion_length=NEW_TOKENS,
+            per_device_train_batch_size=size.completions,
+            per_device_eval_batch_size=size.changed,
+            max_steps=size.reward_steps,
+            learning_rate=REWARD_LEARNING_RATE,
+            gradient_checkpointing=False,
+            bf16=False,
+            model_init_kwargs={"dtype": "float32"},
+            logging_steps=max(1, size.reward_steps // 8),
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        ),
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.save_model()
+    (old, old_half), (new, new_half) = [(found["eval_reward"], found["eval_reward_ci95"]) for found in (before, after)]
+    rewards = [f"{old:.3f} ± {old_half:.3f}", f"{new:.3f} ± {new_half:.3f}"]
+    print(f"\n{'':<40}{'before':>16}{'after':>16}")
+    print(f"{'mean reward: share of parts right':<40}{rewards[0]:>16}{rewards[1]:>16}")
+    print(f"{'tickets exactly right':<40}{before['eval_pass@1']:>16.0%}{after['eval_pass@1']:>16.0%}")
+    print(f"On {len(held_out)} held-out orders, two tickets drawn for each; ±: the 95 % interval.")
+    if new - old < size.reward_gain:
+        print(f"\nThe demo FAILED: the mean reward should have risen by {size.reward_gain} or more.")
+        return False
+    if new + new_half < old - old_half:
+        print("\nThe demo FAILED: the mean reward has fallen.")
+        return False
+    print(f"\nIt learned. Everything is in {folder}. The same by hand:\n")
+    print(
+        f"    trl grpo --model_name_or_path {folder / 'preferred'} \\\n"
+        f"        --dataset_name {folder / 'changed.jsonl'} --reward_funcs {__name__}.{right_parts.__name__} \\\n"
+        f"        --num_generations {GENERATIONS} --per_device_train_batch_size {size.completions} \\\n"
+        f"        --max_completion_length {NEW_TOKENS} --learning_rate {REWARD_LEARNING_RATE} \\\n"
+        f"        --gradient_checkpointing false --num_train_epochs 1 --output_dir {folder / 'rewarded_again'}"
+    )
+    return True
+
+
+def right_parts(completions: Sequence[Any], ticket: Sequence[str], **_: Any) -> list[float]:
+    """A reward function: of the parts that a ticket has or should have, the share that is right. 0 for other texts."""
+    rewards = []
+    for completion, right in zip(completions, map(json.loads, ticket), strict=True):
+        try:
+            written = json.loads(completion[-1]["content"])
+        except ValueError:
+            written = None
+        if not isinstance(written, dict):
+            rewards.append(0.0)
+            continue
+        shared = right.keys() & written.keys()
+        rewards.append(sum(written[part] == right[part] for part in shared) / len(right.keys() | written.keys()))
+    return rewards
+
+
+def changed_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Prompts for training and held-out ones: an order, then a change of one part of it; and the ticket after that."""
+    generator = random.Random(seed)
+    values = {
+        "count": dict(zip(range(1, len(COUNTS) + 1), COUNTS, strict=True)),
+        "size": {letter: word for word, letter in SIZES.items()},
+        "extra": {extra: f"with {extra}" for extra in EXTRAS if extra},
+    }
+
+    def changed(row: dict[str, Any]) -> dict[str, Any]:
+        system, order, answer = row["messages"]
+        ticket = json.loads(answer["content"])
+        part = generator.choice(list(values))
+        new = generator.choice([value for value in values[part] if value != ticket[part]])
+        change = generator.choice(CHANGES).format(new=values[part][new])
+        return {
+            "prompt": [system, {"role": "user", "content": f"{order['content']} {change}"}],
+            "ticket": json.dumps(ticket | {part: new}, separators=(",", ":")),
+        }
+
+    # Other orders than those of the stages before.
+    train_rows, held_out_rows = order_rows(train, held_out, seed + 2)
+    return [changed(row) for row in train_rows], [changed(row) for row in held_out_rows]
 
 
 def pair_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -318,7 +435,12 @@ def order_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any
     return [row(CUSTOMERS) for _ in range(train)], [row(NEW_CUSTOMERS) for _ in range(held_out)]
 
 
-def answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], new_tokens: int = 40) -> list[str]:
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], new_tokens: int = NEW_TOKENS) -> list[str]:
     """What the model writes after each row's prompt, greedily."""
     import torch
 
