@@ -257,3 +257,14 @@ def test_weights_in_half_precision_change_log_probs_by_their_rounding_alone(fami
             expected = score(model, batch, temperature=0.8).logp_N.float()
         ours = torch.tensor([logp for each in group for logp in each.logps])
         torch.testing.assert_close(ours, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_an_error(temperature):
+    model = build("llama")
+    sampling = Sampling(max_new_tokens=5, temperature=temperature)
+    InProcessSampler().generate(model, requests(), sampling)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="not finite numbers at token 0 of a completion: its weights have diverged"):
+        InProcessSampler().generate(model, requests(), sampling)

@@ -7,6 +7,7 @@ all rows are at, as in a left-padded batch, so that masks, windows and positions
 """
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin
 
 from trl.config import say_once
+from trl.engine.linear import few_rows
 from trl.engine.score import causal_lm, evaluating
 
 from .types import Completion, Request, Sampling
@@ -96,7 +98,7 @@ class InProcessSampler:
             raise ValueError(
                 f"generation_kwargs: {', '.join(unknown)} not understood here; known are {', '.join(FURTHER)}"
             )
-        with evaluating(model):
+        with evaluating(model), few_rows(model):
             if self._is_served(model):
                 return _Run(self, model, requests, sampling).drawn()
             if is_sharded(model):
@@ -379,15 +381,22 @@ class _Run:
         else:
             cumulative_BV = scores_BV.softmax(-1).cumsum(-1)
             uniform_B = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float32)
-            # Of the sum itself, which rounding keeps from being one; the last token that has a probability at most.
-            wanted_B = uniform_B.to(self.device) * cumulative_BV[:, -1]
-            token_B = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)[:, 0]
-            last_B = scores_BV.shape[1] - 1 - (scores_BV.flip(-1) > -torch.inf).int().argmax(-1)
-            token_B = torch.minimum(token_B, last_B)
+            # Less than the sum itself, which rounding keeps from being one: reached at a token with a probability.
+            sum_B = cumulative_BV[:, -1]
+            wanted_B = torch.minimum(uniform_B.to(self.device) * sum_B, sum_B.nextafter(torch.zeros_like(sum_B)))
+            # Past the end only where the logits are not numbers.
+            token_B = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)[:, 0].clamp(
+                max=scores_BV.shape[1] - 1
+            )
         tempered_BV = logits_BV if scale == 1.0 else logits_BV / scale
         logp_B = tempered_BV.gather(1, token_B[:, None])[:, 0] - tempered_BV.logsumexp(-1)
         stops = set(sampling.stop_ids)
         for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist(), strict=True):
+            if math.isnan(logp):
+                raise ValueError(
+                    f"the model's logits are not finite numbers at token {len(row.ids)} of a completion: its weights "
+                    "have diverged, or it overflows in this dtype (in fp16: try bf16)"
+                )
             row.ids.append(token)
             row.logps.append(logp)
             row.finished = token in stops or self._stopped(row)

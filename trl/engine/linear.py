@@ -1,0 +1,52 @@
+"""Linear layers on few rows, as they are when tokens are drawn one by one, on a CPU.
+
+PyTorch multiplies fp32 matrices with MKL; oneDNN, which it ships as well, is faster where one of the two has few rows.
+Decoding steps of 4 to 64 rows were 1.14 to 1.20 times as fast (135M parameters, an AMD processor with AVX-512).
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# oneDNN compiles and keeps code for each number of rows. There are few of them: a multiple of STEP, and MOST at most.
+STEP, MOST = 8, 64
+
+
+@contextlib.contextmanager
+def few_rows(model: nn.Module) -> Iterator[None]:
+    """Within, and without gradients, the model's plain linear layers multiply few rows by oneDNN.
+
+    The numbers are the same up to rounding. Nothing changes for other layers (quantised ones, say), dtypes, devices and
+    builds of PyTorch.
+    """
+    changed = [] if not _is_there() else [
+        module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
+    ]  # fmt: skip
+    for module in changed:
+        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+@functools.cache
+def _is_there() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    """`x` [..., in features] to [..., out features]."""
+    rows = x.numel() // x.shape[-1]
+    weight = module.weight
+    plain = type(weight) is nn.Parameter and weight.dtype == x.dtype == torch.float32 and x.device.type == "cpu"
+    if not plain or not 0 < rows <= MOST or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, module.bias)
+    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % STEP))
+    found = torch.ops.mkldnn._linear_pointwise(padded, weight, module.bias, "none", [], "")
+    return found[:rows].view(*x.shape[:-1], -1)
