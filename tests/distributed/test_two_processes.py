@@ -76,6 +76,20 @@ def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
     torch.testing.assert_close(torch.load(tmp_path / "reference.pt"), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_sharded_reference_equals_one_process(tmp_path, smol_path):
+    done = launch("sharded_preferences", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    for adapter in (False, True):
+        alone = worker.preferring("dpo", tmp_path / "alone", tokenizer, 5, adapter, per_device_train_batch_size=5)
+        assert_same(torch.load(tmp_path / f"dpo-sharded-{adapter}.pt"), first_gradient(alone), f"dpo {adapter}")
+        line = json.loads((tmp_path / f"dpo-sharded-{adapter}.json").read_text())
+        for metric in ("loss", "rewards/margins", "logps/chosen", "entropy"):
+            assert line[metric] == pytest.approx(alone.state.log_history[0][metric], rel=1e-5, abs=1e-5), metric
+        for rank in range(2):
+            assert "resume with as many processes" in (tmp_path / f"refused-{adapter}-{rank}.txt").read_text()
+
+
 def test_online_methods_equal_one_process(tmp_path, smol_path):
     """The two ranks draw different completions of the same prompts, and have different numbers of micro-batches."""
     done = launch("online", tmp_path, smol_path)

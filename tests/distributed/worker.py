@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import sys
+import types
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
@@ -24,6 +27,8 @@ from tests.trainer.helpers import (
     tiny_scorer,
 )
 from trl.engine.score import attach, score
+from trl.models.adapters import TWIN
+from trl.models.shards import local_weights
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.generate import InProcessSampler
 from trl.rollout.types import Request, Sampling
@@ -111,6 +116,58 @@ def preferences(out, tokenizer):
     run = preferring("dpo", out / "run", tokenizer, 5, True, precompute_ref_log_probs=True)
     if dist.get_rank() == 0:
         torch.save(torch.tensor(list(run.train_dataset["ref_chosen_logps"])), out / "reference.pt")
+
+
+class Cpu:
+    """What accelerate's sharding asks of an accelerator. (Accelerate itself shards on accelerators alone.)"""
+
+    def __init__(self):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+        self.state = types.SimpleNamespace(fsdp_plugin=plugin)
+        self.mixed_precision, self.device, self.is_main_process = "no", torch.device("cpu"), dist.get_rank() == 0
+
+
+def sharded_preferences(out, tokenizer):
+    """The policy and its reference, a model of its own or a twin of the adapter, sharded as accelerate does it."""
+    for adapter in (False, True):
+        run = preferring(
+            "dpo", out / "run", tokenizer, 5, adapter, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            sync_ref_model=True, ref_model_sync_steps=100,
+        )  # fmt: skip
+        for model in (run.model,) if adapter else (run.reference.model, run.model):
+            fsdp2_prepare_model(Cpu(), model)
+        run.accelerator.prepare_model = lambda model, **_: model
+        gradient = {name: each.full_tensor() for name, each in first_gradient(run).items()}
+        if dist.get_rank() == 0:
+            torch.save(gradient, out / f"dpo-sharded-{adapter}.pt")
+            (out / f"dpo-sharded-{adapter}.json").write_text(json.dumps(run.state.log_history[0]))
+        # The reference moves by its shards, and so is kept in a checkpoint.
+        before = copied(run.reference.weights())
+        run.reference.follow(run.model, 0.25)
+        after = copied(run.reference.weights())
+        policy = local_weights(run.model)
+        for name, weight in after.items():
+            moved = before[name].lerp(policy[name.replace(TWIN, "default")], 0.25)
+            torch.testing.assert_close(weight, moved)
+        assert any((before[name] != weight).any() for name, weight in after.items())
+        torch.save(run.method_state(), out / f"state-{dist.get_rank()}.pt")
+        run.reference.follow(run.model, 1.0)
+        run.load_method_state(torch.load(out / f"state-{dist.get_rank()}.pt", weights_only=True))
+        assert all(torch.equal(weight, after[name]) for name, weight in run.reference.weights().items())
+        try:
+            run.load_method_state({"reference": {name: each.new_zeros(99) for name, each in after.items()}})
+        except ValueError as error:
+            (out / f"refused-{adapter}-{dist.get_rank()}.txt").write_text(str(error))
+
+
+def copied(weights):
+    return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 ONLINE = {
@@ -322,6 +379,7 @@ if __name__ == "__main__":
     if mode in ("fsdp", "shares"):
         dist.init_process_group("gloo")
     modes = {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws}
-    {**modes, "resumes": resumes, "samples": samples, "shares": shares}[mode](out, tokenizer)
+    modes = {**modes, "resumes": resumes, "samples": samples, "shares": shares}
+    {**modes, "sharded_preferences": sharded_preferences}[mode](out, tokenizer)
     if dist.is_initialized():
         dist.destroy_process_group()

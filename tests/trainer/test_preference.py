@@ -1,6 +1,7 @@
 """What the preference trainers share: where the reference comes from, adapters, evaluation, resuming."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -159,6 +160,28 @@ def test_no_reference_where_none_is_asked(tmp_path, tokenizer):
     trainer.train()
     with pytest.raises(ValueError, match="no reference is asked"):
         dpo(tmp_path, tiny(tokenizer), tokenizer, reference_free=True, ref_model=tiny(tokenizer))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_shards_a_reference_of_its_own(tmp_path, tokenizer, monkeypatch, version):
+    """Two processes that do so are in tests/distributed; here, who is asked."""
+    trainer = dpo(tmp_path, tiny(tokenizer), tokenizer)
+    asked = []
+    monkeypatch.setattr(
+        "trl.trainer.preference.fsdp2_prepare_model", lambda by, model: asked.append(("fsdp2", by, model)) or model
+    )
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = types.SimpleNamespace(
+        is_fsdp2=version == 2, prepare_model=lambda model: asked.append(("fsdp1", trainer.accelerator, model)) or model
+    )
+    model = trainer.reference.model
+    trainer.ready()
+    [(by, accelerator, sharded)] = asked
+    assert by == f"fsdp{version}" and accelerator is trainer.accelerator
+    assert sharded is trainer.reference.model and sharded is not model
+    # Weights are not where the data is, and on all ranks but the first perhaps not there at all.
+    with pytest.raises(ValueError, match="is not for FSDP, .* run it once in a single process"):
+        trainer._compute_reference([])
 
 
 # --- log-probs computed beforehand --------------------------------------------------------------------------------

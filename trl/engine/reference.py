@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trl.models import adapters
+from trl.models.shards import local_weights
 
 from .forest import Batch
 from .head import TokenStats
@@ -41,7 +42,7 @@ class Reference(ABC):
         """
         raise ValueError(f"the reference is {self.description}, which cannot follow the policy")
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """What `follow` has changed, by name: part of a checkpoint."""
         return {}
 
@@ -57,13 +58,13 @@ class Frozen(Reference):
         yield self.model
 
     def follow(self, policy: nn.Module, share: float) -> None:
-        theirs = dict(causal_lm(policy).named_parameters())
+        theirs = local_weights(causal_lm(policy))
         with torch.no_grad():
-            for name, parameter in causal_lm(self.model).named_parameters():
-                parameter.lerp_(theirs[name].to(parameter.device, parameter.dtype), share)
+            for name, weight in self.weights().items():
+                weight.lerp_(theirs[name].to(weight.device, weight.dtype), share)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        return dict(causal_lm(self.model).named_parameters())
+    def weights(self) -> dict[str, Tensor]:
+        return local_weights(causal_lm(self.model))
 
 
 class AdapterOff(Reference):
@@ -94,7 +95,7 @@ class Twin(Reference):
     def follow(self, policy: nn.Module, share: float) -> None:
         adapters.follow(self.model, share)
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         return adapters.twin_weights(self.model)
 
 

@@ -5,7 +5,7 @@ import copy
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from trl.config import say_once
+
+from .shards import local_weights
 
 
 def require_peft(why: str) -> Any:
@@ -298,7 +300,7 @@ def add_twin(model: Any) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(training.get(parameter, False))
     with torch.no_grad():
-        for ours, twin in _twins(model, name):
+        for ours, twin in _twins(dict(model.named_parameters()), name):
             twin.data = ours.detach().to(copy=True)
 
 
@@ -309,9 +311,8 @@ def _active(model: Any) -> str:
     return active[0]
 
 
-def _twins(model: nn.Module, name: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """Each parameter of the adapter `name` with that of its twin."""
-    named = dict(model.named_parameters())
+def _twins(named: Mapping[str, torch.Tensor], name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each weight of the adapter `name` with that of its twin."""
     for key, parameter in named.items():
         if f".{name}" in key:
             twin = named.get(f".{TWIN}".join(key.rsplit(f".{name}", 1)))
@@ -320,7 +321,7 @@ def _twins(model: nn.Module, name: str) -> Iterator[tuple[nn.Parameter, nn.Param
 
 
 def twin_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: parameter for key, parameter in model.named_parameters() if f".{TWIN}" in key}
+    return {key: weight for key, weight in local_weights(model).items() if f".{TWIN}" in key}
 
 
 @contextlib.contextmanager
@@ -360,5 +361,5 @@ def _leave_twin_out(model: nn.Module, state: dict[str, Any], prefix: str, about:
 def follow(model: nn.Module, share: float) -> None:
     """Move the twin towards the adapter: `share` of the adapter, the rest of the twin."""
     with torch.no_grad():
-        for ours, twin in _twins(model, _active(model)):
+        for ours, twin in _twins(local_weights(model), _active(model)):
             twin.lerp_(ours.to(twin.dtype), share)

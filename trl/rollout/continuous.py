@@ -25,8 +25,9 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from trl.data.collate import Branch, Tree
 from trl.engine.score import causal_lm, evaluating, score
+from trl.models.shards import is_sharded
 
-from .generate import PREFILL_TOKENS, _tokens_that_fit, is_sharded
+from .generate import PREFILL_TOKENS, _tokens_that_fit
 from .types import Completion, Request, Sampling
 
 OPTION = "use_transformers_continuous_batching"

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import (
     Cache,
     DynamicCache,
@@ -38,6 +36,7 @@ from transformers.cache_utils import CacheLayerMixin
 from trl.config import say_once
 from trl.engine.linear import few_rows
 from trl.engine.score import causal_lm, evaluating
+from trl.models.shards import is_sharded
 
 from .types import Completion, Request, Sampling
 
@@ -70,13 +69,6 @@ def describe(sampling: Sampling) -> str:
         parts.append(f"stops at {', '.join(map(str, sampling.stop_ids))}")
     parts += [f"stops after {string!r}" for string in sampling.stop_strings]
     return ", ".join(parts)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether weights are gathered by all ranks together: by FSDP, by ZeRO-3."""
-    return any(isinstance(each, FullyShardedDataParallel) for each in model.modules()) or any(
-        isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters()
-    )
 
 
 class InProcessSampler:

@@ -291,7 +291,9 @@ class OnlineTrainer(ReferencedTrainer):
     def _judged(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[Drawn]:
         """Completions of the rows, and what they are worth. In training every rank has all rows, draws its part of the
         completions, and gets those of the others."""
-        args, model = self.args, self.model_wrapped if training else self.model
+        args = self.args
+        # Of sharded weights the wrapper gathers what no layer of its own does.
+        model = self.model_wrapped if training or self.is_fsdp_enabled else self.model
         ranks, rank = (args.world_size, args.process_index) if training else (1, 0)
         mine = np.array_split(np.arange(len(rows) * generations), ranks)[rank]
         samples: dict[int, list[int]] = {}

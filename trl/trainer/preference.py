@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
 from datasets import IterableDataset as Stream
 from safetensors.torch import load_file, save_file
@@ -203,9 +204,11 @@ class ReferencedTrainer(PreferenceTrainer):
 
     def _prepared_model(self, model: Any) -> Any:
         """A model of its own, sharded as the policy will be."""
-        if self.is_fsdp_enabled:
-            return self.accelerator.prepare_model(model, evaluation_mode=True)
-        return self._placed(model)
+        if not self.is_fsdp_enabled:
+            return self._placed(model)
+        if self.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(self.accelerator, model)
+        return self.accelerator.prepare_model(model)
 
     def _data_sets(self) -> dict[str, Any]:
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
@@ -254,7 +257,14 @@ class ReferencedTrainer(PreferenceTrainer):
         if "reference" in state and self.reference is not None:
             with torch.no_grad():
                 for name, weight in self.reference.weights().items():
-                    weight.copy_(state["reference"][name])
+                    saved = state["reference"][name]
+                    if saved.shape != weight.shape:
+                        raise ValueError(
+                            f"the reference's {name} has the shape {tuple(saved.shape)} in the checkpoint and "
+                            f"{tuple(weight.shape)} here: a sharded reference is saved in parts, one for each process; "
+                            "resume with as many processes"
+                        )
+                    weight.copy_(saved)
 
     # --- log-probs computed beforehand ----------------------------------------------------------------------------
 
@@ -317,6 +327,11 @@ class ReferencedTrainer(PreferenceTrainer):
 
     def _compute_reference(self, rows: list[dict[str, Any]]) -> np.ndarray:
         args = self.args
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "precompute_ref_log_probs is not for FSDP, which shards weights when training begins: run it once in a "
+                "single process with the same settings (the numbers are kept on disk and found again), or leave it out"
+            )
         size = args.precompute_ref_batch_size or args.train_batch_size
         table = torch.zeros(len(rows), len(self.ref_columns), dtype=torch.float64, device=args.device)
         ask = self.ask_reference(self.model)

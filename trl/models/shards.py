@@ -1,0 +1,22 @@
+"""Weights that processes share out among themselves, by FSDP or ZeRO-3."""
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are gathered by all ranks together: by FSDP, by ZeRO-3."""
+    return any(isinstance(each, FullyShardedDataParallel) for each in model.modules()) or any(
+        isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters()
+    )
+
+
+def local_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights by name; of those that FSDP2 shards, this process's part. Memory is shared."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward pass without a backward pass leaves gathered is a copy
+    return {
+        name: weight.to_local() if isinstance(weight, DTensor) else weight for name, weight in model.named_parameters()
+    }
