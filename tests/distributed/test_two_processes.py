@@ -157,6 +157,22 @@ def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path,
         assert "its weights are sharded" in continuous
 
 
+def test_deepspeed_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    done = launch("deepspeed", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    for name in ("grpo", "dpo"):
+        alone = worker.deepspeed_runs(name, tmp_path / "alone", tokenizer, 4)
+        alone.train()
+        lines = json.loads((tmp_path / f"{name}.json").read_text())
+        for line, expected in zip(lines, alone.state.log_history, strict=False):
+            for metric in ("loss", "grad_norm", "entropy", "num_tokens"):
+                # DeepSpeed's norm has a small number added.
+                assert line[metric] == pytest.approx(expected[metric], rel=2e-4, abs=1e-5), (name, metric)
+
+
 def test_a_rank_that_throws_ends_both_with_its_message(tmp_path, smol_path):
     start = time.monotonic()
     done = launch("throws", tmp_path, smol_path, timeout=120)

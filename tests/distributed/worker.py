@@ -252,6 +252,37 @@ FSDP_CASES = [
 ]
 
 
+def deepspeed_settings(stage):
+    config = {
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+    }
+    return {"deepspeed": config, "use_cpu": False}  # else accelerate leaves DeepSpeed out
+
+
+def deepspeed_runs(name, path, tokenizer, batch, **settings):
+    """Three steps, the last two of which depend on how the first was taken."""
+    settings = {"max_steps": 3, "per_device_train_batch_size": batch, "gradient_accumulation_steps": 2, **settings}
+    if name == "grpo":
+        rows = test_online.PROMPTS[:2]
+        return test_online.make(path, tokenizer, rows=rows, beta=0.1, max_tokens_per_micro_batch=20, **settings)
+    return preference("DPO", path, tiny(tokenizer), tokenizer, pair_rows(8), **settings)
+
+
+def deepspeed(out, tokenizer):
+    import deepspeed as library
+
+    library.init_distributed("gloo")
+    for name in ("grpo", "dpo"):
+        run = deepspeed_runs(name, out / "run", tokenizer, 2, **deepspeed_settings(2))
+        run.train()
+        assert type(run.model_wrapped).__name__ == "DeepSpeedEngine"
+        if dist.get_rank() == 0:
+            (out / f"{name}.json").write_text(json.dumps(run.state.log_history[:3]))
+
+
 STOPS = tuple(range(0, 60000, 4))  # one token in four ends a completion
 
 
@@ -380,6 +411,6 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     modes = {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws}
     modes = {**modes, "resumes": resumes, "samples": samples, "shares": shares}
-    {**modes, "sharded_preferences": sharded_preferences}[mode](out, tokenizer)
+    {**modes, "sharded_preferences": sharded_preferences, "deepspeed": deepspeed}[mode](out, tokenizer)
     if dist.is_initialized():
         dist.destroy_process_group()

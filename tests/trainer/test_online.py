@@ -347,3 +347,23 @@ def test_mistakes_are_told(tmp_path, tokenizer):
         make(tmp_path, tokenizer, rows=[{"a": "b"}])
     with pytest.raises(ValueError, match="is one of two that say the same|say the same thing"):
         make(tmp_path, tokenizer, generation_batch_size=8, steps_per_generation=2)
+
+
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_who_steps_by_itself_is_told_which_micro_batch_is_the_last(tmp_path, tokenizer, deepspeed):
+    """DeepSpeed's engine takes its step in the backward pass, where gradients are to be synchronised."""
+    trainer = make(tmp_path, tokenizer, rows=PROMPTS[:2], max_tokens_per_micro_batch=20)
+    told = []
+    backward = trainer.accelerator.backward
+
+    def listening(loss, **kwargs):
+        told.append((trainer.accelerator.sync_gradients, kwargs))
+        backward(loss)
+
+    trainer.accelerator.backward = listening
+    trainer.is_deepspeed_enabled = deepspeed
+    trainer._prepare_inputs = lambda batch: batch  # which would ask DeepSpeed's plugin for a dtype
+    trainer._learn(trainer.model, trainer._draw([trainer.train_dataset[row] for row in range(2)], 4, training=True))
+    assert len(told) > 1
+    assert [last for last, _ in told] == [False] * (len(told) - 1) + [True]
+    assert all(kwargs == ({"scale_wrt_gas": False} if deepspeed else {}) for _, kwargs in told)

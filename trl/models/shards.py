@@ -1,4 +1,4 @@
-"""Weights that processes share out among themselves, by FSDP or ZeRO-3."""
+"""Weights that processes share out among themselves, by FSDP."""
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -6,9 +6,9 @@ from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether weights are gathered by all ranks together: by FSDP, by ZeRO-3."""
+    """Whether weights are gathered by all ranks together."""
     return any(isinstance(each, FullyShardedDataParallel) for each in model.modules()) or any(
-        isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters()
+        isinstance(each, DTensor) for each in model.parameters()
     )
 
 

@@ -116,7 +116,7 @@ class ContinuousSampler:
         """Whether the model can be served, by a numeric check that is made once for each model."""
         fault: str | None = None
         if is_sharded(model):
-            fault = "its weights are sharded (FSDP, ZeRO-3), and the ranks would not gather them together"
+            fault = "its weights are sharded (FSDP), and the ranks would not gather them together"
         elif not getattr(base, "_trl_batched", False):
             fault = self._first_fault(model, base)
         if fault is not None:

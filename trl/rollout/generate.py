@@ -97,7 +97,7 @@ class InProcessSampler:
                 base = causal_lm(model)
                 raise ValueError(
                     f"{type(base).__name__} is served by its own generate ({base._trl_sampled}), in which each rank "
-                    "calls the model as often as it needs, while sharded weights (FSDP, ZeRO-3) are gathered by all "
+                    "calls the model as often as it needs, while sharded weights (FSDP) are gathered by all "
                     "ranks at once: train this model unsharded"
                 )
             return [_by_generate(model, request, sampling) for request in requests]

@@ -191,6 +191,12 @@ class BaseTrainer(Adoptable, Trainer):
             )
             args._n_gpu = 1
 
+        if getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO-3 is not supported: ranks would gather the head's weights different numbers of times "
+                "and wait for each other. Use FSDP2, which shards weights as well, or ZeRO-2"
+            )
+
         assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
         init_kwargs = dict(args.model_init_kwargs or {})
         if args.trust_remote_code and isinstance(model, str):

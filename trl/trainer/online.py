@@ -515,14 +515,17 @@ class OnlineTrainer(ReferencedTrainer):
             self._positions += positions
         self.before_step(model, batches, training=True)
         total = torch.zeros((), device=self.args.device)
+        # The loss is that of the whole step already; DeepSpeed would divide it by the accumulation it was set up for.
+        unscaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         saved = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
         with saved:
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
+                self.accelerator.sync_gradients = last  # DeepSpeed's engine steps where it is told so
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, self._prepare_inputs(batch))
-                    self.accelerator.backward(loss)
+                    self.accelerator.backward(loss, **unscaled)
                 total += loss.detach()
         return total
 
