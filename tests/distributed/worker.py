@@ -322,8 +322,8 @@ def samples(out, tokenizer):
     for name in sys.argv[4:]:
         run = sampling(name, out / "run", tokenizer, 4)
         if name == "fsdp":
-            # accelerate shards on accelerators alone, so that this is done by hand.
-            shard(run.model)
+            for model in (run.model, run.reference.model):
+                fsdp2_prepare_model(Cpu(), model)
             run.accelerator.prepare_model = lambda model, **_: model
         gradient, line = test_online.first_step(run)
         gradient = {key: each.full_tensor() if hasattr(each, "full_tensor") else each for key, each in gradient.items()}
