@@ -80,9 +80,9 @@ class Size:
 FULL = Size("eight minutes", steps=32, held_out=48, reloaded=16, exact_match=0.7, loss_ratio=0.25,
             preference_steps=16, pairs=32, accuracy=0.8,
             reward_steps=12, completions=32, changed=24, reward_gain=0.05)  # fmt: skip
-QUICK = Size("one minute", steps=4, held_out=6, reloaded=3, exact_match=0.0, loss_ratio=0.5,
-             preference_steps=2, pairs=6, accuracy=0.5,
-             reward_steps=2, completions=8, changed=4, reward_gain=-1.0)  # fmt: skip
+QUICK = Size("one minute", steps=4, held_out=4, reloaded=2, exact_match=0.0, loss_ratio=0.5,
+             preference_steps=1, pairs=4, accuracy=0.5,
+             reward_steps=1, completions=8, changed=2, reward_gain=-1.0)  # fmt: skip
 BATCH = 8
 LEARNING_RATE = 2e-3
 PREFERENCE_LEARNING_RATE = 2e-4
@@ -147,18 +147,10 @@ def sft(size: Size, folder: Path, seed: int) -> bool:
             output_dir=str(folder / "adapter"),
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=BATCH,
-            max_steps=size.steps,
             learning_rate=LEARNING_RATE,
             warmup_steps=size.steps // 20,
-            gradient_checkpointing=False,
-            # On a CPU bfloat16 is faster where the processor has it and far slower where it does not.
-            bf16=False,
-            model_init_kwargs={"dtype": "float32"},
             assistant_only_loss=True,
-            logging_steps=max(1, size.steps // 8),
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
+            **of_every_stage(size.steps, seed),
         ),
         train_dataset=train_rows,
         eval_dataset=held_out,
@@ -236,18 +228,11 @@ def dpo(size: Size, folder: Path, seed: int) -> bool:
             output_dir=str(folder / "preferred"),
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=BATCH,
-            max_steps=size.preference_steps,
             learning_rate=PREFERENCE_LEARNING_RATE,
             # The pairs alone would make right tickets less likely too, only wrong ones more so.
             loss_type=["sigmoid", "sft"],
             loss_weights=[1.0, 1.0],
-            gradient_checkpointing=False,
-            bf16=False,
-            model_init_kwargs={"dtype": "float32"},
-            logging_steps=max(1, size.preference_steps // 8),
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
+            **of_every_stage(size.preference_steps, seed),
         ),
         train_dataset=train_rows,
         eval_dataset=held_out,
@@ -295,15 +280,8 @@ def grpo(size: Size, folder: Path, seed: int) -> bool:
             max_completion_length=NEW_TOKENS,
             per_device_train_batch_size=size.completions,
             per_device_eval_batch_size=size.changed,
-            max_steps=size.reward_steps,
             learning_rate=REWARD_LEARNING_RATE,
-            gradient_checkpointing=False,
-            bf16=False,
-            model_init_kwargs={"dtype": "float32"},
-            logging_steps=max(1, size.reward_steps // 8),
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
+            **of_every_stage(size.reward_steps, seed),
         ),
         train_dataset=train_rows,
         eval_dataset=held_out,
@@ -333,6 +311,21 @@ def grpo(size: Size, folder: Path, seed: int) -> bool:
         f"        --gradient_checkpointing false --num_train_epochs 1 --output_dir {folder / 'rewarded_again'}"
     )
     return True
+
+
+def of_every_stage(steps: int, seed: int) -> dict[str, Any]:
+    """Settings that the stages share."""
+    return {
+        "max_steps": steps,
+        "gradient_checkpointing": False,
+        # On a CPU bfloat16 is faster where the processor has it and far slower where it does not.
+        "bf16": False,
+        "model_init_kwargs": {"dtype": "float32"},
+        "logging_steps": max(1, steps // 8),
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+    }
 
 
 def right_parts(completions: Sequence[Any], ticket: Sequence[str], **_: Any) -> list[float]:
