@@ -80,7 +80,7 @@ class Size:
 FULL = Size("eight minutes", steps=32, held_out=48, reloaded=16, exact_match=0.7, loss_ratio=0.25,
             preference_steps=16, pairs=32, accuracy=0.8,
             reward_steps=12, completions=32, changed=24, reward_gain=0.05)  # fmt: skip
-QUICK = Size("one minute", steps=4, held_out=4, reloaded=2, exact_match=0.0, loss_ratio=0.5,
+QUICK = Size("a minute and a half", steps=4, held_out=4, reloaded=2, exact_match=0.0, loss_ratio=0.5,
              preference_steps=1, pairs=4, accuracy=0.5,
              reward_steps=1, completions=8, changed=2, reward_gain=-1.0)  # fmt: skip
 BATCH = 8
