@@ -157,10 +157,11 @@ def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path,
         assert "its weights are sharded" in continuous
 
 
-def test_deepspeed_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_deepspeed_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch, stage):
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    done = launch("deepspeed", tmp_path, smol_path)
+    done = launch("deepspeed", tmp_path, smol_path, 240, stage)
     assert done.returncode == 0, done.stderr[-3000:]
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
     for name in ("grpo", "dpo"):

@@ -275,8 +275,9 @@ def deepspeed(out, tokenizer):
     import deepspeed as library
 
     library.init_distributed("gloo")
+    stage = int(sys.argv[4])
     for name in ("grpo", "dpo"):
-        run = deepspeed_runs(name, out / "run", tokenizer, 2, **deepspeed_settings(2))
+        run = deepspeed_runs(name, out / "run", tokenizer, 2, **deepspeed_settings(stage))
         run.train()
         assert type(run.model_wrapped).__name__ == "DeepSpeedEngine"
         if dist.get_rank() == 0:
