@@ -75,6 +75,35 @@ def started(worker: str, settings: dict[str, Any], options: argparse.Namespace, 
     }
 
 
+def model_of(options: argparse.Namespace) -> str:
+    """The folder of the model that is asked for, or that of the demo."""
+    if options.model is None:
+        from trl.models.gguf import demo_model
+
+        return str(demo_model())
+    return str(options.model)
+
+
+def measured(
+    worker: str, settings: dict[str, Any], options: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Side], dict[str, Any], dict[str, Any]]:
+    """Both sides, what each says when it is ready, and at its end."""
+    sides = started(worker, settings, options, folder)
+    try:
+        ready = {name: side.answer("ready") for name, side in sides.items()}
+        return sides, ready, alternate(sides, options)
+    finally:
+        for side in sides.values():
+            side.end()
+
+
+def tell(report: dict[str, Any], show: Callable[[dict[str, Any]], None], options: argparse.Namespace) -> None:
+    """Print the report, and write it where `--json` says."""
+    show(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What both sides are told alike, whatever they train."""
     round_steps = (options.rounds + 1) * options.steps

@@ -120,11 +120,7 @@ def draw_completions(rows: list[Row], model: Path, tokenizer: Any, options: argp
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    model = options.model
-    if model is None:
-        from trl.models.gguf import demo_model
-
-        model = str(demo_model())
+    model = common.model_of(options)
     tokenizer = AutoTokenizer.from_pretrained(model)
     low, high = options.prompt_tokens
     prompts = read_prompts(options.rows) if options.rows else made_prompts(256, (max(1, low - 30), high), options.seed)
@@ -150,13 +146,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "generations": options.generations, "max_completion_length": options.max_completion_length,
             "binary_reward": options.binary_reward, "prompts": per_step,
         }  # fmt: skip
-        sides = common.started(WORKER, settings, options, folder)
-        try:
-            ready = {name: side.answer("ready") for name, side in sides.items()}
-            ends = common.alternate(sides, options)
-        finally:
-            for side in sides.values():
-                side.end()
+        sides, ready, ends = common.measured(WORKER, settings, options, folder)
 
     per_round = per_step * options.steps
     measured = rows[per_round : per_round * (options.rounds + 1)]
@@ -274,10 +264,7 @@ def main() -> None:
     options = parser.parse_args()
     options.prompt_tokens = options.prompt_tokens or PROMPT_TOKENS[options.data]
     options.max_completion_length = options.max_completion_length or COMPLETION_TOKENS[options.data]
-    report = measure(options)
-    show(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    common.tell(measure(options), show, options)
 
 
 if __name__ == "__main__":

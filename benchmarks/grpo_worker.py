@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from common_worker import Rounds, converse
-from preference_worker import OURS, Preference, _draw_adapter
+from preference_worker import OURS, Preference, draw_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl
@@ -53,7 +53,7 @@ class GRPO(Preference):
             trainer._generate_single_turn = self._drawing(trainer._generate_single_turn)
             trainer._generate_and_score_completions = self._timed(trainer._generate_and_score_completions)
         if settings["lora"]:
-            _draw_adapter(trainer.model, settings["seed"])
+            draw_adapter(trainer.model, settings["seed"])
         return trainer.model, trainer
 
     def _rows(self):

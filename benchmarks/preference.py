@@ -201,11 +201,7 @@ def pad_with_what_no_row_has(tokenizer: Any, rows: list[Row]) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    model = options.model
-    if model is None:
-        from trl.models.gguf import demo_model
-
-        model = str(demo_model())
+    model = common.model_of(options)
     tokenizer = AutoTokenizer.from_pretrained(model)
     pairs = read_pairs(options.rows) if options.rows else made_pairs(options.seed_rows, options.seed)
     rows = token_rows(pairs, tokenizer, options)
@@ -226,13 +222,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "data": options.data, "learning_rate": rate, "lora_dropout": options.lora_dropout,
             "keep_dropout": options.keep_dropout,
         }  # fmt: skip
-        sides = common.started(WORKER, settings, options, folder)
-        try:
-            ready = {name: side.answer("ready") for name, side in sides.items()}
-            ends = common.alternate(sides, options)
-        finally:
-            for side in sides.values():
-                side.end()
+        sides, ready, ends = common.measured(WORKER, settings, options, folder)
 
     measured = rows[per_round : per_round * (options.rounds + 1)]
     distinct = distinct_tokens(measured, options)
@@ -291,10 +281,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float,
                         help="default: 5e-6 (a reward model 1e-5), with --lora 1e-4")  # fmt: skip
     options = parser.parse_args()
-    report = measure(options)
-    show(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    common.tell(measure(options), show, options)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Preference(Worker):
         )
         self.built_in = time.perf_counter() - began
         if settings["lora"]:
-            _draw_adapter(trainer.model, settings["seed"])
+            draw_adapter(trainer.model, settings["seed"])
         return trainer.model, trainer
 
     def _adapter(self):
@@ -95,7 +95,7 @@ def _for_upstream(row: dict, method: str) -> dict:
     return {name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 
 
-def _draw_adapter(model, seed: int) -> None:
+def draw_adapter(model, seed: int) -> None:
     """The same new adapter on both sides, whatever was drawn before it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

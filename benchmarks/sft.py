@@ -126,11 +126,7 @@ def needed_work(ready: dict[str, Any], tokens: list[int], trained: list[int], ch
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    model = options.model
-    if model is None:
-        from trl.models.gguf import demo_model
-
-        model = str(demo_model())
+    model = common.model_of(options)
     rows = read_rows(options.rows) if options.rows else chats(options.seed_rows, options.seed)
     per_step = options.batch_size * options.accumulation
     settings = common.settings_of(options)
@@ -235,10 +231,7 @@ def main() -> None:
     parser.add_argument("--packing", action="store_true", help="rows packed into --max-length, best fit, on both sides")
     parser.add_argument("--learning-rate", type=float, help="default: 2e-5, with --lora 2e-4")
     options = parser.parse_args()
-    report = measure(options)
-    show(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    common.tell(measure(options), show, options)
 
 
 if __name__ == "__main__":

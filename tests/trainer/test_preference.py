@@ -179,6 +179,11 @@ def test_fsdp_shards_a_reference_of_its_own(tmp_path, tokenizer, monkeypatch, ve
     [(by, accelerator, sharded)] = asked
     assert by == f"fsdp{version}" and accelerator is trainer.accelerator
     assert sharded is trainer.reference.model and sharded is not model
+    # One that is given goes to the device in shards alone.
+    trainer._explicit = given = tiny(tokenizer)
+    given.to = None
+    trainer.ready()
+    assert asked[1][0] == f"fsdp{version}" and asked[1][2] is given
     # Weights are not where the data is, and on all ranks but the first perhaps not there at all.
     with pytest.raises(ValueError, match="is not for FSDP, .* run it once in a single process"):
         trainer._compute_reference([])

@@ -237,10 +237,7 @@ def dpo(size: Size, folder: Path, seed: int) -> bool:
         train_dataset=train_rows,
         eval_dataset=held_out,
     )
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    trainer.save_model()
+    before, after = trained(trainer)
     gaps = [found["eval_logps/chosen"] - found["eval_logps/rejected"] for found in (before, after)]
     accuracy = after["eval_rewards/accuracies"]
     print(f"\n{'':<40}{'before':>10}{'after':>10}")
@@ -286,10 +283,7 @@ def grpo(size: Size, folder: Path, seed: int) -> bool:
         train_dataset=train_rows,
         eval_dataset=held_out,
     )
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    trainer.save_model()
+    before, after = trained(trainer)
     (old, old_half), (new, new_half) = [(found["eval_reward"], found["eval_reward_ci95"]) for found in (before, after)]
     rewards = [f"{old:.3f} ± {old_half:.3f}", f"{new:.3f} ± {new_half:.3f}"]
     print(f"\n{'':<40}{'before':>16}{'after':>16}")
@@ -311,6 +305,15 @@ def grpo(size: Size, folder: Path, seed: int) -> bool:
         f"        --gradient_checkpointing false --num_train_epochs 1 --output_dir {folder / 'rewarded_again'}"
     )
     return True
+
+
+def trained(trainer: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """What is measured on the held-out rows before training, and after; the model is saved."""
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.save_model()
+    return before, after
 
 
 def of_every_stage(steps: int, seed: int) -> dict[str, Any]:

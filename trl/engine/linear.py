@@ -23,9 +23,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
     The numbers are the same up to rounding. Nothing changes for other layers (quantised ones, say), dtypes, devices and
     builds of PyTorch.
     """
-    changed = [] if not _is_there() else [
-        module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
-    ]  # fmt: skip
+    changed = [each for each in model.modules() if isinstance(each, nn.Linear) and _may_change(each)]
     for module in changed:
         module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
     try:
@@ -40,11 +38,23 @@ def _is_there() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _may_change(module: nn.Linear) -> bool:
+    """Asked once, so that layers on an accelerator keep a forward pass without a detour."""
+    return (
+        _is_there()
+        and type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+    )
+
+
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     """`x` [..., in features] to [..., out features]."""
     rows = x.numel() // x.shape[-1]
     weight = module.weight
-    plain = type(weight) is nn.Parameter and weight.dtype == x.dtype == torch.float32 and x.device.type == "cpu"
+    # Sharded weights are whole by now, or are nothing that oneDNN knows.
+    plain = type(weight) is nn.Parameter and weight.dtype == x.dtype == torch.float32
     if not plain or not 0 < rows <= MOST or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, module.bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % STEP))

@@ -57,7 +57,7 @@ from trl.rollout.types import Completion, Request, Sampler, Sampling
 
 from .preference import ReferencedTrainer
 
-# Tokens of a forward pass. On a CPU the time of a step is flat from here on (within 5 % of 8,192), and memory is not.
+# Tokens of a forward pass. On a CPU the time of a step is flat from here on (within a tenth), and memory is not.
 BUDGET = {"cpu": 1024, "default": 16384}
 
 

@@ -199,8 +199,10 @@ class ReferencedTrainer(PreferenceTrainer):
             self.add_callback(_Follow(self))
 
     def _placed(self, model: Any) -> Any:
+        """The model on this process's device. FSDP places what it shards; before, a whole model might not fit there."""
         quantised = getattr(causal_lm(model), "is_quantized", False)
-        return model if quantised or getattr(model, "hf_device_map", None) else model.to(self.args.device)
+        stays = quantised or self.is_fsdp_enabled or getattr(model, "hf_device_map", None)
+        return model if stays else model.to(self.args.device)
 
     def _prepared_model(self, model: Any) -> Any:
         """A model of its own, sharded as the policy will be."""
