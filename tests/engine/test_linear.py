@@ -1,5 +1,6 @@
 """Products of few rows: the same numbers, where they apply, and the model as it was afterwards."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trl.engine.linear import MOST, _is_there, few_rows
+from trl.engine.linear import MOST, _is_there, few_rows, half_products
 
 
 class Calls(nn.Module):
@@ -91,3 +92,24 @@ def test_the_model_is_as_it_was() -> None:
         other = copy.deepcopy(model)
         other.layers[0].weight.zero_()
         assert not (other.layers[0](torch.randn(2, 96)) - other.layers[0].bias).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_are_rounded_once(dtype, monkeypatch):
+    monkeypatch.setattr("trl.engine.linear._has_half_products", lambda: False)
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48, dtype=dtype)
+    x = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True)
+    with half_products(torch.device("cpu"), half=True):
+        found = layer(x)
+        found.sum().backward()
+    exact = F.linear(x.detach().double(), layer.weight.double(), layer.bias.double())
+    assert found.dtype == x.grad.dtype == layer.weight.grad.dtype == dtype
+    # Half a unit in the last place: nothing was rounded on the way.
+    assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
+    torch.testing.assert_close(layer.weight.grad, x.detach().flatten(0, 1).sum(0).expand(48, -1), rtol=0.02, atol=0.02)
+
+
+def test_half_precision_products_are_left_alone_elsewhere():
+    for half, device in ((False, "cpu"), (True, "meta")):
+        assert type(half_products(torch.device(device), half)) is contextlib.nullcontext

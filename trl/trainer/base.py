@@ -10,7 +10,9 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
     get_batch_samples   counts the trained items of the whole optimizer step on all ranks, and takes what statistics a
                         method needs of it, before its first backward pass
     compute_loss        divides by those counts: any split of the same rows gives the same gradient
+    create_optimizer    steps in float32 on weights that are kept in bfloat16
     training_step       keeps saved activations on the host where that is asked for
+    compute_loss_context_manager    half precision on a CPU without instructions for it
     prediction_step, evaluation_loop    evaluation as sums and counts; no logits are kept
     _get_grad_norm      a loss or gradient that is not finite stops the run before the weights are touched
     log                 adds the metrics: one collective a log step
@@ -25,6 +27,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +45,11 @@ from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import Tree, labelled
 from trl.data.mixture import Mixture
 from trl.data.report import DataReport
+from trl.engine import linear
 from trl.engine.forest import Batch, computed, padded, trained, unshared, with_labels
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
-from trl.models import adapters, load, offload, vocabulary
+from trl.models import adapters, load, low_bits, offload, vocabulary
 
 from .card import model_card
 
@@ -225,6 +229,9 @@ class BaseTrainer(Adoptable, Trainer):
             vocabulary.check_added_tokens(model, peft_config, added)
         _special_tokens(self.processing_class, getattr(args, "eos_token", None), getattr(args, "pad_token", None))
         model = adapters.for_training(model, self.adapter_config(peft_config))
+        held = low_bits.hold_in_float32(model, getattr(args.optim, "value", args.optim), bool(args.bf16 or args.fp16))
+        if held:
+            say_once(held)
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -335,11 +342,8 @@ class BaseTrainer(Adoptable, Trainer):
         count, total = adapters.trainable(self.model)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad})
         lines.append(f"model: {count:,} of {total:,} parameters train ({count / total:.2%}), in {', '.join(dtypes)}")
-        if {"bfloat16", "float16"} & set(dtypes) and not hasattr(self.model, "peft_config"):
-            lines.append(
-                "  caution: half-precision weights drop updates smaller than about 1/256 of a weight; "
-                "an adapter, or model_init_kwargs={'dtype': 'float32'} with bf16=True, keeps them"
-            )
+        if "bfloat16" in dtypes:
+            lines.append(f"updates: in float32; {self._low_bits_of_weights()}")
         if self.attachment.is_flat:
             lines.append("engine: flat rows, no padding, each prompt computed once")
         else:
@@ -361,6 +365,14 @@ class BaseTrainer(Adoptable, Trainer):
                 f"{'es' if self.args.world_size > 1 else ''})"
             )
         return lines
+
+    def _low_bits_of_weights(self) -> str:
+        """Where the bits of an update are that a bfloat16 weight has no room for."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed keeps float32 copies of the bfloat16 weights"
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
+            return "FSDP holds the weights in float32"
+        return "the lower halves of bfloat16 weights are kept beside them (2 bytes a weight), moments are float32"
 
     def _print_report(self) -> None:
         if not self.is_world_process_zero():
@@ -451,11 +463,23 @@ class BaseTrainer(Adoptable, Trainer):
         # Gradients are averaged over the ranks afterwards.
         return torch.stack(means).sum() * self.args.world_size
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # DeepSpeed puts an optimizer over float32 copies of its own around this one.
+        return optimizer if self.is_deepspeed_enabled else low_bits.updates_in_float32(optimizer)
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.args.activation_offloading:
+        with self._half_products(), offload.on_host(model) if self.args.activation_offloading else nullcontext():
             return super().training_step(model, *args, **kwargs)
-        with offload.on_host(model):
-            return super().training_step(model, *args, **kwargs)
+
+    def compute_loss_context_manager(self) -> Any:
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(self._half_products())
+        return stack
+
+    def _half_products(self) -> Any:
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.bfloat16, torch.float16)
+        return linear.half_products(self.args.device, half and not self.args.torch_compile)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None

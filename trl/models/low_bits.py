@@ -1,0 +1,176 @@
+"""Half-precision weights that train without losing small updates.
+
+A bfloat16 weight drops every update smaller than about 1/256 of it. At the learning rates of fine-tuning that is nearly
+all of them. bfloat16 is the upper half of float32. So the lower half is kept beside each weight that trains, in two
+bytes: both halves together are a float32 weight, to the bit. An optimizer step joins them, works in float32, and splits
+the result again. The model computes with the upper half, which is what autocast would make of the float32 weight.
+
+float16 is no part of float32, and a few optimizers write to the weights outside their step: such weights are held in
+float32 (`hold_in_float32`).
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+LOW_BITS = "low_bits"  # the key of the lower halves in an optimizer's state
+CHUNK = 2**26  # weights joined at once, so that no second copy of the model ever exists
+# Packages whose optimizers treat every weight by itself: they may see the weights a few at a time.
+BY_WEIGHT = ("torch.", "transformers.", "bitsandbytes.", "torchao.", "optimi.", "galore_torch.", "apollo_torch.")
+# Optimizers of `TrainingArguments.optim` that write to the weights in the backward pass, or between steps.
+OUTSIDE_THEIR_STEP = ("lomo", "adalomo", "schedule_free", "layerwise")
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 tensor whose upper half is `high` (bfloat16, rounded) and whose lower half is `low` (int16)."""
+    bits = high.contiguous().view(torch.int16).to(torch.int32) << 16
+    return bits.add_(low).view(torch.float32)
+
+
+def split(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as bfloat16, rounded to the nearest, and what that rounding leaves over, as int16."""
+    bits = whole.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = (bits - (high << 16)).to(torch.int16)
+    return high.to(torch.int16).view(torch.bfloat16), low
+
+
+def updates_in_float32(optimizer: Optimizer) -> Optimizer:
+    """Make an optimizer keep the lower halves of its bfloat16 weights, as state of each. It stays the same object.
+
+    Moments of such weights are float32 then, as the optimizer sees float32 weights and gradients. Memory: 2 bytes a
+    weight for the lower half, and 8 bytes for each of at most `CHUNK` weights (or one larger tensor) during a step.
+    Optimizers of packages outside `BY_WEIGHT` see all their weights in one step.
+    """
+    half = [p for group in optimizer.param_groups for p in group["params"] if p.dtype == torch.bfloat16]
+    if not half or isinstance(optimizer, _InFloat32):
+        return optimizer
+    if hasattr(optimizer, "check_overrides"):
+        optimizer.check_overrides()  # bitsandbytes: looks weights up by identity at its first step
+    for p in half:  # Adagrad makes its state beforehand
+        state = optimizer.state.get(p, {})
+        state.update({k: v.float() for k, v in state.items() if isinstance(v, Tensor) and v.dtype == torch.bfloat16})
+    kind = type(optimizer)
+    optimizer.__class__ = type(kind.__name__, (_InFloat32, kind), {"__module__": kind.__module__})
+    return optimizer
+
+
+class _InFloat32(Optimizer):
+    """Put before an optimizer's own class: its steps see float32 weights."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        places = [
+            (group["params"], place)
+            for group in self.param_groups
+            for place, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        grads = [params[place].grad for params, place in places]
+        try:
+            for start, end in self._chunks(places):
+                # What has no gradient is left alone by every optimizer, and keeps its place in the groups.
+                for number, (params, place) in enumerate(places):
+                    params[place].grad = grads[number] if start <= number < end else None
+                self._step_on_whole_weights(places[start:end])
+        finally:
+            for (params, place), grad in zip(places, grads, strict=True):
+                params[place].grad = grad
+        return loss
+
+    def _chunks(self, places: list[tuple[list[Any], int]]) -> Iterator[tuple[int, int]]:
+        if not type(self).__module__.startswith(BY_WEIGHT):
+            yield 0, len(places)
+            return
+        start = used = 0
+        for number, (params, place) in enumerate(places):
+            p = params[place]
+            size = _local(p).numel() if p.dtype == torch.bfloat16 else 0
+            if used and used + size > CHUNK:
+                yield start, number
+                start, used = number, 0
+            used += size
+        yield start, len(places)
+
+    def _step_on_whole_weights(self, places: list[tuple[list[Any], int]]) -> None:
+        """A step on some weights, for which float32 ones stand in."""
+        replaced = []
+        for params, place in places:
+            p = params[place]
+            if p.dtype != torch.bfloat16:
+                continue
+            state = self.state.pop(p, {})
+            low = state.pop(LOW_BITS, None)
+            whole = _local(p).float() if low is None else join(_local(p), _local(low))
+            stand_in = nn.Parameter(_like(p, whole))
+            stand_in.grad = p.grad.float()
+            if state:
+                self.state[stand_in] = state
+            params[place] = stand_in
+            replaced.append((params, place, p, stand_in))
+        try:
+            super().step()
+        finally:
+            for params, place, p, stand_in in replaced:
+                high, low = split(_local(stand_in.detach()))
+                _local(p).copy_(high)
+                self.state[p] = {**self.state.pop(stand_in, {}), LOW_BITS: _like(p, low)}
+                params[place] = p
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        super().load_state_dict(state_dict, *args, **kwargs)
+        # Optimizers turn what they load into the dtype of the weight: float32 moments and the lower halves too.
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        weights = chain.from_iterable(group["params"] for group in self.param_groups)
+        for saved_id, p in zip(saved_ids, weights, strict=True):
+            if p.dtype != torch.bfloat16:
+                continue
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor) and key in self.state[p]:
+                    self.state[p][key] = value.detach().to(self.state[p][key].device, copy=True)
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a tensor that FSDP2 shards; else the tensor. Memory is shared."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(p: Any, local: Tensor) -> Tensor:
+    """A process's part as a tensor that is sharded as `p` is."""
+    if not isinstance(p, DTensor):
+        return local.view(p.shape)
+    return DTensor.from_local(
+        local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
+def hold_in_float32(model: nn.Module, optim: str, autocast: bool) -> str | None:
+    """Turn the half-precision weights that train into float32 where their lower halves cannot be kept.
+
+    `optim` is the name in `TrainingArguments.optim`. Without `autocast` all weights become float32, because layers
+    multiply tensors of one dtype. Returns the reason in one sentence, or None where nothing is to be done.
+    """
+    outside = any(name in optim for name in OUTSIDE_THEIR_STEP)
+    wanted = (torch.float16, torch.bfloat16) if outside else (torch.float16,)
+    found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()
+                    if p.requires_grad and p.dtype in wanted})  # fmt: skip
+    if not found:
+        return None
+    # Of a quantised model only the adapter trains, whose layers take the dtype of its weights themselves.
+    if autocast or getattr(model, "is_quantized", False):
+        for p in model.parameters():
+            if p.requires_grad and p.dtype in wanted:
+                p.data = p.data.float()
+    else:
+        model.float()
+    why = f"optim={optim!r} writes to them outside its step" if outside else "float16 has too few bits for updates"
+    return f"{' and '.join(found)} weights that train are held in float32, because {why}"
