@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from trl import options
+
 _said: set[str] = set()
 
 
@@ -80,7 +82,12 @@ class ModelConfig(Adoptable):
         metadata={"help": "Attention outside the engine; flat rows are computed by segment whatever is set here."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    use_peft: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train a LoRA adapter instead of all weights. Default: where an option of the adapter is set."
+        },
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(
         default=32, metadata={"help": "Scale of the adapter (times 1/r, or 1/sqrt(r) with rsLoRA)."}
@@ -115,6 +122,20 @@ class ModelConfig(Adoptable):
     bnb_4bit_quant_storage: str | None = field(
         default=None, metadata={"help": "Type that 4-bit weights are stored as; FSDP wants that of the other weights."}
     )
+
+    def __post_init__(self) -> None:
+        options.check(self)
+        of_adapter = [
+            name for name in non_default(self) if name.startswith("lora_") or name in ("use_rslora", "use_dora")
+        ]
+        asked = [f"{name}={getattr(self, name)!r}" for name in of_adapter]
+        if asked and self.use_peft is None:
+            say_once(f"{', '.join(asked)}: an adapter is trained, as with use_peft=True (use_peft=False: all weights)")
+        elif asked and not self.use_peft:
+            say_once(f"{', '.join(asked)} has no effect with use_peft=False")
+        self.use_peft = bool(asked) if self.use_peft is None else self.use_peft
+        for sentence in options.unused(self):
+            say_once(sentence)
 
 
 @dataclass
@@ -170,13 +191,16 @@ class BaseConfig(Adoptable, TrainingArguments):
         elif self.bf16 and not accelerator and not self.use_cpu:
             self.use_cpu = True
             say_once("no accelerator here: bf16=True runs on the CPU, in bfloat16 autocast")
-        self.logging_nan_inf_filter = False  # it would hide from the check what it looks for
+        options.check(self)
         # transformers calls it activation checkpointing from 5.2x on, and keeps the old name as an alias that warns.
         if hasattr(self, "activation_checkpointing"):
             for ours, theirs in (("", ""), ("_kwargs", "_kwargs")):
                 if getattr(self, f"activation_checkpointing{theirs}") is None:
                     setattr(self, f"activation_checkpointing{theirs}", getattr(self, f"gradient_checkpointing{ours}"))
         super().__post_init__()
+        for sentence in options.unused(self):
+            say_once(sentence)
+        self.logging_nan_inf_filter = False  # it would hide from the check what it looks for
 
 
 @dataclass

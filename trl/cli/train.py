@@ -77,7 +77,7 @@ COMMON = {
         "log_completions": "",
     },
     "Adapter": {
-        "use_peft": "",
+        "use_peft": "Train a LoRA adapter instead of all weights. [where an adapter option is set]",
         "lora_r": "",
         "lora_alpha": "Scale of the adapter. [32]",
         "lora_target_modules": "",

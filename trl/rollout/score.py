@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
@@ -36,12 +36,14 @@ from trl.engine.score import causal_lm
 from trl.models.load import ModelError, load_tokenizer
 from trl.rewards import REWARDS
 from trl.rewards.calls import (
+    RESERVED,
     SHAPE_ERRORS,
     Answer,
     Call,
     Log,
     Missing,
     WorkerError,
+    accepted,
     is_async,
     listed,
     name_of,
@@ -347,11 +349,18 @@ def _names_function(name: str) -> bool:
     return "/" not in name and not Path(name).exists() and bool(difflib.get_close_matches(name, REWARDS, 1))
 
 
-def check(functions: Any) -> None:
-    """RewardError if a function's name among `functions`, one or a list of them, cannot be found; nothing is loaded."""
+def check(functions: Any, columns: Iterable[str] | None = None) -> None:
+    """RewardError if a function's name among `functions`, one or a list of them, cannot be found, or if a function
+    requires an argument that is none of the data's `columns`. Nothing is loaded."""
     for function in functions if isinstance(functions, list | tuple) else [functions]:
         if isinstance(function, str) and _names_function(function):
-            _found(function)
+            function = _found(function)
+        judges_itself = isinstance(function, nn.Module) or is_pipeline(function)
+        if columns is not None and callable(function) and not judges_itself:
+            try:
+                accepted(function, dict.fromkeys([*columns, *RESERVED]))
+            except Missing as error:
+                raise RewardError(f"reward function {name_of(function)!r}: {error}") from None
 
 
 def _found(name: str) -> Callable[..., Any]:

@@ -50,6 +50,7 @@ from trl.engine.forest import Batch, computed, padded, trained, unshared, with_l
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, low_bits, offload, vocabulary
+from trl.options import check_trackers, unused_by_trainer
 
 from .card import model_card
 
@@ -188,6 +189,11 @@ class BaseTrainer(Adoptable, Trainer):
         if args is None:
             name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
             args = self.config_class(output_dir=f"{Path(name or 'model').name}-{self.method.upper()}")
+        check_trackers(args)
+        given = {"eval_dataset": eval_dataset, "compute_metrics": compute_metrics,
+                 "embedding_func": getattr(self, "embedding_func", None)}  # fmt: skip
+        for sentence in unused_by_trainer(args, given):
+            say_once(sentence)
         if args.n_gpu > 1:
             say_once(
                 f"{args.n_gpu} GPUs are visible and one is used: nn.DataParallel is never entered. "
@@ -429,7 +435,7 @@ class BaseTrainer(Adoptable, Trainer):
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
+            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields, say_once
+from trl.data import formats
 from trl.data.batches import RowBatches
 from trl.data.collate import Tree
 from trl.data.prompts import PromptReport, prepare_prompts
@@ -110,6 +111,11 @@ class OnlineTrainer(ReferencedTrainer):
         if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
         check_rewards(reward_funcs)
+        train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
+        renamed = getattr(args, "columns", None) or {}  # the names that the columns get
+        for dataset in (train_dataset, *(eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset])):
+            if isinstance(columns := getattr(dataset, "column_names", None), list):
+                check_rewards(reward_funcs, {*columns, *renamed} - self.prepared_columns)
         if args is None:
             args = self.config_class(output_dir=f"{self.method.upper()}")
         # One ticket is one optimizer step.
@@ -645,6 +651,11 @@ def _by_sample(stats: TokenStats, samples: Sequence[Sample]) -> list[list[float]
 def _std(values: Tensor) -> Tensor:
     good = values[~values.isnan()]
     return good.std() if len(good) > 1 else values.new_zeros(())
+
+
+def _opened(dataset: Any) -> Any:
+    """A data set given by its rows or by a path, opened, so that its columns are known before the model is."""
+    return formats.load(dataset) if isinstance(dataset, str | Path | list) else dataset
 
 
 def _as_list(value: Any) -> list[Any]:
