@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    **dict.fromkeys(("losses", "data", "config", "options"), 0),
+    **dict.fromkeys(("losses", "data", "config", "options", "near"), 0),
     **dict.fromkeys(("engine", "models", "rewards"), 1),
     **dict.fromkeys(("rollout", "checkpoint"), 2),
     **dict.fromkeys(("trainer",), 3),

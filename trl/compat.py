@@ -119,7 +119,14 @@ def _logging_dir(folder: Any) -> None:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
 
 
+def _mini_batches(count: Any, given: Mapping[str, Any]) -> int:
+    """A mini-batch was an optimizer step; `steps_per_generation` counts the batches that steps accumulate."""
+    return int(count) * int(given.get("gradient_accumulation_steps") or 1)
+
+
 _OTHER_SAMPLER = "completions are drawn by the sampler of this process"
+_NO_VALUES = "REINFORCE has no value function; it was PPO's"
+_POLICY = "pass the policy as the trainer's model (on the command line --model_name_or_path)"
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
@@ -297,14 +304,100 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
                 *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
                 *("vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_max_model_len"),
                 *("vllm_tensor_parallel_size", "vllm_device", "vllm_dtype", "vllm_guided_decoding_regex"),
+                "vllm_enable_prefix_caching",
             )
         },
+        "wandb_log_unique_prompts": Now("log_unique_prompts", "trl 0.16 – 0.24"),
+    },
+    "GRPOConfig": {
+        "cast_lm_head_to_fp32": Gone(
+            "logits are float32 before anything is computed of them; the head's weights stay as they are",
+            "trl 0.23 – 1.16",
+            nothing=(None, False),
+        ),
+    },
+    # The trainer of 0.9 to 0.21 had names of its own, some of them PPO's.
+    "RLOOConfig": {
+        "kl_coef": Now("beta", "trl 0.9 – 0.21"),
+        "rloo_k": Now("num_generations", "trl 0.9 – 0.21"),
+        "cliprange": Now("epsilon", "trl 0.9 – 0.21"),
+        "response_length": Now("max_completion_length", "trl 0.9 – 0.21"),
+        "num_ppo_epochs": Now("num_iterations", "trl 0.9 – 0.21"),
+        "normalize_advantage": Now("normalize_advantages", "trl 0.12 – 0.21"),
+        "num_mini_batches": Now(
+            "steps_per_generation",
+            "trl 0.9 – 0.21",
+            "times gradient_accumulation_steps",
+            value=_mini_batches,
+            nothing=(None, 1),
+        ),
+        "stop_token_id": Now(
+            "generation_kwargs",
+            "trl 0.9 – 0.21",
+            "its key eos_token_id",
+            value=_into("generation_kwargs", "eos_token_id"),
+        ),
+        "stop_token": Refused(
+            "completions end at the model's end tokens, as with 'eos'; generation_kwargs={'stop_strings': [...]} adds "
+            "others",
+            "trl 0.9 – 0.21",
+            nothing=(None, "eos"),
+        ),
+        "total_episodes": Refused(
+            "it counted completions; max_steps or num_train_epochs says when training ends", "trl 0.9 – 0.21"
+        ),
+        "missing_eos_penalty": Refused(
+            "mask_truncated_completions=True leaves unfinished completions out; a reward function that reads "
+            "completion_ids can punish them",
+            "trl 0.10 – 0.21",
+        ),
+        "non_eos_penalty": Refused(
+            "mask_truncated_completions=True leaves unfinished completions out; a reward function that reads "
+            "completion_ids can punish them",
+            "trl 0.9",
+            nothing=(None, False),
+        ),
+        "penalty_reward_value": Gone("it was read with non_eos_penalty alone", "trl 0.9", nothing=(None, -1)),
+        "whiten_rewards": Refused(
+            "normalize_advantages=True gives advantages mean 0 and deviation 1",
+            "trl 0.9 – 0.21",
+            nothing=(None, False),
+        ),
+        "normalize_reward": Refused(
+            "normalize_advantages=True gives advantages mean 0 and deviation 1",
+            "trl 0.12 – 0.21",
+            nothing=(None, False),
+        ),
+        "token_level_kl": Gone("the divergence is summed over the completion either way", "trl 0.12 – 0.21"),
+        "local_rollout_forward_batch_size": Gone(
+            "the sampler sizes its batches by max_cache_tokens", "trl 0.9 – 0.21", nothing=(None, 64)
+        ),
+        "num_sample_generations": Gone(
+            "log_completions=True prints completions and keeps them", "trl 0.9 – 0.21", nothing=(None, 0, 10)
+        ),
+        "exp_name": Gone("run_name names the run for trackers", "trl 0.9 – 0.21"),
+        "sanity_check": Refused(
+            "train on a slice of the rows, such as the split 'train[:1000]'", "trl 0.9", nothing=(None, False)
+        ),
+        "base_model": Refused(_POLICY, "trl 0.9"),
+        "sft_model_path": Refused(_POLICY, "trl 0.9 – 0.21"),
+        "reward_model_path": Refused(
+            "pass the reward model among reward_funcs (on the command line --reward_model_name_or_path)",
+            "trl 0.9 – 0.21",
+        ),
+        **{name: Gone(_NO_VALUES, "trl 0.9") for name in ("cliprange_value", "vf_coef", "gamma", "lam")},
     },
     "OnlineTrainer": {
         "tools": Refused("tools and environments are not there yet", "trl 0.26 – 1.16"),
         "rollout_func": Refused("tools and environments are not there yet", "trl 0.24 – 1.16"),
         "environment_factory": Refused("tools and environments are not there yet", "trl 1.0 – 1.16"),
         "reward_model": Now("reward_funcs", "trl ≤ 0.16"),
+    },
+    "RLOOTrainer": {
+        "config": Now("args", "trl 0.9 – 0.21"),
+        "policy": Now("model", "trl 0.9 – 0.21"),
+        "ref_policy": Now("ref_model", "trl 0.9 – 0.21"),
+        "data_collator": Refused("prompts are read from the column `prompt`, and nothing is padded", "trl 0.9 – 0.21"),
     },
     "KTOConfig": {
         old: Gone("it belonged to the loss bco, which is BCOTrainer's today", "trl 0.9")
@@ -318,6 +411,11 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
             "checkpointing without reentrance is the default; gradient_checkpointing_kwargs changes it", "trl ≤ 0.16"
         ),
         "ignore_bias_buffers": Gone("no mask is kept in a buffer that ranks would exchange", "trl ≤ 1.16"),
+        "config": Gone("a YAML file is read by the command line: trl sft --config FILE", "trl 0.9 – 0.10"),
+        "datasets": Refused("a mix is DatasetMixtureConfig(datasets=[...])", "trl 0.20 – 0.21", nothing=(None, [])),
+        "sanity_check": Refused(
+            "train on a slice of the rows, such as the split 'train[:1000]'", "trl 0.9 – 0.11", nothing=(None, False)
+        ),
     },
     "BaseTrainer": {
         "tokenizer": Now("processing_class", "trl ≤ 0.15"),
@@ -349,7 +447,13 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         **_JUDGED,
         **_REFERENCE,
     },
-    "KTOTrainer": {name: _REFERENCE[name] for name in ("model_adapter_name", "ref_adapter_name")},
+    "KTOTrainer": {
+        **{name: _REFERENCE[name] for name in ("model_adapter_name", "ref_adapter_name")},
+        **{
+            name: Refused("it weighed the prompts of the loss bco, which is BCOTrainer's today", "trl 0.9 – 0.28")
+            for name in ("embedding_func", "embedding_tokenizer")
+        },
+    },
     "BCOTrainer": {name: _REFERENCE[name] for name in ("model_adapter_name", "ref_adapter_name")},
     "RewardTrainer": {"max_length": InConfig("max_length", "trl ≤ 0.11")},
 }
@@ -442,9 +546,9 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
         asks = not any(type(value) is type(each) and value == each for each in row.nothing)
         if isinstance(row, Refused) and asks:
             raise ArgumentError(f"{cls.__name__}: {row.sentence(old)}")
-        _say(row.sentence(old))
         if not asks:
-            continue
+            continue  # and nothing needs saying
+        _say(row.sentence(old))
         if isinstance(row, Gone) and row.act is not None:
             row.act(value)
         elif isinstance(row, InConfig):
@@ -485,14 +589,14 @@ def _hint(cls: type, word: str, accepted: Iterable[str], rows: Mapping[str, Row]
     config = getattr(cls, "config_class", None)
     if config is not None and word in config.__dataclass_fields__:
         return f"; set it in {config.__name__}"
-    from difflib import get_close_matches
+    from trl.near import near
 
     if isinstance(row := rows.get(word), Now):
         return f" (`{row.name}` today), and none called `{row.name}`"
     meant = [name for name in accepted if name != "self"] + list(rows)
     if config is not None:
         meant += [name for name in config.__dataclass_fields__ if name not in meant]
-    match = next(iter(get_close_matches(word, meant, n=1)), None)
+    match = near(word, meant)
     if match is None:
         return ""
     row = rows.get(match)

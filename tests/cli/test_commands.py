@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trl.cli.main import main
+
 from .conftest import Command
 
 
@@ -29,13 +31,24 @@ def test_version(trl_command: Command) -> None:
     assert trl_command("--version").stdout == f"trl {version('trl')}\n"
 
 
+def test_help_on_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for argv in (["help", "env"], ["env", "-h"], ["env", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("usage: trl env") and texts == texts[:1] * 3
+
+
 def test_env_names_versions_and_devices(trl_command: Command) -> None:
     answer = trl_command("env", TRL_TEST="1")
     assert answer.returncode == 0
     lines = dict(line.removeprefix("- ").split(": ", 1) for line in answer.stdout.splitlines())
     assert lines["trl"].startswith(version("trl"))
-    for package in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft"):
+    for package in ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "tokenizers", "peft"):
         assert lines[package] == version(package)
+    assert "liger-kernel" in lines
     assert "TRL_TEST=1" in lines["Settings"]
     assert lines["Devices"]
 

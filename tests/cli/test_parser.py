@@ -86,6 +86,8 @@ def read(*argv: str) -> dict[str, Any]:
         ("--report a b", {"report": ["a", "b"]}),
         ("--seen all", {"seen": "all"}),
         ("--seen true", {"seen": True}),
+        ("--seen --steps 2", {"seen": True, "steps": 2}),
+        ("--names [qv]_proj", {"names": ["[qv]_proj"]}),
         ("", {}),
     ],
 )
@@ -101,6 +103,8 @@ def test_what_is_typed(argv: str, expected: dict[str, Any]) -> None:
         ("--stepz 3", "there is no option --stepz; did you mean --steps?"),
         ("--stepz=3", "there is no option --stepz; did you mean --steps?"),
         ("--zzzzzz", "there is no option --zzzzzz. "),
+        ("--mate", "there is no option --mate; did you mean --rate?"),
+        ("--sizing", "there is no option --sizing. "),  # `--sizes` is no nearer than the dashes make it
         ("--ste 3", "there is no option --ste"),  # no abbreviations: they break when an option is added
         ("stray", "`stray` belongs to no option"),
         ("--steps 1.5", "--steps: needs a whole number, not `1.5`"),
@@ -174,7 +178,7 @@ def test_a_field_of_two_classes_is_one_flag() -> None:
 
 
 def test_every_field_of_the_training_commands_has_a_flag() -> None:
-    classes = [trl.ScriptArguments, trl.ModelConfig, trl.SFTConfig]
+    classes = [trl.ScriptArguments, trl.DatasetMixtureConfig, trl.ModelConfig, trl.SFTConfig]
     known = Parser(classes, prog="trl sft").kinds
     fields = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
     # A plan of parallel groups is an object, made in Python.
@@ -207,7 +211,7 @@ def test_the_usual_options_and_all_of_them(capsys: pytest.CaptureFixture[str]) -
 
 
 def sft_parser(config: str = "SFT", **options: Any) -> Parser:
-    classes = [trl.ScriptArguments, trl.ModelConfig, getattr(trl, f"{config}Config")]
+    classes = [trl.ScriptArguments, trl.DatasetMixtureConfig, trl.ModelConfig, getattr(trl, f"{config}Config")]
     return Parser(classes, prog="trl sft", **options)
 
 
@@ -218,7 +222,7 @@ def test_help_of_a_training_command_fits_two_screens(command: str) -> None:
     named = [name for options in train.COMMON.values() for name in options if name in parser.kinds]
     assert 20 <= len(named) <= 35
     short, everything = parser.help(everything=False), parser.help(everything=True)
-    assert len(short.splitlines()) <= 72
+    assert len(short.splitlines()) <= 76
     for name in named:
         assert f"  --{name} " in short
     for name in parser.kinds:
@@ -255,22 +259,23 @@ def test_older_words(argv: str, field: str, expected: Any, capsys: pytest.Captur
     _said.clear()
     config = sft_parser().parse(argv.split())[-1]
     assert getattr(config, field) == expected
-    assert capsys.readouterr().out.count("trl: ") == 1
+    asks_for_nothing = argv.startswith(("--adafactor false", "--no_adafactor"))
+    assert capsys.readouterr().out.count("trl: ") == (0 if asks_for_nothing else 1)
 
 
 def test_an_older_word_of_the_model() -> None:
-    assert sft_parser().parse(["--torch_dtype", "bfloat16"])[1].dtype == "bfloat16"
+    assert sft_parser().parse(["--torch_dtype", "bfloat16"])[-2].dtype == "bfloat16"
 
 
 def test_older_words_in_yaml_and_what_is_typed(tmp_path: Path) -> None:
     path = tmp_path / "old.yaml"
     path.write_text("max_seq_length: 64\nwarmup_ratio: 1e-1\nevaluation_strategy: no\ntorch_dtype: float16\n")
-    _, model, config = sft_parser().parse(["--config", str(path)])
+    *_, model, config = sft_parser().parse(["--config", str(path)])
     assert (config.max_length, config.warmup_steps, model.dtype) == (64, 0.1, "float16")
-    _, model, config = sft_parser().parse(["--config", str(path), "--max_length", "32", "--warmup_steps", "5"])
+    *_, model, config = sft_parser().parse(["--config", str(path), "--max_length", "32", "--warmup_steps", "5"])
     assert (config.max_length, config.warmup_steps) == (32, 5)
     path.write_text("max_length: 64\nwarmup_steps: 7\n")
-    _, _, config = sft_parser().parse(["--config", str(path), "--max_seq_length", "32", "--warmup_ratio", "0.5"])
+    *_, config = sft_parser().parse(["--config", str(path), "--max_seq_length", "32", "--warmup_ratio", "0.5"])
     assert (config.max_length, config.warmup_steps) == (32, 0.5)
 
 
@@ -316,7 +321,7 @@ FOREIGN = {"num_processes": True, "multi_gpu": False, "rate": True}
 
 
 def foreign_parser() -> Parser:
-    return Parser([Settings], prog="trl test", in_file=("datasets",), foreign=lambda: FOREIGN)
+    return Parser([Settings], prog="trl test", foreign=lambda: FOREIGN)
 
 
 @pytest.mark.parametrize(
@@ -336,9 +341,9 @@ def test_options_of_another_program(argv: str, foreign: dict[str, Any], own: str
 
 def test_options_of_another_program_in_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("num_processes: 4\nmulti_gpu: true\nsteps: 2\nenv:\n  A: 1\ndatasets:\n- path: a\n")
+    path.write_text("num_processes: 4\nmulti_gpu: true\nsteps: 2\nenv:\n  A: 1\n")
     values, foreign, own = foreign_parser().read_apart(["--config", str(path), "--num_processes", "2"])
-    assert values == {"steps": 2, "datasets": [{"path": "a"}]}
+    assert values == {"steps": 2}
     assert foreign == {"num_processes": "2", "multi_gpu": True}
     assert own == ["--config", str(path)]
 
@@ -414,3 +419,74 @@ def test_what_is_no_list_of_names(tmp_path: Path, written: str) -> None:
     (tmp_path / "run.yaml").write_text(f"loss_type: {written}\n")
     with pytest.raises(UsageError, match=r"run.yaml: loss_type: needs some of aot, aot_unpaired, .*, not `"):
         sft_parser("DPO").parse(["--config", str(tmp_path / "run.yaml")])
+
+
+# --- a mix of data sets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "paths", "fractions"),
+    [
+        (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"], [None, None]),
+        (["a.jsonl"], ["a.jsonl"], [None]),
+        (['{"path": "a", "fraction": 0.5}', "b"], ["a", "b"], [0.5, None]),
+        (['[{"path": "a"}, {"path": "b", "fraction": 0.5}]'], ["a", "b"], [None, 0.5]),
+    ],
+)
+def test_a_mix_is_typed(argv: list[str], paths: list[str], fractions: list[float | None]) -> None:
+    _, mix, *_ = sft_parser().parse(["--datasets", *argv, "--streaming", "--test_split_size", "0.1"])
+    assert [entry.path for entry in mix.datasets] == paths
+    assert [entry.fraction for entry in mix.datasets] == fractions
+    assert (mix.streaming, mix.test_split_size) == (True, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--datasets", '{"path": "a"'], "--datasets: is not valid JSON"),
+        (["--test_split_size", "few"], "--test_split_size: needs a number, not `few`"),
+        (["--streaming", "perhaps"], "--streaming: needs true or false, not `perhaps`"),
+    ],
+)
+def test_a_mix_that_cannot_be_meant(argv: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        sft_parser().parse(argv)
+    assert sentence in str(error.value)
+
+
+def test_a_mix_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("datasets:\n- path: a\n  columns: {prompt: q}\n- b\ntest_split_size: 1e-1\nstreaming: true\n")
+    _, mix, *_ = sft_parser().parse(["--config", str(path)])
+    assert [(entry.path, entry.columns) for entry in mix.datasets] == [("a", {"prompt": "q"}), ("b", None)]
+    assert (mix.test_split_size, mix.streaming) == (0.1, True)
+
+
+# --- words that ask for nothing, and words without a value -----------------------------------------------------------
+
+
+def test_an_option_without_a_value_that_may_be_text() -> None:
+    assert (
+        sft_parser().parse(["--include_num_input_tokens_seen", "--packing"])[-1].include_num_input_tokens_seen == "all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "argv"),
+    [
+        ("GRPO", "--use_vllm false"),
+        ("GRPO", "--no_use_vllm"),
+        ("RLOO", "--whiten_rewards false"),
+        ("DPO", "--tools none"),
+    ],
+)
+def test_what_asks_for_nothing_says_nothing(config: str, argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sft_parser(config).parse([*argv.split(), "--bf16", "false"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("word", ["response_length", "token_level_kl", "exp_name"])
+def test_a_hint_is_near(word: str) -> None:
+    with pytest.raises(UsageError) as error:
+        sft_parser().parse([f"--{word}", "3"])
+    assert str(error.value) == f"there is no option --{word}. `trl sft --help` lists them."

@@ -29,10 +29,11 @@ def test_sft_trains_an_adapter_and_says_what_comes_next(
 ) -> None:
     answer = trl_command(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out"),
-        *("--use_peft", "--lora_target_modules", "all-linear", "--assistant_only_loss", "--learning-rate", "1e-2"),
+        *("--lora_target_modules", "all-linear", "--assistant_only_loss", "--learning-rate", "1e-2"),
         *FEW,
     )
     assert answer.returncode == 0, answer.stderr
+    assert "lora_target_modules=['all-linear']: an adapter is trained, as with use_peft=True" in answer.stdout
     # The report before step 1, and the end.
     assert "8 rows read" in answer.stdout
     assert "parameters train" in answer.stdout
@@ -193,12 +194,11 @@ def test_bare_resume_goes_on_from_the_newest_checkpoint(
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"dataset_name": "a", "datasets": [{"path": "b"}]}, "dataset_name and datasets are both given"),
-        ({"datasets": "b"}, "datasets is a list"),
-        ({"dataset_name": "a", "test_split_size": 0.1}, "test_split_size belongs to datasets"),
-        ({"datasets": [{"path": "b"}], "test_split_size": "few"}, "test_split_size needs a number"),
+        ({"dataset_name": "a", "datasets": [{"path": "b"}]}, "--dataset_name and --datasets are both given"),
+        ({"dataset_name": "a", "test_split_size": 0.1}, "--test_split_size belongs to --datasets"),
+        ({"datasets": ["b"], "dataset_train_split": "x"}, "--dataset_train_split belongs to --dataset_name"),
         ({"dataset_name": "a", "dataset_streaming": True}, "--max_steps is missing"),
-        ({"dataset_name": "a", "streaming": "yes"}, "streaming needs true or false"),
+        ({"dataset_name": "a", "streaming": True}, "--max_steps is missing"),
         ({"datasets": []}, "--dataset_name is missing"),
     ],
 )
@@ -231,10 +231,17 @@ eval_steps: 3
     assert (report["train"]["rows_read"], report["eval"]["rows_read"]) == (12, 4)
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3]
+    # The same, typed: rows set aside for an evaluation that is not asked for are said.
+    typed = ("sft", "--model_name_or_path", tiny_path, "--output_dir", "typed", *FEW)
+    sums = {"path": "sums.jsonl", "columns": {"prompt": "question", "completion": "answer"}, "fraction": 0.8}
+    answer = trl_command(*typed, "--datasets", rows_file, json.dumps(sums), "--test_split_size", 0.25)
+    assert answer.returncode == 0, answer.stderr
+    assert "trl: test_split_size=0.25 sets rows aside that are not read without eval_strategy" in answer.stdout
+    assert json.loads((tmp_path / "typed" / "data_report.json").read_text())["train"]["rows_read"] == 12
     # Given twice, or without rows to evaluate on.
     both = trl_command(*line, "--dataset_name", rows_file)
     assert both.returncode == 2
-    assert "dataset_name and datasets are both given" in both.stderr
+    assert "--dataset_name and --datasets are both given" in both.stderr
 
 
 def test_a_stream(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:

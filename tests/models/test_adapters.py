@@ -34,6 +34,35 @@ def wrapped(model: Any, **settings: Any) -> Any:
 # --- from flags ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (None, None),
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "layers.0.v_proj"], {"q_proj", "layers.0.v_proj"}),
+        (["all-linear"], "all-linear"),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),  # to PEFT a string is an expression, and a list holds names
+    ],
+)
+def test_names_of_layers(names: Any, read: Any) -> None:
+    assert adapters.lora_config(ModelConfig(use_peft=True, lora_target_modules=names)).target_modules == read
+
+
+def test_an_expression_reaches_the_layers_it_names() -> None:
+    model = wrapped(tiny(), lora_target_modules=[r".*\.1\.self_attn\.(q|v)_proj"])
+    adapted = {name.removesuffix(".lora_A.default") for name, _ in model.named_modules() if name.endswith("A.default")}
+    assert adapted == {f"base_model.model.model.layers.1.self_attn.{which}_proj" for which in "qv"}
+
+
+def test_an_expression_among_names() -> None:
+    with pytest.raises(ValueError) as error:
+        adapters.lora_config(ModelConfig(lora_target_modules=["q_proj", ".*v_proj"]))
+    assert str(error.value) == (
+        "lora_target_modules: '.*v_proj' is no plain name of a layer, which each of several entries has to be. "
+        r"Write one regular expression for whole names, such as '.*\.(q|v)_proj'"
+    )
+
+
 def test_no_adapter_unless_asked_for() -> None:
     assert adapters.lora_config(ModelConfig()) is None
     assert adapters.get_peft_config is adapters.lora_config

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trl.near import near
+
 
 class UsageError(Exception):
     """What was typed cannot be meant: told in a sentence, exit status 2."""
@@ -11,10 +13,8 @@ class UsageError(Exception):
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """The end of a sentence about a wrong word: the word that was probably meant, or a full stop."""
-    from difflib import get_close_matches
-
-    matches = get_close_matches(word, list(words), n=1)
-    return f"; did you mean {matches[0]}?" if matches else "."
+    meant = near(word, words)
+    return f"; did you mean {meant}?" if meant else "."
 
 
 def hide_library_notes() -> None:

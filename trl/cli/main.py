@@ -47,9 +47,9 @@ def help_text() -> str:
         *(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()),
         "",
         "options:",
-        "  -h, --help  this text; after a command, its options",
-        "  --version   the version of trl",
-        "  --debug     show the traceback of an error (or set TRL_DEBUG=1)",
+        "  -h, --help     this text; after a command, its options",
+        "  -V, --version  the version of trl",
+        "  --debug        show the traceback of an error (or set TRL_DEBUG=1)",
     ]
     return "\n".join(lines)
 
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--debug"]:
         debug, argv = True, argv[1:]
 
+    if argv[0:1] == ["help"] and argv[1:2] and argv[1] in COMMANDS:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         # Asked for, it goes to stdout; typed by mistake, it is an error.
         print(help_text(), file=sys.stdout if argv else sys.stderr)

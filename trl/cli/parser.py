@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, Union
 
 from trl import compat
 from trl.cli import UsageError, nearest
+from trl.near import near
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
@@ -30,8 +31,8 @@ class Parser:
     """Reads argv into one instance of each of `classes`. A field that two of them share is one flag.
 
     `common` names the options that `--help` shows, by group, with a sentence that replaces the field's own where it is
-    not empty; without it, all are shown. `in_file` are keys that the YAML file may hold and that are no flags.
-    `foreign`, asked only when a word is unknown, names another program's options and whether each takes a value.
+    not empty; without it, all are shown. `foreign`, asked only when a word is unknown, names another program's options
+    and whether each takes a value.
     """
 
     def __init__(
@@ -42,14 +43,13 @@ class Parser:
         description: str = "",
         common: Mapping[str, Mapping[str, str]] | None = None,
         notes: Sequence[str] = (),
-        in_file: Collection[str] = (),
         foreign: Callable[[], Mapping[str, bool]] | None = None,
     ) -> None:
         self.classes = classes
         self.kinds: dict[str, Kind] = {}
         self.older: dict[str, Any] = {}  # word -> its row in the table of older words
         self.prog, self.description, self.notes = prog, description, notes
-        self.in_file, self.foreign = in_file, foreign
+        self.foreign = foreign
         self._older_values: dict[str, Collection[Any]] = {}
         self._groups: dict[str, list[argparse.Action]] = {"Everywhere": []}
         self._argparse = _Argparse(prog=prog, add_help=False, allow_abbrev=False)
@@ -69,7 +69,7 @@ class Parser:
                 self._older_values[name] = values.keys()
         for cls in classes:
             for word, row in compat.rows_of(cls).items():
-                if word not in self.kinds and word not in self.older:
+                if word not in self.kinds and word not in self.older and word != "config":
                     self.older[word] = row
                     self._add_older(word, row)
         self.common = {title: dict(options) for title, options in (common or {}).items()}
@@ -85,7 +85,8 @@ class Parser:
         """One of each class. Older words are put into today's as the classes are made, and said."""
         instances = []
         for cls in self.classes:
-            own = {field.name for field in dataclasses.fields(cls) if field.init} | set(compat.rows_of(cls))
+            own = {field.name for field in dataclasses.fields(cls) if field.init}
+            own |= compat.rows_of(cls).keys() & self.older.keys()  # an older word may be today's of another class
             try:
                 instances.append(cls(**{name: value for name, value in values.items() if name in own}))
             except compat.ArgumentError as error:
@@ -114,14 +115,12 @@ class Parser:
             content, elsewhere = read_yaml(config), {}
             content.pop("env", None)
             for name, value in content.items():
-                if name in self.in_file:
-                    values[name] = value
-                elif name in self.kinds or name in self.older:
+                if name in self.kinds or name in self.older:
                     values[name] = self._convert(name, value, where=f"{config}: {name}")
                 elif self.foreign is not None and name in self.foreign():
                     elsewhere[name] = value
                 else:
-                    meant = nearest(str(name), [*self.kinds, *self.in_file])
+                    meant = nearest(str(name), self.kinds)
                     raise UsageError(f"{config}: there is no option `{name}`{meant}")
             foreign = elsewhere | foreign
         # What is typed is stronger than the file, in whichever of two words it says the same thing.
@@ -174,12 +173,12 @@ class Parser:
             name = flag[2:]
             if name not in theirs:
                 # An older word that was nearly typed is answered with today's.
-                words = {f"--{old}": f"--{getattr(row, 'name', old)}" for old, row in self.older.items()}
-                words |= {f"--{each}": f"--{each}" for each in [*self.kinds, *theirs]}
-                words |= {each: each for each in known if each[2:] not in self.older}
-                meant = nearest(flag, words)
-                for old, today in words.items():
-                    meant = meant.replace(f" {old}?", f" {today}?")
+                words = {old: getattr(row, "name", old) for old, row in self.older.items()}
+                words |= {each: each for each in [*self.kinds, *theirs]}
+                words |= {each[2:]: each[2:] for each in known if each[2:] not in self.older}
+                # Without the dashes, which all of them share.
+                match = near(name, words)
+                meant = f"; did you mean --{words[match]}?" if match else "."
                 raise UsageError(f"there is no option {flag}{meant} `{self.prog} --help` lists them.")
             takes = theirs[name]
             if not equals and rest and (not rest[0].startswith("--") if takes else rest[0].lower() in TRUE + FALSE):
@@ -251,7 +250,7 @@ def _shape(name: str, kind: Kind) -> dict[str, Any]:
     """How many words a flag takes, and how `--help` shows them."""
     if kind.boolean:
         return {"nargs": "?", "const": True, "metavar": "true|false"}
-    if name in BARE:
+    if name in BARE or (kind.either_boolean and kind.text and not kind.choices):
         return {"nargs": "?", "const": "true", "metavar": kind.metavar}
     return {"nargs": "+", "metavar": "VALUE"} if kind.many else {"metavar": kind.metavar}
 
@@ -299,7 +298,7 @@ class Kind:
         lists = [member for member in plain if typing.get_origin(member) in (list, tuple) or member is list]
         self.many = bool(lists)
         self.element = Kind(typing.get_args(lists[0])[0]) if lists and typing.get_args(lists[0]) else None
-        self.mapping = any(typing.get_origin(member) is dict or member is dict for member in plain)
+        self.mapping = any(typing.get_origin(member) is dict or member in (dict, Any) for member in plain)
         # Objects that no word can stand for (a parallelism plan, a function) have no flag.
         self.settable = self.text or bool(self.choices) or self.mapping or self.many or self.either_boolean
         self.settable = self.settable or self.integer or self.number
@@ -337,7 +336,8 @@ class Kind:
     def _list(self, value: Any, older: Collection[Any]) -> Any:
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             value = value[0]
-        if isinstance(value, str) and value.lstrip().startswith("["):
+        # "[qv]_proj" is a name, or a regular expression.
+        if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
             value = _json(value)
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         if self.text and len(values) == 1 and isinstance(values[0], str):
@@ -442,6 +442,8 @@ def _plain(value: Any) -> Any:
     """A word as YAML reads it, for an option whose type is not known: a number, true or false, JSON, or text."""
     if not isinstance(value, str):
         return value
+    if value.lower() == "none":
+        return None
     import yaml
 
     try:

@@ -48,6 +48,7 @@ COMMON = {
     },
     "Data": {
         "dataset_name": "",
+        "datasets": "Several data sets trained on as one: files, names or JSON.",
         "dataset_train_split": "",
         "dataset_text_field": "",
         "max_length": "",
@@ -77,7 +78,7 @@ COMMON = {
         "log_completions": "",
     },
     "Adapter": {
-        "use_peft": "Train a LoRA adapter instead of all weights. [where an adapter option is set]",
+        "use_peft": "Train a LoRA adapter instead of all weights.",
         "lora_r": "",
         "lora_alpha": "Scale of the adapter. [32]",
         "lora_target_modules": "",
@@ -104,8 +105,8 @@ COMMON = {
 NOTES = (
     "Several processes: --num_processes N, --accelerate_config FILE or a preset "
     f"({', '.join(launch.PRESETS)}), and whatever else `accelerate launch` can be told.",
-    "A YAML file may also hold `env:` (variables set before anything is loaded) and `datasets:` (a list of data sets "
-    "that are trained on as one, each with path, name, split, columns, fraction).",
+    "A YAML file may also hold `env:` (variables set before anything is loaded). Each of `datasets` is a file, a name, "
+    "or a mapping with path, name, split, columns, fraction.",
 )
 
 
@@ -123,27 +124,28 @@ def _run(argv: Sequence[str], command: str) -> int:
     import trl
     from trl.config import RewardArguments
     from trl.data.mixture import DatasetMixtureConfig
+    from trl.options import check_trackers
 
     method = METHODS[command]
     config_class, trainer_class = getattr(trl, f"{method.name}Config"), getattr(trl, f"{method.name}Trainer")
     parser = Parser(
-        [RewardArguments if method.judged else trl.ScriptArguments, trl.ModelConfig, config_class],
+        [
+            RewardArguments if method.judged else trl.ScriptArguments,
+            *(DatasetMixtureConfig, trl.ModelConfig, config_class),
+        ],
         prog=f"trl {command}",
         description=method.summary,
         common=COMMON,
         notes=NOTES,
-        in_file=("datasets", "test_split_size", "streaming"),
         foreign=launch.options,
     )
     values, elsewhere, own = parser.read_apart(argv)
     _check(values)
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
-    script, model, config = parser.instances(values)
-    script.dataset_streaming = script.dataset_streaming or values.get("streaming", False)
-    mixture = None
-    if values.get("datasets"):
-        mixture = DatasetMixtureConfig(values["datasets"], script.dataset_streaming, values.get("test_split_size"))
+    script, mixture, model, config = parser.instances(values)
+    script.dataset_streaming = mixture.streaming = script.dataset_streaming or mixture.streaming
+    check_trackers(config)
 
     from trl.models.adapters import lora_config
     from trl.models.load import quantization_config
@@ -154,7 +156,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
     notices = _Notices()
     logging.getLogger("trl").addHandler(notices)
-    train_rows, test_rows = rows(script, mixture, config, notices)
+    train_rows, test_rows = rows(script, mixture if mixture.datasets else None, config, notices)
     judges = {"reward_funcs": reward_functions(script)} if method.judged else {}
     trainer = trainer_class(
         model=model.model_name_or_path,
@@ -178,13 +180,15 @@ def _check(values: Mapping[str, Any]) -> None:
         raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
     mixes = bool(values.get("datasets"))
     if mixes and values.get("dataset_name"):
-        raise UsageError("dataset_name and datasets are both given: keep one; datasets is a list of several.")
+        raise UsageError("--dataset_name and --datasets are both given: keep one; datasets is a list of several.")
     if not mixes and not values.get("dataset_name"):
         raise UsageError("--dataset_name is missing: the rows to train on, a file, a folder or a dataset's name.")
-    if mixes and not isinstance(values["datasets"], list):
-        raise UsageError("datasets is a list: each entry begins with `- path: ...`.")
-    if not isinstance(values.get("streaming", False), bool):
-        raise UsageError(f"streaming needs true or false, not `{values['streaming']}`.")
+    for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+        if mixes and name in values:
+            raise UsageError(
+                f"--{name} belongs to --dataset_name: in --datasets each entry names its own, as in "
+                '\'{"path": "a", "name": "...", "split": "..."}\', and --test_split_size sets rows aside.'
+            )
     if (values.get("dataset_streaming") or values.get("streaming")) and values.get("max_steps", -1) <= 0:
         raise UsageError(
             "--max_steps is missing: a stream does not say how many rows it has, so that training ends there."
@@ -192,11 +196,9 @@ def _check(values: Mapping[str, Any]) -> None:
     if values.get("test_split_size") is not None:
         if not mixes:
             raise UsageError(
-                "test_split_size belongs to datasets; of one data set, set rows aside with "
+                "--test_split_size belongs to --datasets; of one data set, set rows aside with "
                 "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
             )
-        if isinstance(values["test_split_size"], bool) or not isinstance(values["test_split_size"], (int, float)):
-            raise UsageError(f"test_split_size needs a number, not `{values['test_split_size']}`.")
 
 
 class _Notices(logging.Handler):
@@ -237,13 +239,20 @@ def loading_arguments(model: Any) -> dict[str, Any]:
 
 def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
     """What is trained on, and what is evaluated on: None when nothing asks for evaluation."""
+    from trl.config import say_once
     from trl.data.formats import load
     from trl.data.mixture import load_mixture
 
     evaluates = config.eval_strategy != "no" or config.do_eval
+    if not evaluates and script.dataset_test_split != "test":
+        say_once(f"dataset_test_split={script.dataset_test_split!r} has no effect without eval_strategy")
+    if not evaluates and mixture is not None and mixture.test_split_size is not None:
+        say_once(
+            f"test_split_size={mixture.test_split_size} sets rows aside, and without eval_strategy nothing reads them"
+        )
     if mixture is not None:
         if evaluates and mixture.test_split_size is None:
-            raise UsageError("evaluation needs rows of its own: set some aside with `test_split_size: 0.05`.")
+            raise UsageError("evaluation needs rows of its own: set some aside with --test_split_size 0.05.")
         parts = load_mixture(mixture, seed=config.seed)
         return parts["train"], parts["test"] if evaluates else None
     name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming

@@ -1,7 +1,6 @@
 """Several data sets trained on as one: each is read by its own shape, and all are tokenised into one table."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from trl.near import near
 
 from . import recipe
 from .preference import Preferences
@@ -44,9 +45,14 @@ class DatasetMixtureConfig:
     """A mix of data sets. `datasets` are `DatasetConfig`s or dicts of their fields. With `test_split_size` (a share of
     the rows, below 1, or their number) so many rows, of each data set its share, are set aside for evaluation."""
 
-    datasets: list[Any] = field(default_factory=list)
-    streaming: bool = False
-    test_split_size: float | None = None
+    datasets: list[Any] = field(
+        default_factory=list,
+        metadata={"help": 'Data sets trained on as one: files or names, or JSON like {"path": "a", "fraction": 0.5}.'},
+    )
+    streaming: bool = field(default=False, metadata={"help": "As dataset_streaming, for all data sets of the mix."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Rows of the mix set aside for evaluation: a share below 1, or a number."}
+    )
 
     def __post_init__(self) -> None:
         self.datasets = [_config(entry, number) for number, entry in enumerate(self.datasets)]
@@ -62,8 +68,8 @@ def _config(entry: Any, number: int) -> DatasetConfig:
     known = [part.name for part in dataclasses.fields(DatasetConfig)]
     for key in entry:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
+            nearest = near(str(key), known)
+            meant = f" Did you mean {nearest!r}?" if nearest else ""
             raise DataError(f"datasets[{number}] has a field {key!r}; known are {', '.join(known)}.{meant}")
     if not entry.get("path"):
         raise DataError(f"datasets[{number}] has no `path`: a file, a folder or a name.")

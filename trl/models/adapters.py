@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,8 +30,8 @@ def lora_config(settings: Any) -> Any:
     """The `LoraConfig` that a `ModelConfig` describes, or None when it does not ask for an adapter."""
     if not settings.use_peft:
         return None
+    targets = _targets(settings.lora_target_modules)
     peft = require_peft("--use_peft trains a LoRA adapter")
-    targets = settings.lora_target_modules
     dropout, parameters = settings.lora_dropout, settings.lora_target_parameters
     if parameters and dropout:
         say_once(
@@ -42,7 +43,7 @@ def lora_config(settings: Any) -> Any:
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=dropout,
-        target_modules="all-linear" if targets in (["all-linear"], "all-linear") else targets,
+        target_modules=targets,
         **({"target_parameters": parameters} if parameters else {}),
         modules_to_save=settings.lora_modules_to_save,
         task_type=settings.lora_task_type,
@@ -53,6 +54,22 @@ def lora_config(settings: Any) -> Any:
 
 
 get_peft_config = lora_config
+
+
+def _targets(names: Any) -> Any:
+    """`lora_target_modules` as PEFT reads it: a list of names, or a string that is `all-linear` or an expression for
+    whole names. A single entry that is no plain name is such a string."""
+    if names is None or isinstance(names, str):
+        return names
+    if list(names) == ["all-linear"]:
+        return names[0]
+    odd = [name for name in names if not re.fullmatch(r"[\w.-]+", name)]
+    if odd and len(names) > 1:
+        raise ValueError(
+            f"lora_target_modules: {odd[0]!r} is no plain name of a layer, which each of several entries has to be. "
+            "Write one regular expression for whole names, such as '.*\\.(q|v)_proj'"
+        )
+    return odd[0] if odd else list(names)
 
 
 def wrap(model: nn.Module, peft_config: Any) -> nn.Module:

@@ -1,13 +1,14 @@
 """One call of a reward function: what it is given, in which shape, and what it logged. Imports nothing heavy, because
 worker processes begin here."""
 
-import difflib
 import functools
 import inspect
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+from trl.near import near
 
 from . import FACTORIES, REWARDS
 from .named import find
@@ -142,10 +143,10 @@ def _missing(function: Any, name: str, given: Mapping[str, Any]) -> str:
     own = getattr(function, "__name__", "")
     if own in FACTORIES and REWARDS[own] is function:
         return f"it makes a reward function and is none: pass {own}({name}=...)"
-    near = difflib.get_close_matches(name, given, 1, cutoff=0.75)
+    meant = near(name, given)
     columns = [f"`{column}`" for column in given if column not in RESERVED]
     return (
-        f"it wants `{name}`, and the data have no such column{f' (did you mean `{near[0]}`?)' if near else ''}. "
+        f"it wants `{name}`, and the data have no such column{f' (did you mean `{meant}`?)' if meant else ''}. "
         f"Their columns: {', '.join(columns) or 'none'}; beside them it may take {', '.join(RESERVED)}"
     )
 

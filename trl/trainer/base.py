@@ -316,7 +316,7 @@ class BaseTrainer(Adoptable, Trainer):
         """Read and tokenise a data set, or each of a dictionary of them. What is prepared already passes."""
         if dataset is None:
             return None
-        if isinstance(dataset, dict) and all(_is_data_set(value) for value in dataset.values()):
+        if isinstance(dataset, dict) and all(is_data_set(value) for value in dataset.values()):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
         dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
         if self._users_rows or self.is_prepared(dataset):
@@ -728,7 +728,7 @@ class BaseTrainer(Adoptable, Trainer):
         self._globalstep_last_logged = state["last_logged_step"]
 
 
-def _is_data_set(value: Any) -> bool:
+def is_data_set(value: Any) -> bool:
     """Whether a dictionary's value is a data set (and not a column)."""
     return isinstance(value, str | Path | Dataset) or (isinstance(value, list) and value and isinstance(value[0], dict))
 

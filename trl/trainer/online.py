@@ -56,6 +56,7 @@ from trl.rollout.score import check as check_rewards
 from trl.rollout.table import Table
 from trl.rollout.types import Completion, Request, Sampler, Sampling
 
+from .base import is_data_set
 from .preference import ReferencedTrainer
 
 # Tokens of a forward pass. On a CPU the time of a step is flat from here on (within a tenth), and memory is not.
@@ -654,8 +655,11 @@ def _std(values: Tensor) -> Tensor:
 
 
 def _opened(dataset: Any) -> Any:
-    """A data set given by its rows or by a path, opened, so that its columns are known before the model is."""
-    return formats.load(dataset) if isinstance(dataset, str | Path | list) else dataset
+    """A data set given by its rows or by a path, opened, so that its columns are known before the model is; each of a
+    dictionary of them."""
+    if type(dataset) is dict and all(is_data_set(value) for value in dataset.values()):
+        return {name: _opened(value) for name, value in dataset.items()}
+    return formats.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
 
 
 def _as_list(value: Any) -> list[Any]:
