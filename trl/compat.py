@@ -538,9 +538,12 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
     today = {name: value for name, value in given.items() if name in accepted}
     in_config: dict[str, Any] = {}
     for old, value in given.items():
-        if old in accepted:
-            continue
         row = rows.get(old)
+        if old in accepted:
+            # It may stand in the signature for its place alone.
+            if isinstance(row, Refused) and value is not None:
+                raise ArgumentError(f"{cls.__name__}: {row.sentence(old)}")
+            continue
         if row is None or (isinstance(row, Now) and row.name not in accepted):
             raise ArgumentError(f"{cls.__name__} has no argument `{old}`{_hint(cls, old, accepted, rows)}")
         asks = not any(type(value) is type(each) and value == each for each in row.nothing)

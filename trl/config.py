@@ -1,5 +1,6 @@
 """What a user sets. Field groups are dataclasses over `transformers.TrainingArguments`; each field is written once."""
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -23,8 +24,18 @@ def say_once(sentence: str) -> None:
 adopt: Callable[[type], None] | None = None  # `trl.compat` puts here what teaches a class its older words
 
 
+class _Signature:
+    """That of `__init__`: `inspect.signature` of a class would show `__new__`'s, which takes anything."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 class Adoptable:
     """Shown to `adopt` before each of its instances is made."""
+
+    __signature__ = _Signature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if adopt is not None:

@@ -60,7 +60,7 @@ def test_a_command_trains_on_rewards(trl_command: Command, tiny_path: str, folde
     [judged] = [line for line in logged(folder / "out") if "eval_reward" in line]
     assert judged["eval_reward_ci95"] >= 0
     names = {path.name for path in (folder / "out" / "completions").iterdir()}
-    assert {"train-000000.jsonl", "train-000001.jsonl", "eval-000002.jsonl"} <= names
+    assert {"completions_00000.jsonl", "completions_00001.jsonl", "eval_completions_00002.jsonl"} <= names
     # The closing line can be typed: it says who judges.
     assert "--reward_funcs judge.py:odd 'get_length_reward(target=3)' --output_dir ..." in answer.stdout
 

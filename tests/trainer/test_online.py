@@ -326,9 +326,9 @@ def test_an_evaluation_says_how_sure_it_is(tmp_path, tokenizer):
     for name in ("eval_loss", "eval_reward", "eval_reward_ci95", "eval_pass@1", "eval_pass@2", "eval_entropy"):
         assert np.isfinite(found[name]), name
     assert found["eval_pass@1"] <= found["eval_pass@2"] <= 1
-    lines = (tmp_path / "completions" / "eval-000000.jsonl").read_text().splitlines()
+    lines = (tmp_path / "completions" / "eval_completions_00000.jsonl").read_text().splitlines()
     assert len(lines) == 10 and {"prompt", "completion", "reward", "advantage"} <= set(json.loads(lines[0]))
-    assert (tmp_path / "completions" / "eval-000000.parquet").exists()
+    assert (tmp_path / "completions" / "eval_completions_00000.parquet").exists()
 
 
 def test_pass_at_k():

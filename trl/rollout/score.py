@@ -124,6 +124,12 @@ class RewardFunctions:
     # -- what is asked ------------------------------------------------------------------------------------------------
 
     @property
+    def functions(self) -> list[Any]:
+        """What was given, with names replaced by the functions and models that they name."""
+        kinds = ("function", "model", "pipeline", "url")
+        return [next(getattr(judge, kind) for kind in kinds if hasattr(judge, kind)) for judge in self.judges]
+
+    @property
     def models(self) -> list[nn.Module]:
         """The models among the functions."""
         return [judge.model for judge in self.judges if isinstance(judge, ModelJudge)]

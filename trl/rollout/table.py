@@ -9,7 +9,8 @@ WIDTH = 400  # characters of a text on the screen
 
 
 class Table:
-    """Keeps completions in `folder`, as `<mode>-<step>.parquet` and, for reading by eye, `.jsonl`."""
+    """Keeps completions in `folder`, one file a step: `completions_<step>.parquet` and, for reading by eye, `.jsonl`;
+    those of an evaluation as `eval_completions_<step>`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -21,7 +22,7 @@ class Table:
         from pyarrow import parquet
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        place = self.folder / f"{mode}-{step:06d}"
+        place = self.folder / f"{'eval_' if mode == 'eval' else ''}completions_{step:05d}"
         plain = [{name: _plain(value) for name, value in row.items()} for row in rows]
         known = _read(place.with_suffix(".jsonl")) if mode == "eval" else []  # an evaluation has many batches
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*known, *plain])

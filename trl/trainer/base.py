@@ -325,6 +325,7 @@ class BaseTrainer(Adoptable, Trainer):
             rows, self.reports[name] = self.rows(dataset, name)
         return rows
 
+    @property
     def router_aux_loss_coef(self) -> float:
         """The weight of the load-balancing term: as set, else the model's own where its configuration asks for it."""
         if getattr(self.args, "router_aux_loss_coef", None) is not None:
@@ -332,6 +333,14 @@ class BaseTrainer(Adoptable, Trainer):
         config = self.model.config.get_text_config()
         asks = getattr(config, "output_router_logits", False)
         return getattr(config, "router_aux_loss_coef", 0.0) if asks else 0.0
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        return self.router_aux_loss_coef > 0
+
+    @property
+    def chat_template(self) -> str | None:
+        return getattr(self.processing_class, "chat_template", None)
 
     def window(self) -> int | None:
         """The longest sequence the model takes, in tokens, or None when nobody says."""
@@ -507,7 +516,13 @@ class BaseTrainer(Adoptable, Trainer):
     @staticmethod
     def parts(sums: dict[str, Tensor], counts: Mapping[str, float]) -> dict[str, Metric]:
         """The sums of a loss as metrics, whose means add up to the loss of an evaluation."""
-        return {f"{_PART}{kind}": Metric(total.detach(), float(counts[kind])) for kind, total in sums.items()}
+        part = BaseTrainer.part
+        return {part(kind): Metric(total.detach(), float(counts[kind])) for kind, total in sums.items()}
+
+    @staticmethod
+    def part(kind: str) -> str:
+        """The name of the metric that is the loss's part averaged over `kind`."""
+        return f"{_PART}{kind}"
 
     def _refuse_to_keep(self, logits: Tensor) -> None:
         """`compute_metrics` gets what `preprocess_logits_for_metrics` makes of each batch; whole logits only if few."""
@@ -533,7 +548,7 @@ class BaseTrainer(Adoptable, Trainer):
         self._sums["eval"].clear()
         self.before_evaluation(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        found = self._reduced("eval")
+        found = self._reduced("eval", num_tokens=self._tokens_seen)  # seen in training so far, as upstream logs it
         found["loss"] = sum(found.pop(name) for name in list(found) if name.startswith(_PART))
         for name, value in found.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value

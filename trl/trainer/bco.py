@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trl.config import BaseConfig, PreferenceFields, ReferenceFields, RouterFields
 from trl.data import collate
@@ -47,26 +48,58 @@ class BCOTrainer(UnpairedTrainer):
 
     config_class = BCOConfig
     method = "bco"
+    loss_type = "bco"
 
     def __init__(
         self,
-        *args: Any,
+        model: Any,
+        ref_model: Any = None,
+        args: BCOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Callable | None = None,
+        # Three that have their place, and are refused by `compat`.
+        model_init: None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable | None = None,
+        model_adapter_name: None = None,
+        ref_adapter_name: None = None,
         embedding_func: Callable | None = None,
         embedding_tokenizer: Any = None,
-        **kwargs: Any,
+        *,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        quantization_config: Any = None,
     ) -> None:
         self.embedding_func, self.embedding_tokenizer = embedding_func, embedding_tokenizer
         self.seen, self.mean_reward = 0.0, 0.0  # the running mean
         self.classifier: Any = None
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
 
     def ready(self) -> None:
         super().ready()
         if self.embedding_func is not None:
             self.classifier = self._fit()
-
-    def loss_type(self) -> str:
-        return "bco"
 
     @staticmethod
     def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:

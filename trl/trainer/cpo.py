@@ -13,8 +13,9 @@ from trl.engine.score import score
 from trl.losses.reference_free import LOSSES, MEAN_LOGP, alpha_reward
 from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
 
+from .attributes import shows
 from .dpo import pair_batch
-from .preference import PreferenceTrainer, call, loss_functions, where
+from .preference import ReferenceFreeTrainer, call, loss_functions, where
 
 
 @dataclass
@@ -49,7 +50,11 @@ class CPOConfig(PreferenceFields, RouterFields, BaseConfig):
         super().__post_init__()
 
 
-class CPOTrainer(PreferenceTrainer):
+@shows(
+    *("beta", "label_smoothing", "loss_type", "cpo_alpha", "alpha", "simpo_gamma", "generate_during_eval"),
+    fixed=("max_length", "max_completion_length"),
+)
+class CPOTrainer(ReferenceFreeTrainer):
     """Trains a causal language model on pairs by its own log-probs. Xu et al. 2024, arXiv:2401.08417; SimPO:
     Meng et al. 2024, arXiv:2405.14734; AlphaPO: Gupta et al. 2025, arXiv:2501.03884.
     """
@@ -65,7 +70,7 @@ class CPOTrainer(PreferenceTrainer):
         return {"pairs": batch["row_S"].shape[0] // 2, "chosen_tokens": batch["chosen_tokens"]}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        args, balance = self.args, self.router_aux_loss_coef()
+        args, balance = self.args, self.router_aux_loss_coef
         stats = score(model, batch, mean_logit=True, router=balance > 0)
         assert stats.mean_logit_N is not None
         sum_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)

@@ -16,6 +16,7 @@ from trl.engine.score import evaluating, score
 from trl.losses.preference import DIVERGENCES, DIVERGING, LOSSES, NEED_STEP, PER_TOKEN, Step, ld, wpo_weight
 from trl.losses.tokens import Metric, mean, seq_sum
 
+from .attributes import shows
 from .preference import ReferencedTrainer, call, loss_functions, where
 
 
@@ -102,6 +103,11 @@ class DPOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
             )
 
 
+@shows(
+    *("label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"),
+    fixed=("padding_free", "reference_free"),
+    loss_types="loss_type",
+)
 class DPOTrainer(ReferencedTrainer):
     """Trains a causal language model on pairs of a better and a worse completion.
 
@@ -117,6 +123,10 @@ class DPOTrainer(ReferencedTrainer):
 
     def needs_reference(self) -> bool:
         return not self.args.reference_free
+
+    @property
+    def loss_weights(self) -> list[float]:
+        return self.args.loss_weights or [1.0] * len(self.args.loss_type)
 
     def reference_options(self) -> Any:
         return self.args.ld_alpha
@@ -175,7 +185,7 @@ class DPOTrainer(ReferencedTrainer):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args = self.args
-        balance = self.router_aux_loss_coef()
+        balance = self.router_aux_loss_coef
         stats = score(
             model, batch, entropy=True, top1=True, mean_logit=True, sum_sq=args.use_weighting, router=balance > 0
         )
@@ -211,7 +221,7 @@ class DPOTrainer(ReferencedTrainer):
             weight_P = wpo_weight(stats.logp_N, stats.sum_sq_N, seq_N=stats.seq_N, sequences=stats.sequences)
         pair_loss, token_loss = policy_S.new_zeros(()), policy_S.new_zeros(())
         functions = loss_functions(args.loss_type, LOSSES)
-        for (name, function), weight in zip(functions, args.loss_weights or [1.0] * len(functions), strict=True):
+        for (name, function), weight in zip(functions, self.loss_weights, strict=True):
             loss_P = call(function, available)
             if name in PER_TOKEN:
                 token_loss = token_loss + weight * loss_P.sum()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trl.engine.forest import Batch
 from trl.engine.score import evaluating, score
@@ -25,6 +26,7 @@ from trl.losses.policy import (
 from trl.losses.tokens import Metric, mean, seq_mean
 from trl.rollout.rounds import Sample
 
+from .attributes import shows
 from .online import OnlineConfig, OnlineTrainer
 from .preference import call
 
@@ -128,6 +130,12 @@ class GRPOConfig(OnlineConfig):
         return self.vllm_importance_sampling_mode.startswith("token")
 
 
+@shows(
+    *("loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "epsilon_high"),
+    *("top_entropy_quantile", "off_policy_mask_threshold", "use_adaptive_entropy", "vllm_importance_sampling_mode"),
+    *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+    epsilon_low="epsilon",
+)
 class GRPOTrainer(OnlineTrainer):
     """Trains a causal language model on completions of its own that reward functions judge.
 
@@ -138,11 +146,44 @@ class GRPOTrainer(OnlineTrainer):
 
     config_class = GRPOConfig
     method = "grpo"
+    tools, environments, rollout_func = (), None, None  # read by upstream's callers; there are none yet
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        # Three that have their place, and are refused by `compat`.
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
+        *,
+        ref_model: Any = None,
+    ) -> None:
         self.entropy_coef = 0.0
         self.last_entropy = float("inf")
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            ref_model=ref_model,
+        )
 
     def ready(self) -> None:
         super().ready()
@@ -162,7 +203,7 @@ class GRPOTrainer(OnlineTrainer):
     def is_idle(self, sample: Sample) -> bool:
         still = sample.advantage == 0.0 and self.args.beta == 0.0 and not self.has_entropy_bonus()
         # Where tokens are chosen by entropy, all of them say what is high.
-        alone = self.router_aux_loss_coef() == 0.0 and self.args.top_entropy_quantile == 1.0
+        alone = self.router_aux_loss_coef == 0.0 and self.args.top_entropy_quantile == 1.0
         return not sample.trained or (still and alone)
 
     def needs_old(self) -> bool:
@@ -192,7 +233,7 @@ class GRPOTrainer(OnlineTrainer):
             self._step_counts[ENTROPY] = high_entropy(together, threshold=threshold).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        args, balance = self.args, self.router_aux_loss_coef()
+        args, balance = self.args, self.router_aux_loss_coef
         method = METHODS[args.loss_type]
         bonus = self.has_entropy_bonus()
         stats = score(model, batch, entropy=True, entropy_grad=bonus, temperature=args.temperature, router=balance > 0)
@@ -266,6 +307,14 @@ class GRPOTrainer(OnlineTrainer):
         read_N = log_ratio_N if args.loss_type == "gmpo" else pooled_N
         metrics.update(self._clipping(read_N.detach().exp(), advantage_N, seq_N, sequences))
         return sums, metrics
+
+    def derived(self, means: dict[str, float]) -> dict[str, float]:
+        """In an evaluation the part of the loss that is not the bonus; a router's term would be in it too."""
+        found = super().derived(means)
+        part = self.part(METHODS[self.args.loss_type].divide_by)
+        if self.has_entropy_bonus() and part in means and not self.aux_loss_enabled:
+            found["policy_loss"] = means[part]
+        return found
 
     def counts_of(self, samples: Sequence[Sample]) -> dict[str, float]:
         found = super().counts_of(samples)

@@ -18,6 +18,7 @@ from trl.engine.score import evaluating, score
 from trl.losses.tokens import Metric, mean
 from trl.losses.unpaired import LOSSES, kl_estimate
 
+from .attributes import shows
 from .preference import ReferencedTrainer, call, loss_functions, where
 
 WITHOUT_KL = ("apo_zero_unpaired",)
@@ -51,6 +52,7 @@ class UnpairedTrainer(ReferencedTrainer):
     kind = "unpaired"
     prepared_columns = frozenset({"prompt_ids", "completion_ids", "label", "row"})
     ref_columns: tuple[str, ...] = ("ref_logps",)
+    loss_type: Any  # a name in LOSSES, or a function
 
     @staticmethod
     def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
@@ -63,14 +65,14 @@ class UnpairedTrainer(ReferencedTrainer):
         return self.sequence_logp(score(batch))[:, None]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        balance = self.router_aux_loss_coef()
+        balance = self.router_aux_loss_coef
         stats = score(model, batch, entropy=True, mean_logit=True, router=balance > 0)
         assert stats.entropy_N is not None and stats.mean_logit_N is not None
         policy_S, label_S = self.sequence_logp(stats), batch["label_S"]
         if not (self.ref_is_column or "ref_logp_S" in batch):
             batch["ref_logp_S"] = self.reference_values(batch, self.ask_reference(model))[:, 0]
         ratio_S = policy_S - batch["ref_logp_S"]
-        (_, function), *_ = loss_functions([self.loss_type()], LOSSES)
+        (_, function), *_ = loss_functions([self.loss_type], LOSSES)
         loss_S = call(function, {"logratio_S": ratio_S, "label_S": label_S, **self.settings(batch, policy_S)})
         total = loss_S.sum()
         reward_S = self.args.beta * ratio_S.detach()
@@ -83,9 +85,6 @@ class UnpairedTrainer(ReferencedTrainer):
             total = total + balance * stats.aux * len(policy_S)
             metrics["aux_loss"] = mean(stats.aux)
         return {"rows": total}, {**metrics, **self.further_metrics(batch)}
-
-    def loss_type(self) -> Any:
-        return self.args.loss_type
 
     def settings(self, batch: Batch, policy_S: Tensor) -> dict[str, Any]:
         """What losses may ask for beside log-ratios and labels."""
@@ -100,6 +99,7 @@ class UnpairedTrainer(ReferencedTrainer):
         return {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
+@shows("desirable_weight", "undesirable_weight", fixed=("loss_type",))
 class KTOTrainer(UnpairedTrainer):
     """Trains a causal language model on completions with a label, good or bad. Pairs are read as two rows.
 
@@ -117,6 +117,10 @@ class KTOTrainer(UnpairedTrainer):
 
     def is_prepared(self, dataset: Any) -> bool:
         return super().is_prepared(dataset) and (not self.needs_kl() or COLUMN in dataset.column_names)
+
+    @property
+    def calculate_KL(self) -> bool:  # noqa: N802 upstream's name
+        return self.needs_kl()
 
     def needs_kl(self) -> bool:
         return self.args.loss_type not in WITHOUT_KL

@@ -12,6 +12,7 @@ overridden beyond those of `base.py`, and why:
 
 import contextlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import GenerationConfig
 
 from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields, say_once
 from trl.data import formats
@@ -56,6 +58,7 @@ from trl.rollout.score import check as check_rewards
 from trl.rollout.table import Table
 from trl.rollout.types import Completion, Request, Sampler, Sampling
 
+from .attributes import shows
 from .base import is_data_set
 from .preference import ReferencedTrainer
 
@@ -87,6 +90,15 @@ class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields,
         super().__post_init__()
 
 
+@shows(
+    *("mask_truncated_completions", "log_completions", "log_unique_prompts", "num_completions_to_print"),
+    fixed=(
+        *("num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
+        *("repetition_penalty", "generation_kwargs", "chat_template_kwargs", "shuffle_dataset"),
+        "use_transformers_continuous_batching",
+    ),
+    continuous_batching_config="transformers_continuous_batching_config",
+)
 class OnlineTrainer(ReferencedTrainer):
     """A trainer on completions that the model draws itself and reward functions judge."""
 
@@ -107,6 +119,7 @@ class OnlineTrainer(ReferencedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        *,
         ref_model: Any = None,
     ) -> None:
         if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
@@ -162,6 +175,53 @@ class OnlineTrainer(ReferencedTrainer):
     def needs_old(self) -> bool:
         """Whether the trainer computes log-probs of its own for what the sampler drew."""
         return False
+
+    # --- what callers of upstream's trainers read -----------------------------------------------------------------
+
+    use_vllm = False
+
+    @property
+    def reward_funcs(self) -> list[Any]:
+        return self.rewards.functions
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        return list(self.rewards.names)
+
+    @property
+    def reward_weights(self) -> Tensor:
+        return self.rewards.weights
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        return [getattr(judge, "tokenizer", None) for judge in self.rewards.judges]
+
+    @property
+    def num_generations_eval(self) -> int:
+        return self.args.num_generations_eval or self.args.num_generations
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return list(self.sampling.stop_ids)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What the sampler is asked for, as transformers writes it."""
+        asked, tokenizer = self.sampling, self.processing_class
+        return GenerationConfig(
+            max_new_tokens=asked.max_new_tokens,
+            do_sample=asked.temperature > 0,
+            temperature=asked.temperature if asked.temperature > 0 else None,
+            top_k=asked.top_k,
+            top_p=asked.top_p,
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            stop_strings=list(asked.stop_strings) or None,
+            **asked.further,
+        )
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -454,10 +514,10 @@ class OnlineTrainer(ReferencedTrainer):
         lengths = torch.tensor([float(len(each.completion.ids)) for each in drawn])
         ended = torch.tensor([each.completion.finished for each in drawn])
         for what, values in (("length", lengths), ("terminated_length", lengths[ended])):
-            if len(values):
-                numbers[f"completions/mean_{what}"] = values.mean()
-                numbers[f"completions/min_{what}"] = values.min()
-                numbers[f"completions/max_{what}"] = values.max()
+            values = values if len(values) else torch.zeros(1)  # 0 where no completion ended, as upstream logs it
+            numbers[f"completions/mean_{what}"] = values.mean()
+            numbers[f"completions/min_{what}"] = values.min()
+            numbers[f"completions/max_{what}"] = values.max()
         numbers["completions/clipped_ratio"] = (~ended).float().mean()
         kl_S = self._kl(drawn)
         if kl_S is not None:
@@ -491,6 +551,7 @@ class OnlineTrainer(ReferencedTrainer):
         return [ticket for _, ticket in zip(range(num_batches), epoch_iterator, strict=False)], None
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        started = time.perf_counter()
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
@@ -499,7 +560,10 @@ class OnlineTrainer(ReferencedTrainer):
             self.rounds_drawn += 1
             self.round = split(samples, self.numbers.parts) * self.args.num_iterations
         samples, self.round = self.round[0], self.round[1:]
-        return self._learn(model, samples)
+        loss = self._learn(model, samples)
+        seconds = torch.tensor(time.perf_counter() - started, device=self.args.device)
+        self._add("train", {"step_time": Metric(seconds, 1.0)})
+        return loss
 
     def _learn(self, model: nn.Module, samples: list[Sample]) -> Tensor:
         """Forward and backward over this rank's share of the samples, in micro-batches of a token budget."""
@@ -584,7 +648,7 @@ class OnlineTrainer(ReferencedTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool,
                         ignore_keys: list[str] | None = None) -> tuple[Tensor, Any, Any]:  # fmt: skip
-        generations = self.args.num_generations_eval or self.args.num_generations
+        generations = self.num_generations_eval
         # Also without rows: other ranks may have some, and wait for this one.
         samples = self._draw(inputs["rows"], generations, training=False)
         found = {kind: float(count) for kind, count in self.counts_of(samples).items()}

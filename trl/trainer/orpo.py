@@ -15,7 +15,8 @@ from trl.engine.score import score
 from trl.losses.reference_free import log_odds, orpo
 from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
 
-from .preference import PreferenceTrainer, where
+from .attributes import shows
+from .preference import ReferenceFreeTrainer, where
 
 COMPLETIONS = ("chosen_ids", "rejected_ids")
 
@@ -29,7 +30,8 @@ class ORPOConfig(PreferenceFields, RouterFields, BaseConfig):
     beta: float = field(default=0.1, metadata={"help": "Weight of the odds-ratio term (lambda in the paper)."})
 
 
-class ORPOTrainer(PreferenceTrainer):
+@shows("beta", "generate_during_eval", fixed=("max_length", "max_completion_length"))
+class ORPOTrainer(ReferenceFreeTrainer):
     """Trains a causal language model on pairs: the likelihood of prompt and chosen completion, and the odds of the
     chosen over the rejected one. No reference is needed. Hong et al. 2024, arXiv:2403.07691.
     """
@@ -61,7 +63,7 @@ class ORPOTrainer(PreferenceTrainer):
         return {"pairs": batch["place_P3"].shape[0], "nll_tokens": batch["nll_tokens"]}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        beta, balance = self.args.beta, self.router_aux_loss_coef()
+        beta, balance = self.args.beta, self.router_aux_loss_coef
         stats = score(model, batch, mean_logit=True, router=balance > 0)
         assert stats.mean_logit_N is not None
         sum_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)

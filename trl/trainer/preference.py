@@ -32,6 +32,7 @@ from trl.engine.score import causal_lm, evaluating
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import load
 
+from .attributes import shows
 from .base import BaseTrainer
 
 ANSWERED, LONGEST_ANSWER = 8, 128  # prompts answered at an evaluation, and tokens of an answer
@@ -108,19 +109,68 @@ class PreferenceTrainer(BaseTrainer):
         print(f"trl: answers to {len(prompts)} evaluation prompts: {path}", flush=True)
 
 
+class ReferenceFreeTrainer(PreferenceTrainer):
+    """A preference trainer on pairs that compares the policy with nothing."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: None = None,  # it has its place, and is refused by `compat`
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable | None = None,
+        *,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        quantization_config: Any = None,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+
+@shows("beta", fixed=("precompute_ref_log_probs",), precompute_ref_logps="precompute_ref_log_probs")
 class ReferencedTrainer(PreferenceTrainer):
     """A preference trainer that compares the policy with a reference."""
 
     def __init__(
         self,
-        model: Any = None,
+        model: Any,
         ref_model: str | nn.Module | None = None,
         args: Any = None,
         data_collator: Callable | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        **kwargs: Any,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
     ) -> None:
         if ref_model is not None and ref_model is model:
             raise ValueError(
@@ -138,7 +188,14 @@ class ReferencedTrainer(PreferenceTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **kwargs,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
         )
 
     # --- what a method supplies -----------------------------------------------------------------------------------
@@ -220,6 +277,23 @@ class ReferencedTrainer(PreferenceTrainer):
     def sequence_logp(self, stats: TokenStats) -> Tensor:
         """The log-prob of each completion: [S]."""
         return seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference where it is a model of its own; None where it is the policy without its adapter, or with a
+        frozen copy of it, and where its log-probs are columns of the data."""
+        return self.reference.model if isinstance(self.reference, Frozen) else None
+
+    def compute_ref_log_probs(self, inputs: Batch) -> tuple[Tensor, ...]:
+        """The reference's log-probs of the rows of a batch (one of this trainer's dataloaders), a tensor for each of
+        `ref_columns`."""
+        if self.reference is None:
+            raise ValueError(
+                "there is no reference to ask: its log-probs are columns of the data, or these settings need none"
+            )
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.reference_values(batch, self.ask_reference(self.model)).unbind(1)
 
     def ask_reference(self, model: nn.Module) -> Callable[[Batch], TokenStats]:
         reference = self.reference

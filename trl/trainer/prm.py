@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trl.config import BaseConfig, PreferenceFields
 from trl.data.collate import Branch, Tree
@@ -42,6 +43,42 @@ class PRMTrainer(ScalarTrainer):
     prepared_columns = frozenset({"prompt_ids", "completion_ids", "step_mask", "step_labels", "row"})
     task_type = "TOKEN_CLS"
     per_token, labels = True, 2
+
+    def __init__(
+        self,
+        model: Any,
+        args: PRMConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: None = None,  # it has its place, and is refused by `compat`
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        *,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        quantization_config: Any = None,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
 
     def row_options(self, name: str) -> dict[str, Any]:
         last = self.args.train_on_last_step_only and name.startswith("train")

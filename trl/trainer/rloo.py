@@ -12,6 +12,7 @@ from trl.losses.policy import SEQUENCES, clip
 from trl.losses.tokens import Metric, mean, seq_sum
 from trl.rollout.rounds import Sample
 
+from .attributes import shows
 from .online import OnlineConfig, OnlineTrainer
 
 
@@ -41,6 +42,7 @@ class RLOOConfig(OnlineConfig):
         super().__post_init__()
 
 
+@shows("epsilon_high", "normalize_advantages", "reward_clip_range", epsilon_low="epsilon")
 class RLOOTrainer(OnlineTrainer):
     """Trains a causal language model on completions of its own, by REINFORCE with the group's others as a baseline.
 
@@ -62,10 +64,10 @@ class RLOOTrainer(OnlineTrainer):
         return leave_one_out(reward_S, num_generations=generations, normalize=self.args.normalize_advantages)
 
     def is_idle(self, sample: Sample) -> bool:
-        return not sample.trained or (sample.advantage == 0.0 and self.router_aux_loss_coef() == 0.0)
+        return not sample.trained or (sample.advantage == 0.0 and self.router_aux_loss_coef == 0.0)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        args, balance = self.args, self.router_aux_loss_coef()
+        args, balance = self.args, self.router_aux_loss_coef
         stats = score(model, batch, entropy=True, temperature=args.temperature, router=balance > 0)
         assert stats.entropy_N is not None
         old_N = stats.logp_N.detach() if self.is_on_policy() else batch["old_logp_N"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from trl.config import BaseConfig, RouterFields, SequenceFields
 from trl.data import collate
@@ -19,6 +20,7 @@ from trl.engine.score import score
 from trl.losses.sft import LOSSES, label_smoothing
 from trl.losses.tokens import Metric, mean
 
+from .attributes import shows
 from .base import BaseTrainer
 
 
@@ -70,6 +72,7 @@ class SFTConfig(SequenceFields, RouterFields, BaseConfig):
         super().__post_init__()
 
 
+@shows("loss_type", fixed=("padding_free", "completion_only_loss"))
 class SFTTrainer(BaseTrainer):
     """Trains a causal language model on texts, conversations or prompt–completion pairs.
 
@@ -80,9 +83,41 @@ class SFTTrainer(BaseTrainer):
     config_class = SFTConfig
     method = "sft"
 
-    def __init__(self, *args: Any, formatting_func: Callable | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable | None = None,
+    ) -> None:
         self.formatting_func = formatting_func
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
 
     def rows(self, dataset: Any, name: str) -> tuple[Dataset | IterableDataset, DataReport]:
         args = self.args
@@ -121,7 +156,7 @@ class SFTTrainer(BaseTrainer):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args, smoothing = self.args, self.args.label_smoothing_factor
-        balance = self.router_aux_loss_coef()
+        balance = self.router_aux_loss_coef
         stats = score(
             model,
             batch,
