@@ -9,6 +9,7 @@ __version__ = "2.0.0.dev0"
 
 if TYPE_CHECKING:
     from .callbacks import SyncRefModelCallback
+    from .cli.parser import TrlParser
     from .compat import FDivergenceType
     from .config import ModelConfig, ScriptArguments
     from .data.completion_only import DataCollatorForCompletionOnlyLM
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         maybe_unpair_preference_dataset,
         unpair_preference_dataset,
     )
-    from .data.mixture import DatasetMixtureConfig
+    from .data.mixture import DatasetMixtureConfig, get_dataset
     from .data.packing import pack_dataset
     from .engine.reference import create_reference_model
     from .models.adapters import get_peft_config
@@ -67,10 +68,12 @@ _home = {
     "SFTTrainer": "trl.trainer.sft",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
+    "TrlParser": "trl.cli.parser",
     "apply_chat_template": "trl.data.convert",
     "clone_chat_template": "trl.models.vocabulary",
     "create_reference_model": "trl.engine.reference",
     "extract_prompt": "trl.data.convert",
+    "get_dataset": "trl.data.mixture",
     "get_peft_config": "trl.models.adapters",
     "get_quantization_config": "trl.models.load",
     "is_conversational": "trl.data.convert",
@@ -110,11 +113,13 @@ __all__ = [
     "SFTTrainer",
     "ScriptArguments",
     "SyncRefModelCallback",
+    "TrlParser",
     "__version__",
     "apply_chat_template",
     "clone_chat_template",
     "create_reference_model",
     "extract_prompt",
+    "get_dataset",
     "get_peft_config",
     "get_quantization_config",
     "is_conversational",
@@ -132,7 +137,7 @@ def __getattr__(name: str) -> Any:
     if name not in _home:
         if today := compat.renamed(name):
             return getattr(import_module("trl"), today)
-        raise AttributeError(f"module 'trl' has no attribute {name!r}")
+        raise AttributeError(compat.absence("trl", name))
     value = getattr(import_module(_home[name]), name)
     globals()[name] = value
     return value

@@ -28,6 +28,11 @@ def staging_folder(final: Path) -> Path:
     return final.parent / f"{_STAGING}{final.name}"
 
 
+def published_name(folder: Path) -> str:
+    """What a folder is called once it is in place, if it is one that is being written."""
+    return folder.name.removeprefix(_STAGING)
+
+
 def begin(final: Path) -> Path:
     """Remove what a killed save left behind and make the staging folder. One process calls this."""
     final.parent.mkdir(parents=True, exist_ok=True)

@@ -482,6 +482,79 @@ KEYS: dict[str, dict[str, dict[str, str]]] = {
 NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptArguments"}
 
 
+# Names of upstream that this library has not, by pattern, and what to do instead. The first that fits speaks.
+_RELEASE = "this release has no"
+ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("PPO*", "ppo*", "*ValueHead", "modeling_*", "PreTrainedModelWrapper", "AdaptiveKLController"),
+        f"{_RELEASE} PPO and no value heads; GRPOTrainer and RLOOTrainer learn from rewards without a value model",
+    ),
+    (
+        ("OnlineDPO*", "online_dpo*", "XPO*", "xpo*", "NashMD*", "nash_md*"),
+        f"{_RELEASE} online preference optimisation; GRPOTrainer and RLOOTrainer train on completions that they draw",
+    ),
+    (
+        (
+            *("GKD*", "gkd*", "*Distillation*", "*distillation*", "GOLD*", "gold*", "MiniLLM*", "minillm*"),
+            *("SDFT*", "sdft*", "SDPO*", "sdpo*", "IWOPD*", "iw_opd*", "teacher_sync", "loss_utils"),
+        ),
+        f"{_RELEASE} distillation",
+    ),
+    (
+        ("A2PO*", "a2po*", "TPO*", "tpo*", "AsyncGRPO*", "async_grpo*", "async_rollout*", "vllm_client"),
+        f"{_RELEASE} such trainer; GRPOTrainer is the nearest",
+    ),
+    (("GMPO*", "gmpo*"), 'it is GRPOTrainer with loss_type="gmpo"'),
+    (("Judge", "*Judge", "judges"), f"{_RELEASE} judges; a reward function may ask a model"),
+    (("WinRateCallback",), f"{_RELEASE} judges; the win rate of two sets of answers is a reward function's mean"),
+    (("IterativeSFT*", "iterative_sft*"), "it is gone upstream too: SFTTrainer trains on tokenised rows as they come"),
+    (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
+    (("BestOfN*", "best_of_n*"), "draw with model.generate(num_return_sequences=n) and keep the best by a reward"),
+    (
+        ("TextEnvironment*", "TextHistory", "environment*", "Environment*", "harbor*", "Harbor*", "open*reward*"),
+        f"{_RELEASE} environments and tools",
+    ),
+    (
+        ("OpenReward*", "RolloutFunc", "add_response_schema", "parse_response", "supports_tool_calling"),
+        f"{_RELEASE} environments and tools",
+    ),
+    (("*Vision*", "*multimodal*", "*pixel_values*", "strip_images*"), f"{_RELEASE} images"),
+    (("VLLM*", "vllm*", "generation"), "completions are drawn by the sampler of this process; no server is needed"),
+    (
+        ("get_training_chat_template", "has_generation_markers", "*chat_template_stop*", "*_training_chat_template"),
+        "assistant_only_loss=True finds the assistant's tokens with any chat template, and exchanges none",
+    ),
+    (
+        ("*_chat_template", "*_schema", "*_template", "is_chat_template_prefix_preserving"),
+        "no chat templates are kept here; chat_template_path and clone_chat_template take one from a tokenizer",
+    ),
+    (("setup_chat_format",), "clone_chat_template brings a chat template and its tokens"),
+    (("truncate_dataset",), "max_length in the trainer's config cuts rows, and counts what it cut"),
+    (("pack_examples", "ConstantLengthDataset"), "packing=True in SFTConfig packs rows, and pack_dataset a data set"),
+    (("get_kbit_device_map", "get_quantized*"), "leave device_map out: the model goes to its process's device"),
+    (("is_*_available",), "importlib.util.find_spec tells whether a package is installed"),
+    (("init_zero_verbose",), "logging needs no set-up here"),
+    (("BEMA*", "bema*"), f"{_RELEASE} moving average of the weights; SyncRefModelCallback moves a reference"),
+    (
+        ("LogCompletionsCallback", "WeaveCallback", "RichProgressCallback"),
+        "log_completions=True in GRPOConfig shows and keeps completions, and transformers' callbacks show progress",
+    ),
+    (("MergeModel*", "merge_model*", "MergeConfig"), "PEFT's merge_and_unload merges adapters, mergekit merges models"),
+    (("*rofiling*",), "torch.profiler measures; transformers.Trainer runs it as a callback"),
+    (("LengthSampler",), "random.randint draws a length"),
+    (("DataCollatorForChatML", "*DataCollatorWithPadding"), "rows are tokenised and laid out by the trainer"),
+    (("create_model_from_path",), "a trainer loads a model that is given by its name; else from_pretrained does"),
+    (("prepare_peft_model", "prepare_model_for_kbit*", "peft_module_casting*"), "peft_config= of a trainer does it"),
+    (("prepare_deepspeed", "prepare_fsdp"), "trainers prepare their reference; accelerator.prepare_model does yours"),
+    (("unwrap_model_for_generation",), "accelerator.unwrap_model gives the model that generates"),
+    (("sft", "dpo", "kto", "reward", "grpo", "rloo", "env"), "the command `trl` runs it, as in `trl sft --help`"),
+    (("disable_dropout_in_model",), "disable_dropout=True in a trainer's config does it"),
+    (("generate_model_card",), "a trainer's create_model_card writes the card"),
+    (("chat",), "`transformers chat` talks with a model"),
+    (("RewardFunc",), "a reward function is any callable that returns a list of numbers"),
+)
+
+
 class FDivergenceType(str, enum.Enum):
     """Names of f_divergence_type, as scripts of 0.9 to 0.28 write them."""
 
@@ -489,6 +562,15 @@ class FDivergenceType(str, enum.Enum):
     JS_DIVERGENCE = "js_divergence"
     ALPHA_DIVERGENCE = "alpha_divergence"
 
+
+# Names that are found in some modules alone: where, and what they are here.
+PLACES: dict[tuple[str, str], tuple[str, str]] = {
+    ("sft_trainer", "DataCollatorForLanguageModeling"): ("trl.data.collators", "DataCollatorForLanguageModeling"),
+    ("dpo_trainer", "DataCollatorForPreference"): ("trl.data.collators", "DataCollatorForPreference"),
+    ("reward_trainer", "DataCollatorForPreference"): ("trl.data.collators", "DataCollatorForPairs"),
+    ("kto_trainer", "DataCollatorForUnpairedPreference"): ("trl.data.collators", "DataCollatorForUnpairedPreference"),
+    ("utils", "DatasetConfig"): ("trl.data.mixture", "DatasetConfig"),
+}
 
 # Modules that callers import from and that are elsewhere here; with a remark where the path is no longer upstream's
 # either. What is public in `trl` is found in each of them, and what is public in `trl.rewards` in its own.
@@ -500,9 +582,10 @@ PATHS = {
         for part in ("trainer", "config")
     },
     "trl.trainer.model_config": "",
-    "trl.trainer.utils": "",
-    "trl.data_utils": "",
+    **{f"trl.trainer.{part}": "" for part in ("utils", "callbacks", "base_config", "base_trainer")},
+    **{f"trl.{part}": "" for part in ("data_utils", "chat_template_utils", "models", "models.utils", "import_utils")},
     "trl.experimental": "",
+    "trl.experimental.utils": "",
     **{f"trl.experimental.{method}": "" for method in ("kto", "orpo", "cpo", "bco", "prm")},
     **{
         f"trl.experimental.{method}.{method}_{part}": ""
@@ -767,6 +850,12 @@ class _Modules:
         if name == "trl.config":
             return _then(PathFinder.find_spec(name, path), _fill)
         if name not in PATHS:
+            home, _, last = name.rpartition(".")
+            ours = (home == "trl" or home in PATHS) and not last.startswith("_")
+            if ours and PathFinder.find_spec(name, path) is None:
+                # `from home import last` has come to ask for a module, since there is no such name.
+                error = ModuleNotFoundError if last == last.lower() else ImportError
+                raise error(absence(home, last))
             return None
         return _then(PathFinder.find_spec(name, path), _open) or ModuleSpec(name, _Old(), is_package=True)  # type: ignore[arg-type]
 
@@ -812,9 +901,36 @@ def _open(module: ModuleType) -> None:
             public = importlib.import_module(home)
             if NAMES.get(name, name) in public.__all__:
                 return getattr(public, name)
-        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            if place := PLACES.get((module.__name__.rpartition(".")[2], name)):
+                return getattr(importlib.import_module(place[0]), place[1])
+        raise AttributeError(absence(module.__name__, name))
 
     module.__getattr__ = __getattr__  # type: ignore[method-assign]
+
+
+def instead(name: str) -> str | None:
+    """What to do instead of a name, module or command of upstream's that is not here."""
+    from fnmatch import fnmatchcase
+
+    for patterns, sentence in ABSENT:
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return sentence
+    return None
+
+
+def absence(module: str, name: str) -> str:
+    """Why a module has no such name, and what there is instead."""
+    from difflib import get_close_matches
+
+    opening = f"module {module!r} has no attribute {name!r}"
+    if sentence := instead(name):
+        return f"{opening}: {sentence}"
+    public = [*importlib.import_module("trl").__all__, *NAMES]
+    if near := get_close_matches(name, public, n=1, cutoff=0.75):
+        return f"{opening}; did you mean `{near[0]}`?"
+    if module == "trl":
+        return f"{opening}; `dir(trl)` lists the public names"
+    return f"{opening}: of upstream's {module} the names that are public in `trl` are here, its own helpers are not"
 
 
 def renamed(name: str) -> str | None:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.helpers import chat_rows, sft, tiny
@@ -408,6 +409,18 @@ def test_the_model_card_says_what_was_done(tmp_path, tokenizer, tiny_path):
     card = (tmp_path / "final" / "README.md").read_text()
     assert "library_name: peft" in card and "4 rows read" in card and "| learning rate | 0.01 |" in card
     assert "AutoPeftModelForCausalLM" in card
+    trainer.method = "of my own"
+    trainer.create_model_card("me/model", "me/data", ["first", "second"], license="mit", folder=str(tmp_path / "named"))
+    card = (tmp_path / "named" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header == {
+        "datasets": "me/data",
+        "library_name": "peft",
+        "model_name": "me/model",
+        "license": "mit",
+        "tags": ["generated_from_trainer", "trl", "of my own", "first", "second"],
+    }
+    assert "trained by the method `of my own`" in card and 'from_pretrained("me/model")' in card
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])

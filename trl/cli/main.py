@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from trl import __version__
 from trl.cli import UsageError, nearest
+from trl.compat import instead
 
 
 class Command(NamedTuple):
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"
+        if what == "command" and (reason := instead(name.replace("-", "_"))):
+            print(f"trl: there is no command {name}: {reason}. `trl --help` lists the commands.", file=sys.stderr)
+            return 2
         meant = nearest(name, COMMANDS)
         print(f"trl: there is no {what} {name}{meant} `trl --help` lists them.", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import enum
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -50,6 +51,7 @@ class Parser:
         self.older: dict[str, Any] = {}  # word -> its row in the table of older words
         self.prog, self.description, self.notes = prog, description, notes
         self.foreign = foreign
+        self.stray: list[str] | None = None  # words of no option; where they are not kept, they are an error
         self._older_values: dict[str, Collection[Any]] = {}
         self._groups: dict[str, list[argparse.Action]] = {"Everywhere": []}
         self._argparse = _Argparse(prog=prog, add_help=False, allow_abbrev=False)
@@ -106,7 +108,9 @@ class Parser:
                 raise SystemExit(0)
         words, foreign = self._without_foreign(words)
         given, stray = self._argparse.parse_known_args(words)
-        if stray:
+        if self.stray is not None:
+            self.stray = stray
+        elif stray:
             raise UsageError(f"`{stray[0]}` belongs to no option; options begin with two dashes.")
         typed = vars(given)
         config = typed.pop("config", None)
@@ -171,6 +175,9 @@ class Parser:
                 continue
             theirs = self.foreign() if self.foreign is not None else {}
             name = flag[2:]
+            if name not in theirs and self.stray is not None:
+                own.append(word)
+                continue
             if name not in theirs:
                 # An older word that was nearly typed is answered with today's.
                 words = {old: getattr(row, "name", old) for old, row in self.older.items()}
@@ -244,6 +251,36 @@ class Parser:
         self._argparse.add_argument(
             f"--no_{name}", dest=name, default=argparse.SUPPRESS, action="store_const", const=False
         )
+
+
+class TrlParser(Parser):
+    """The parser of scripts of one's own, under upstream's name: one instance of each dataclass, from the command line
+    and the YAML file of `--config`, whose `env:` holds environment variables."""
+
+    def __init__(self, dataclass_types: type | Sequence[type], prog: str | None = None, description: str = "") -> None:
+        classes = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
+        super().__init__(
+            classes, prog=prog or Path(sys.argv[0]).name, description=description, in_file=("datasets",)
+        )
+
+    def parse_args_and_config(
+        self,
+        args: Sequence[str] | None = None,
+        return_remaining_strings: bool = False,
+        fail_with_unknown_args: bool = True,
+    ) -> tuple[Any, ...]:
+        """The instances; with `return_remaining_strings` also the list of words that belong to no option."""
+        argv = sys.argv[1:] if args is None else list(args)
+        self.stray = [] if return_remaining_strings or not fail_with_unknown_args else None
+        try:
+            set_environment(argv)
+            instances = self.parse(argv)
+        except UsageError as error:
+            print(f"{self.prog}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        return (*instances, self.stray) if return_remaining_strings else tuple(instances)
+
+    parse_args_into_dataclasses = parse_args_and_config
 
 
 def _shape(name: str, kind: Kind) -> dict[str, Any]:

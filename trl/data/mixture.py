@@ -178,6 +178,11 @@ def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) ->
     return _split(parts, config.test_split_size, seed)
 
 
+def get_dataset(mixture_config: DatasetMixtureConfig) -> dict[str, Mixture]:
+    """A mix of data sets by split, as upstream names it: every trainer takes its parts as data sets."""
+    return load_mixture(mixture_config)
+
+
 def _open(entry: DatasetConfig, streaming: bool, seed: int) -> Part:
     rows = load(
         entry.path,

@@ -628,8 +628,17 @@ class BaseTrainer(Adoptable, Trainer):
         if self.args.should_save:
             self.create_model_card(folder=output_dir)  # over PEFT's own; a push to the Hub writes it again by itself
 
-    def create_model_card(self, *args: Any, folder: str | None = None, **kwargs: Any) -> None:
-        """Write README.md into `folder` (default: the output folder)."""
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        *,
+        folder: str | None = None,
+        **header: Any,
+    ) -> None:
+        """Write README.md into `folder` (default: the output folder). `header` holds further entries of its metadata
+        block, such as `language` and `license`; `push_to_hub` hands its own arguments on to here."""
         target = Path(folder or self.args.output_dir)
         target.mkdir(parents=True, exist_ok=True)
         base = causal_lm(self.model)
@@ -642,12 +651,16 @@ class BaseTrainer(Adoptable, Trainer):
             "seed": args.seed,
         }
         card = model_card(
-            name=target.name,
-            base=getattr(base.config, "_name_or_path", None) or None,
+            name=model_name or args.hub_model_id or checkpoint.published_name(target),
+            base=header.pop("finetuned_from", None) or getattr(base.config, "_name_or_path", None) or None,
+            model_class=type(base).__name__,
             method=self.method,
             adapter=hasattr(self.model, "peft_config"),
             data=[line for report in self.reports.values() for line in report.lines()[:2]],
             facts=facts,
+            datasets_used=dataset_name or header.pop("dataset", None),
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            header=header,
         )
         (target / "README.md").write_text(card, encoding="utf-8")
 
