@@ -572,6 +572,76 @@ PLACES: dict[tuple[str, str], tuple[str, str]] = {
     ("utils", "DatasetConfig"): ("trl.data.mixture", "DatasetConfig"),
 }
 
+_ROWS = (("rows",), "`rows`, which returns the data set as the method trains on it")
+_BATCH = (("batch", "rows"), "`batch`, which makes a batch of prepared rows (and `rows`, which prepares them)")
+_LOSS = (("loss", "compute_loss"), "`loss`, which returns sums and metrics (or `compute_loss`)")
+_REFERENCE_LOGPS = (("reference_values", "loss"), "`reference_values`, or `loss`")
+_DRAWING = (
+    ("sampler", "_sampler", "advantages"),
+    "`advantages`, which gets all rewards of a round; set `sampler` to draw in another way, reward_funcs to judge",
+)
+_GENERATION = (("sampler", "_sampler"), "`generate` of a sampler and set it as the attribute `sampler`")
+_JUDGED_LOSS = {
+    **dict.fromkeys(("_compute_loss", "get_batch_loss_metrics", "concatenated_forward", "get_batch_logps"), _LOSS),
+    **dict.fromkeys(("concatenated_inputs", "tokenize_row", "build_tokenized_answer"), _BATCH),
+    "store_metrics": _LOSS,
+}
+
+# Methods of upstream's trainers that its own code calls and ours does not: a subclass that overrides one would have no
+# effect. Beside each: ours that a subclass may override in its place (one of them suffices), in words.
+HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+    "BaseTrainer": {
+        "_set_signature_columns_if_needed": _ROWS,
+        "_remove_unused_columns": _ROWS,
+        "_get_num_items_in_batch": (("counts", "get_batch_samples"), "`counts`, what the loss is averaged over"),
+    },
+    "SFTTrainer": dict.fromkeys(
+        ("_prepare_dataset", "_prepare_non_packed_dataloader", "_prepare_packed_dataloader"), _ROWS
+    ),
+    "DPOTrainer": {
+        **_JUDGED_LOSS,
+        "_prepare_dataset": _ROWS,
+        "process_row": _ROWS,
+        "dpo_loss": _LOSS,
+        **dict.fromkeys(
+            ("compute_ref_log_probs", "compute_reference_log_probs", "_precompute_ref_logps"), _REFERENCE_LOGPS
+        ),
+    },
+    "KTOTrainer": {
+        **_JUDGED_LOSS,
+        "_prepare_dataset": _ROWS,
+        "kto_loss": _LOSS,
+        **dict.fromkeys(
+            ("compute_ref_log_probs", "compute_reference_log_probs", "_precompute_ref_logps"), _REFERENCE_LOGPS
+        ),
+        **dict.fromkeys(
+            ("_compute_kl_logps", "compute_kl_logps"), (("before_step", "loss"), "`before_step`, or `loss`")
+        ),
+    },
+    "BCOTrainer": {
+        **_JUDGED_LOSS,
+        "bco_loss": _LOSS,
+        "compute_reference_log_probs": _REFERENCE_LOGPS,
+    },
+    "CPOTrainer": {**_JUDGED_LOSS, "cpo_loss": _LOSS},
+    "ORPOTrainer": {**_JUDGED_LOSS, "odds_ratio_loss": _LOSS},
+    "RewardTrainer": {"_prepare_dataset": _ROWS},
+    "PRMTrainer": {"tokenize_row": _ROWS},
+    "OnlineTrainer": {
+        "_generate_and_score_completions": _DRAWING,
+        "_calculate_rewards": (("advantages",), "`advantages`, which gets all rewards, or pass reward_funcs"),
+        **dict.fromkeys(("_generate", "_generate_single_turn"), _GENERATION),
+        "_tokenize_prompts": _ROWS,
+        **dict.fromkeys(
+            (
+                *("_compute_loss", "compute_liger_loss", "_get_per_token_logps_and_entropies", "_get_per_token_logps"),
+                *("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"),
+            ),
+            _LOSS,
+        ),
+    },
+}
+
 # Modules that callers import from and that are elsewhere here; with a remark where the path is no longer upstream's
 # either. What is public in `trl` is found in each of them, and what is public in `trl.rewards` in its own.
 PATHS = {
@@ -702,11 +772,26 @@ def _say(sentence: str) -> None:
 _adopted: set[type] = set()
 
 
+def refuse_hooks(cls: type, instance: Mapping[str, Any] | None = None) -> None:
+    """ArgumentError where a trainer's class (or instance) has one of upstream's hooks, which would never be called. A
+    subclass that overrides ours as well has its name for a use of its own."""
+    hooks = rows_of(cls, HOOKS)
+    if not hooks:
+        return
+    parts = [part for part in cls.__mro__ if part.__module__.split(".")[0] != "transformers"]
+    of_users = [vars(part) for part in parts if part.__module__.split(".")[0] != "trl"]
+    for name, (ours, words) in hooks.items():
+        found = any(name in vars(part) for part in parts) or name in (instance or {})
+        if found and not any(each in names for each in ours for names in of_users):
+            raise ArgumentError(f"{cls.__name__}.{name} is never called by this library: override {words}")
+
+
 def adopt(cls: type) -> None:
     """Let a class and its bases be spoken to in older words. `type.__call__` reads `__init__` after `__new__`, from
     where this is called: a generated `__init__` (a subclass that is a dataclass) is there by then too."""
     from trl.config import Adoptable
 
+    refuse_hooks(cls)
     for part in reversed(cls.__mro__):
         if part in _adopted or not issubclass(part, Adoptable):
             continue
@@ -819,6 +904,7 @@ def _resuming(train: Callable[..., Any]) -> Callable[..., Any]:
                 what = "the newest checkpoint" if wish is True else wish
                 _say(f"--resume_from_checkpoint on the command line: training goes on from {what}")
                 kwargs["resume_from_checkpoint"] = wish
+        refuse_hooks(type(self), vars(self))
         return train(self, *args, **kwargs)
 
     return resuming

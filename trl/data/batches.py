@@ -1,11 +1,13 @@
 """Which rows form which micro-batch: the order of the data, the same on every machine and after every restart."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
 import numpy as np
+
+TOGETHER = 50  # optimizer steps whose rows are sorted by length together
 
 
 class RowBatches:
@@ -13,6 +15,9 @@ class RowBatches:
 
     The rows of one optimizer step are a run of the epoch's order, however it is split into micro-batches and ranks. All
     ranks get the same number of micro-batches; at the end of an epoch some may be smaller, or empty.
+
+    With `lengths` [rows], rows of similar length come together: runs of `TOGETHER` steps of `step_rows` rows are sorted
+    by length, the longest first.
     """
 
     def __init__(
@@ -25,15 +30,23 @@ class RowBatches:
         ranks: int = 1,
         rank: int = 0,
         drop_last: bool = False,
+        lengths: np.ndarray | None = None,
+        step_rows: int = 1,
     ) -> None:
         self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
+        self.lengths, self.step_rows = lengths, step_rows
         self.ranks, self.rank, self.drop_last, self.epoch = ranks, rank, drop_last, 0
 
     def order(self) -> np.ndarray:
         """Row indices in the order of this epoch."""
         if not self.shuffle:
             return np.arange(self.rows)
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        if self.lengths is None:
+            return order
+        run = TOGETHER * self.step_rows
+        runs = [order[start : start + run] for start in range(0, self.rows, run)]
+        return np.concatenate([rows[np.argsort(-self.lengths[rows], kind="stable")] for rows in runs])
 
     def __len__(self) -> int:
         together = self.batch_size * self.ranks
@@ -53,6 +66,30 @@ class RowBatches:
     def batch_sampler(self) -> "RowBatches":
         """Itself: transformers looks one level down for the sampler whose epoch it sets (5.17 to 5.23)."""
         return self
+
+
+class SamplerBatches(RowBatches):
+    """The micro-batches of rows that a sampler of the user's own puts in order, cut as `RowBatches` does.
+
+    `like` gives batch size and ranks. `agree` makes one order of those that the ranks have drawn.
+    """
+
+    def __init__(self, sampler: Iterable[int], like: RowBatches, agree: Callable[[list[int]], list[int]]) -> None:
+        vars(self).update(vars(like))
+        self.sampler, self.agree = sampler, agree
+        self.rows = len(sampler) if isinstance(sampler, Sized) else like.rows
+
+    def order(self) -> np.ndarray:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(self.epoch)
+        order = list(self.sampler)
+        if order and not isinstance(order[0], int | np.integer):
+            raise ValueError(
+                f"the sampler yields {type(order[0]).__name__}s and not row numbers: batches of your own come from "
+                "get_train_dataloader, as DataLoader(self.train_dataset, batch_sampler=..., "
+                "collate_fn=self.data_collator)"
+            )
+        return np.asarray(self.agree([int(row) for row in order]), dtype=np.int64)
 
 
 class StreamBatches:

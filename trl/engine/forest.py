@@ -189,6 +189,28 @@ def with_labels(batch: Batch) -> Batch:
     return {**batch, "labels": labels}
 
 
+def relabelled(batch: Batch) -> Batch:
+    """A padded batch whose trained tokens are those that its `labels` mark now: someone may have changed them."""
+    labels, width = batch["labels"], batch["labels"].shape[1]
+    marked = labels != -100
+    # Nothing stands before the first token of a row that could predict it.
+    marked[:, 1:] &= batch["attention_mask"][:, :-1].bool()
+    marked[:, :1] = False
+    at_N = marked.flatten().nonzero().squeeze(1)
+    return {**batch, "at_N": at_N, "predict_N": at_N - 1, "target_N": labels.flatten()[at_N], "seq_N": at_N // width}
+
+
+def gridded(batch: Batch, rows: Sequence[int]) -> Batch:
+    """What a collator of transformers makes (`input_ids`, `labels` [B, L], maybe `attention_mask`) as a padded batch,
+    with its own grids, and whatever else it holds."""
+    grids = {key: torch.as_tensor(batch[key]) for key in ("input_ids", "labels")}
+    mask = batch.get("attention_mask")
+    grids["attention_mask"] = torch.ones_like(grids["input_ids"]) if mask is None else torch.as_tensor(mask)
+    tokens = int(grids["attention_mask"].sum())
+    row_S = torch.tensor(rows, dtype=torch.int64, device=grids["input_ids"].device)
+    return relabelled({**batch, **grids, "row_S": row_S, "tokens": tokens, "distinct": tokens})
+
+
 def unshared(trees: Iterable[Tree]) -> list[Tree]:
     """The same sequences with each prompt repeated before its branch: independent dropout draws, at full price."""
     out: list[Tree] = []

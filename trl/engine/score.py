@@ -7,6 +7,7 @@ right; a model that fails runs padded, and the reason is kept and printed once b
 
 import contextlib
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
 
 from trl.data.collate import Branch, Tree
 
@@ -37,6 +39,7 @@ class Attachment:
     readout: Readout = field(default_factory=Readout)  # scale and softcap of the head
     head_reason: str | None = None  # why the logits are computed in full, in one sentence; None when they are not
     pad_id: int = 0
+    kept: list[Any] | None = None  # a list: the model's own outputs are put into it, logits and all
 
     def batch(self, trees: Iterable[Tree]) -> Batch:
         """Lay a forest out as this model takes it."""
@@ -164,6 +167,8 @@ def _add_keyword(base: Any) -> None:
         request = kwargs.pop(_REQUEST, None)
         if request is not None:
             return _answer(self, request, *args, **kwargs)
+        if "predict_N" in kwargs:
+            kwargs = _of_a_model(self, kwargs)
         return _plain_forward(self, *args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
@@ -175,12 +180,24 @@ def _plain_forward(base: Any, *args: Any, **kwargs: Any) -> Any:
     return type(base).forward(base, *args, **kwargs)
 
 
+def _of_a_model(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes of a batch that someone has unpacked into a call, `model(**inputs)`."""
+    known = {*_LAYOUT_KEYS, "labels", "num_items_in_batch", "output_hidden_states", "output_attentions", "return_dict"}
+    known |= set(inspect.signature(type(base).forward).parameters)
+    if scalar_head(base) is not None:
+        known.discard("labels")  # tokens, where such a model wants classes
+    return {key: value for key, value in kwargs.items() if key in known}
+
+
 def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     attachment: Attachment = base._trl_attachment
     for name in ("labels", "output_hidden_states", "output_attentions", "return_dict"):
         kwargs.pop(name, None)
     if request.get("scalar"):
-        return {"scalar": _scalar(base, request, *args, **kwargs)}
+        scalar = _scalar(base, request, *args, **kwargs)
+        if attachment.kept is not None:
+            attachment.kept.append(ModelOutput(logits=scalar))
+        return {"scalar": scalar}
     readout = replace(
         attachment.readout,
         temperature=request["temperature"],
@@ -192,8 +209,10 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
     aux = {}
     if request.get("embedding_noise"):
         kwargs = _with_noise(base, request["embedding_noise"], kwargs)
-    if attachment.head_reason is not None:
+    if attachment.head_reason is not None or attachment.kept is not None:
         outputs = _plain_forward(base, *args, **kwargs)
+        if attachment.kept is not None:
+            attachment.kept.append(outputs)
         raw_NV = _predicting(outputs.logits, request)
         target_N = request["target_N"].to(raw_NV.device)
         columns = _Logits.apply(raw_NV, target_N, replace(readout, scale=1.0, softcap=None))

@@ -11,7 +11,8 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
                         method needs of it, before its first backward pass
     compute_loss        divides by those counts: any split of the same rows gives the same gradient
     create_optimizer    steps in float32 on weights that are kept in bfloat16
-    training_step       keeps saved activations on the host where that is asked for
+    training_step       keeps saved activations on the host where that is asked for, and brings an overridden
+                        `compute_loss` to the step's scale
     compute_loss_context_manager    half precision on a CPU without instructions for it
     prediction_step, evaluation_loop    evaluation as sums and counts; no logits are kept
     _get_grad_norm      a loss or gradient that is not finite stops the run before the weights are touched
@@ -31,6 +32,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -42,16 +45,17 @@ from trl import checkpoint
 from trl.config import Adoptable, BaseConfig, say_once
 from trl.data import formats
 from trl.data.batches import RowBatches, StreamBatches
-from trl.data.collate import Tree, labelled
+from trl.data.collate import PaddableRow, Tree, labelled
 from trl.data.mixture import Mixture
 from trl.data.report import DataReport
 from trl.engine import linear
-from trl.engine.forest import Batch, computed, padded, trained, unshared, with_labels
+from trl.engine.forest import Batch, computed, gridded, padded, relabelled, trained, unshared, with_labels
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, low_bits, offload, vocabulary
 from trl.options import check_trackers, unused_by_trainer
 
+from . import overrides
 from .card import model_card
 
 _RANK_STATE = "trl_state_{rank}.pt"
@@ -66,7 +70,8 @@ class NonFiniteError(ArithmeticError):
 class Collate:
     """Rows of a prepared data set -> a batch in the layout of the model. Picklable: it may run in a worker process.
 
-    With `labels`, the padded layout and the grid of labels that functions of the user's own read beside logits.
+    With `labels`, the padded layout and the grid of labels that functions of the user's own read beside logits. `users`
+    is a collator of the user's own, in the way of transformers; `raw` says that it reads rows as they were given.
     """
 
     def __init__(
@@ -75,13 +80,14 @@ class Collate:
         users: Callable | None,
         share_prompt: bool,
         labels: bool = False,
+        raw: bool = False,
     ) -> None:
-        self.batch, self.users, self.share_prompt, self.labels = batch, users, share_prompt, labels
+        self.batch, self.users, self.share_prompt, self.labels, self.raw = batch, users, share_prompt, labels, raw
         self.attachment: Attachment | None = None  # known when the model is in place
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
         if self.users is not None and len(rows):
-            return self.lay(labelled(self.users(rows), [int(row.get("row", -1)) for row in rows]))
+            return self.taken(self._by_users(rows), [int(row.get("row", -1)) for row in rows])
         return self.batch(rows, self.lay)
 
     def lay(self, trees: list[Tree]) -> Batch:
@@ -89,6 +95,32 @@ class Collate:
         if self.labels:
             return with_labels(padded(trees, self.attachment.pad_id))
         return self.attachment.batch(trees if self.share_prompt else unshared(trees))
+
+    def taken(self, batch: Mapping[str, Any], rows: Sequence[int]) -> Batch:
+        """What a collator or a loader of the user's own made, as a batch."""
+        trees = labelled(batch, rows)
+        # A function that reads the batch wants the grids that were made for it, and what came with them.
+        if self.labels and len(batch["input_ids"]) == len(rows):
+            return gridded(dict(batch), rows)
+        return self.lay(trees)
+
+    def _by_users(self, rows: Sequence[Any]) -> Mapping[str, Any]:
+        assert self.users is not None
+        if self.raw:
+            return self.users(rows)
+        try:
+            return self.users([PaddableRow(row) for row in rows])
+        except ValueError as error:
+            # `tokenizer.pad` pads everything but labels: what calls it makes labels itself, or leaves them as they are.
+            if "labels" not in str(error):
+                raise
+        batch = self.users([PaddableRow(row, labels=False) for row in rows])
+        if "labels" in batch:
+            return batch
+        labels = torch.full_like(batch["input_ids"], -100)
+        flat = [label for row in rows for label in PaddableRow.labels(row)]
+        labels[batch["attention_mask"].bool()] = torch.tensor(flat)
+        return {**batch, "labels": labels}
 
 
 class _Stream(IterableDataset):
@@ -110,6 +142,7 @@ class _BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._restore_between_logs()
+        self.trainer._check_what_users_made(kwargs.get("train_dataloader"))
 
 
 class BaseTrainer(Adoptable, Trainer):
@@ -119,6 +152,11 @@ class BaseTrainer(Adoptable, Trainer):
     method: str  # how the command line and the folders call it
     # Our losses are divided by the items of the whole optimizer step: `Trainer` must not divide them again.
     loss_is_scaled_for_ga = True
+    # Whether a batch is made of token ids and labels alone, so that collators of transformers can make one.
+    takes_grids = True
+    own_weight = overrides.ROWS  # what the value of the user's own loss is a mean over
+    calls_ours = True  # whether an overridden `compute_loss` goes through ours
+    mode = "train"  # or "eval": whose metrics and counts `compute_loss` takes
 
     # --- what a method supplies -----------------------------------------------------------------------------------
 
@@ -247,23 +285,21 @@ class BaseTrainer(Adoptable, Trainer):
             # A frozen embedding would leave a checkpointed layer without an input that asks for gradients.
             model.enable_input_require_grads()
 
-        if data_collator is not None and getattr(args, "packing", False):
-            raise ValueError(
-                "packing makes rows of several samples, which a data_collator of your own cannot tell apart"
-            )
+        self.args, self.model = args, model
+        data_collator = self._users_collator(data_collator)
         options = getattr(args, "dataset_kwargs", None) or {}
         if set(options) - {"skip_prepare_dataset"}:
             raise ValueError(f"dataset_kwargs understands skip_prepare_dataset alone, not {', '.join(options)}")
         # Rows for a collator of the user's own are left as they are. Tokenised rows need no skipping: they are seen to
         # be such.
         self._users_rows = bool(options.get("skip_prepare_dataset")) and data_collator is not None
-        self.args, self.model = args, model
         self.reports: dict[str, DataReport] = {}
         train_dataset = self._prepared(train_dataset, "train")
         eval_dataset = self._prepared(eval_dataset, "eval")
         if (args.gradient_checkpointing_kwargs or {}).get("selective"):
             offload.understand_selective(causal_lm(model))
-        self._collate = Collate(self.batch, data_collator, args.share_prompt, labels=compute_loss_func is not None)
+        self._check_order()
+        self._collate = Collate(self.batch, data_collator, args.share_prompt, raw=self._users_rows)
 
         super().__init__(
             model=model,
@@ -282,7 +318,9 @@ class BaseTrainer(Adoptable, Trainer):
         self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
         self.neftune_noise_alpha = None
+        overrides.check_optimizer(self.optimizer, model)
         self.attachment = self._collate.attachment = attach(model)
+        self._collate.labels = overrides.reads_batches(self) is not None
 
         self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
         self._tokens_seen = 0  # of this rank, over the whole run
@@ -312,10 +350,53 @@ class BaseTrainer(Adoptable, Trainer):
             )
         raise ValueError(f"0 of {total:,} parameters would train. {remedy[0].upper()}{remedy[1:]}.")
 
+    def _users_collator(self, collator: Callable | None) -> Callable | None:
+        """A data collator of the user's own, or an error that says what to do instead."""
+        if collator is not None and getattr(self.args, "packing", False):
+            raise ValueError(
+                "packing makes rows of several samples, which a data_collator of your own cannot tell apart"
+            )
+        return collator
+
+    @property
+    def data_collator(self) -> Collate:
+        return self._collate
+
+    @data_collator.setter
+    def data_collator(self, collator: Any) -> None:
+        """Also set once the trainer is made, as scripts do that put other labels into the rows."""
+        if collator is not self._collate:
+            self._collate.users = self._users_collator(collator)
+
+    def _check_order(self) -> None:
+        args = self.args
+        if args.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy='batch_rebalance' is not supported: the rows of a step are a run of the "
+                "epoch's order here. Use 'group_by_length' for ranks of about equal work, or 'random'"
+            )
+        if args.train_sampling_strategy == "group_by_length" and not self.takes_lengths:
+            raise ValueError(
+                f"train_sampling_strategy='group_by_length' has no meaning for {type(self).__name__}: the lengths of "
+                "its completions are not known beforehand; leave it out"
+            )
+
+    takes_lengths = True  # whether the lengths of rows are known beforehand
+
+    def _check_what_users_made(self, loader: DataLoader | None) -> None:
+        """What is known of a loader and an optimizer of the user's own only when training begins."""
+        sentence = overrides.sharding_notice(loader, self.args.world_size)
+        if sentence is not None and overrides.is_overridden(self, "get_train_dataloader"):
+            say_once(sentence)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which put other parameters in their place
+            overrides.check_optimizer(self.optimizer, self.model)
+
     def _prepared(self, dataset: Any, name: str) -> Any:
         """Read and tokenise a data set, or each of a dictionary of them. What is prepared already passes."""
         if dataset is None:
             return None
+        if name == "train" and isinstance(dataset, dict):
+            dataset = _train_split(dataset)
         if isinstance(dataset, dict) and all(is_data_set(value) for value in dataset.values()):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
         dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
@@ -363,11 +444,16 @@ class BaseTrainer(Adoptable, Trainer):
             lines.append("engine: flat rows, no padding, each prompt computed once")
         else:
             lines.append(f"engine: padded rows, because {self.attachment.reason}")
-        if self.compute_loss_func is not None:
-            lines.append("engine: padded rows and full logits in training, because compute_loss_func reads them")
+        reader = overrides.reads_batches(self)
+        if reader is not None:
+            lines.append(f"engine: padded rows with labels, because {reader} of your own may read them")
+        if self._collate.users is not None:
+            name = getattr(self._collate.users, "__name__", type(self._collate.users).__name__)
+            lines.append(f"data_collator: {name} says which tokens are trained")
         if self.attachment.head_reason:
             lines.append(f"engine: full logits, because {self.attachment.head_reason}")
-        if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
+        own_loader = overrides.is_overridden(self, "get_train_dataloader")
+        if hasattr(self.train_dataset, "__len__") and not own_loader:
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps = self.args.max_steps
             if steps <= 0:
@@ -401,8 +487,9 @@ class BaseTrainer(Adoptable, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`, after one report of what will be trained."""
-        if self.train_dataset is None:
+        if self.train_dataset is None and not overrides.is_overridden(self, "get_train_dataloader"):
             raise ValueError("there is nothing to train on: pass train_dataset=")
+        self.train_dataset = self._prepared(self.train_dataset, "train")  # another one may have been put there since
         folder = None
         if resume_from_checkpoint:
             folder, passed = checkpoint.resolve(Path(self.args.output_dir), resume_from_checkpoint)
@@ -420,11 +507,18 @@ class BaseTrainer(Adoptable, Trainer):
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:  # fmt: skip
         args, collate = self.args, self._collate
+        collate.labels = overrides.reads_batches(self) is not None
         if not is_training and self.compute_metrics is not None:
             collate = copy.copy(collate)
             collate.labels = True
         drop_last = is_training and args.dataloader_drop_last
+        sampler = "_get_train_sampler" if is_training else "_get_eval_sampler"
+        own_order = sampler_fn is not None and overrides.is_overridden(self, sampler)
+        by_length = is_training and args.train_sampling_strategy == "group_by_length"
         if isinstance(dataset, IterableDataset):
+            if own_order or by_length:
+                what = sampler if own_order else "train_sampling_strategy='group_by_length'"
+                raise ValueError(f"a stream is read in its own order: {what} needs a data set that is loaded whole")
             batches = StreamBatches(
                 dataset, batch_size, ranks=args.world_size, rank=args.process_index, drop_last=drop_last
             )
@@ -437,7 +531,11 @@ class BaseTrainer(Adoptable, Trainer):
             ranks=args.world_size,
             rank=args.process_index,
             drop_last=drop_last,
+            lengths=_lengths(dataset) if by_length else None,
+            step_rows=batch_size * args.gradient_accumulation_steps * args.world_size,
         )
+        if own_order:
+            batches = overrides.in_sampler_order(self, sampler_fn(dataset), batches)
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -450,8 +548,8 @@ class BaseTrainer(Adoptable, Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
-        samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        found = [self.counts(batch) for batch in samples]
+        samples = [self._taken(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        found = [{**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]} for batch in samples]
         kinds = list(found[0]) if found else []
         totals = torch.tensor([float(sum(counts[kind] for counts in found)) for kind in kinds], device=device)
         if self.args.world_size > 1:
@@ -466,17 +564,63 @@ class BaseTrainer(Adoptable, Trainer):
             self.before_step(self.model_wrapped, samples, training=True)
         return samples, next(iter(self._step_counts.values()), None)
 
+    def _taken(self, batch: Batch) -> Batch:
+        """A batch of ours as it is; of one from a loader of the user's own, what is trained in it."""
+        if "predict_N" in batch:
+            return batch
+        if not self.takes_grids:
+            raise ValueError(
+                f"a loader of your own returned a batch of {', '.join(map(str, batch))}, which {type(self).__name__} "
+                "cannot train on: pass collate_fn=self.data_collator, which makes batches of the rows of "
+                "self.train_dataset"
+            )
+        return self._collate.taken(batch, [-1] * len(batch["input_ids"]))
+
+    def step_count(self, kind: str | None, batch: Batch) -> Tensor:
+        """Items of a kind (None: the first) in the optimizer step or the evaluation under way; outside of one, in the
+        batch."""
+        counts = self._step_counts or self._counted(batch)
+        return counts[next(iter(counts)) if kind is None else kind]
+
+    def _counted(self, batch: Batch) -> dict[str, Tensor]:
+        found = {**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]}
+        return {kind: torch.tensor(max(float(n), 1.0), device=self.args.device) for kind, n in found.items()}
+
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
-                     num_items_in_batch: Tensor | int | None = None) -> Tensor:  # fmt: skip
+                     num_items_in_batch: Tensor | int | None = None) -> Any:  # fmt: skip
+        """The micro-batch's share of the loss of the whole optimizer step (in evaluation: the loss of the batch), times
+        the number of ranks, over which gradients are averaged. With `return_outputs` also the model's outputs."""
+        self.calls_ours = True
+        if "predict_N" not in inputs:
+            inputs = self._prepare_inputs(gridded(inputs, [-1] * len(inputs["input_ids"])))
+        elif "labels" in inputs and overrides.is_overridden(self, "compute_loss"):
+            inputs = relabelled(inputs)
         if self.compute_loss_func is not None:
+            if inputs["row_S"].shape[0] == 0:
+                return self.own_loss_of_nothing(model, inputs)
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
-            return loss * self.args.world_size
-        sums, metrics = self.loss(model, inputs)
-        self._add("train", metrics)
-        means = [total / self._step_counts[kind] for kind, total in sums.items()]
+            items = overrides.Items.of(self.step_count(None, inputs))
+            loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=items)
+            loss = overrides.scaled(self, inputs, loss, items.used)
+            return (loss, outputs) if return_outputs else loss
+        self.attachment.kept = [] if return_outputs else None
+        try:
+            sums, metrics = self.loss(model, inputs)
+            outputs = next(iter(self.attachment.kept or []), None)
+        finally:
+            self.attachment.kept = None
+        self._add(self.mode, metrics)
+        means = [total / self.step_count(kind, inputs) for kind, total in sums.items()]
         # Gradients are averaged over the ranks afterwards.
-        return torch.stack(means).sum() * self.args.world_size
+        loss = torch.stack(means).sum() * (self.args.world_size if self.mode == "train" else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def own_loss_of_nothing(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Zero, with a gradient of zero for every parameter that trains: what a rank without rows adds."""
+        sums, metrics = self.loss(model, batch)
+        if self.compute_loss_func is None and self.calls_ours:
+            self._add(self.mode, metrics)
+        return torch.stack(list(sums.values())).sum()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -484,7 +628,8 @@ class BaseTrainer(Adoptable, Trainer):
         return optimizer if self.is_deepspeed_enabled else low_bits.updates_in_float32(optimizer)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        with self._half_products(), offload.on_host(model) if self.args.activation_offloading else nullcontext():
+        on_host = offload.on_host(model) if self.args.activation_offloading else nullcontext()
+        with self._half_products(), on_host, overrides.completed(self):
             return super().training_step(model, *args, **kwargs)
 
     def compute_loss_context_manager(self) -> Any:
@@ -500,18 +645,42 @@ class BaseTrainer(Adoptable, Trainer):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Any, Any]:
         logits = labels = None
+        inputs = self._taken(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             self.before_step(model, [inputs], training=False)
             batch = self._prepare_inputs(inputs)
-            sums, metrics = self.loss(model, batch)
-            if "labels" in batch and not prediction_loss_only:
+            counts = self.counts(batch)
+            if overrides.has_own_loss(self):
+                loss = self.own_evaluation(model, batch, self._counted(batch), next(iter(counts.values())))
+            else:
+                sums, metrics = self.loss(model, batch)
+                self._add("eval", {**metrics, **self.parts(sums, counts)})
+                loss = torch.stack([total / max(counts[kind], 1) for kind, total in sums.items()]).sum()
+            if "labels" in batch and self.compute_metrics is not None and not prediction_loss_only:
                 labels = batch["labels"]
                 grid = {key: batch[key] for key in ("input_ids", "attention_mask")}
                 logits = model(**grid, use_cache=False).logits
                 self._refuse_to_keep(logits)
-        counts = self.counts(batch)
-        self._add("eval", {**metrics, **self.parts(sums, counts)})
-        return torch.stack([total / max(counts[kind], 1) for kind, total in sums.items()]).sum(), logits, labels
+        return loss, logits, labels
+
+    def own_evaluation(self, model: nn.Module, batch: Batch, counts: dict[str, Tensor], items: int) -> Tensor:
+        """The user's own loss on a batch as its share of `counts`, also added to the loss of the evaluation.
+
+        `items` are those of the first kind in the batch.
+        """
+        before, self._step_counts, self.mode = self._step_counts, counts, "eval"
+        try:
+            with overrides.completed(self):
+                share = self.compute_loss(model, batch, num_items_in_batch=self.step_count(None, batch))
+        finally:
+            self._step_counts, self.mode = before, "train"
+        by_rows = self.own_weight == overrides.ROWS
+        whole = counts[overrides.ROWS if by_rows else next(iter(counts))]
+        self._add_own(share.detach() * whole, batch["row_S"].shape[0] if by_rows else items)
+        return share
+
+    def _add_own(self, total: Tensor, items: int) -> None:
+        self._add("eval", {f"{_PART}own": Metric(total, float(items))})
 
     @staticmethod
     def parts(sums: dict[str, Tensor], counts: Mapping[str, float]) -> dict[str, Metric]:
@@ -537,11 +706,22 @@ class BaseTrainer(Adoptable, Trainer):
                 "or set batch_eval_metrics=True"
             )
 
+    def for_evaluation(self, dataset: Any, name: str) -> Any:
+        """A data set that was not given when the trainer was made, as `evaluate` and `predict` take it."""
+        return self._prepared(dataset, name)
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None,
                  metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
+            eval_dataset = self.for_evaluation(eval_dataset, metric_key_prefix)
+        self.eval_dataset = self._prepared(self.eval_dataset, "eval")  # another one may have been put there since
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None,
+                metric_key_prefix: str = "test") -> Any:  # fmt: skip
+        if self.compute_metrics is None:
+            say_once("predict returns metrics alone: logits are kept where compute_metrics= asks for them")
+        return super().predict(self.for_evaluation(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
@@ -549,7 +729,9 @@ class BaseTrainer(Adoptable, Trainer):
         self.before_evaluation(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self._reduced("eval", num_tokens=self._tokens_seen)  # seen in training so far, as upstream logs it
-        found["loss"] = sum(found.pop(name) for name in list(found) if name.startswith(_PART))
+        parts = [found.pop(name) for name in list(found) if name.startswith(_PART)]
+        if parts:  # none where a `prediction_step` of the user's own does without ours
+            found["loss"] = sum(parts)
         for name, value in found.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -563,6 +745,13 @@ class BaseTrainer(Adoptable, Trainer):
             raise NonFiniteError(self._what_is_not_finite(model))
         return grad_norm
 
+    numbers_of_sequences = "log-probs"
+
+    def sums_of_sequences(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model says of each sequence, [S], to find one of which it is not finite."""
+        stats = score(model, batch)
+        return seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+
     def _what_is_not_finite(self, model: nn.Module) -> str:
         where = f"step {self.state.global_step + 1}"
         remedy = "Lower the learning rate, prefer bf16 to fp16, or take the row out"
@@ -570,12 +759,12 @@ class BaseTrainer(Adoptable, Trainer):
         with torch.no_grad():
             for batch in self._step_batches:
                 batch = self._prepare_inputs(batch)
-                stats = score(model, batch)
-                sums_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+                sums_S = self.sums_of_sequences(model, batch)
                 bad += batch["row_S"][~torch.isfinite(sums_S)].tolist()
         if bad:
             rows = ", ".join(map(str, bad[:5]))
-            return f"{where}: the log-probs of row {rows} are not finite. {remedy}. The weights are unchanged."
+            what = self.numbers_of_sequences
+            return f"{where}: the {what} of row {rows} are not finite. {remedy}. The weights are unchanged."
         names = [name for name, parameter in model.named_parameters()
                  if parameter.grad is not None and not torch.isfinite(parameter.grad).all()]  # fmt: skip
         rows = sorted({row for batch in self._step_batches for row in batch["row_S"].tolist()})
@@ -759,6 +948,33 @@ class BaseTrainer(Adoptable, Trainer):
 def is_data_set(value: Any) -> bool:
     """Whether a dictionary's value is a data set (and not a column)."""
     return isinstance(value, str | Path | Dataset) or (isinstance(value, list) and value and isinstance(value[0], dict))
+
+
+def _train_split(splits: dict[str, Any]) -> Any:
+    """What to train on of a dictionary: its split `train`. A dictionary of columns is a data set by itself."""
+    if not all(is_data_set(value) for value in splits.values()):
+        return splits
+    dataset = formats.load(splits, "train") if hasattr(splits, "num_columns") else splits.get("train")
+    if dataset is None:
+        raise ValueError(
+            f"train_dataset is a dictionary of the data sets {', '.join(map(str, splits))}: pass one of them, or join "
+            "them with datasets.concatenate_datasets"
+        )
+    others = ", ".join(str(name) for name in splits if splits[name] is not dataset)
+    say_once(f"train_dataset holds several splits: `train` is trained on, and not {others or 'anything else'}")
+    return dataset
+
+
+def _lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each prepared row."""
+    total = np.zeros(len(dataset), dtype=np.int64)
+    columns = [name for name in dataset.column_names if name == "input_ids" or name.endswith("_ids")]
+    place = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        for name in columns:
+            total[place : place + len(table)] += pc.list_value_length(table[name]).to_numpy().astype(np.int64)
+        place += len(table)
+    return total
 
 
 def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> None:

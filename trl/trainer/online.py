@@ -58,6 +58,7 @@ from trl.rollout.score import check as check_rewards
 from trl.rollout.table import Table
 from trl.rollout.types import Completion, Request, Sampler, Sampling
 
+from . import overrides
 from .attributes import shows
 from .base import is_data_set
 from .preference import ReferencedTrainer
@@ -104,6 +105,7 @@ class OnlineTrainer(ReferencedTrainer):
 
     ref_columns = ()
     prepared_columns = frozenset({"prompt", "prompt_ids", "row"})
+    takes_lengths = False
     sampler: Sampler
 
     def __init__(
@@ -320,10 +322,13 @@ class OnlineTrainer(ReferencedTrainer):
         rounds = RowBatches(
             len(dataset),
             self.numbers.prompts,
-            shuffle=bool(args.shuffle_dataset),
+            shuffle=bool(args.shuffle_dataset) and args.train_sampling_strategy != "sequential",
             seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=args.dataloader_drop_last,
         )
+        if sampler_fn is not None and overrides.is_overridden(self, "_get_train_sampler"):
+            rounds = overrides.in_sampler_order(self, sampler_fn(dataset), rounds)
+        self._collate.labels = overrides.reads_batches(self) is not None
         tickets = Tickets(rounds, self.numbers.parts * args.num_iterations)
         return DataLoader(dataset, batch_sampler=tickets, collate_fn=self._collate)
 
@@ -548,7 +553,14 @@ class OnlineTrainer(ReferencedTrainer):
     # --- the step -------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        return [ticket for _, ticket in zip(range(num_batches), epoch_iterator, strict=False)], None
+        tickets = [ticket for _, ticket in zip(range(num_batches), epoch_iterator, strict=False)]
+        if any("rows" not in ticket for ticket in tickets):
+            raise ValueError(
+                f"get_train_dataloader of your own returned batches, but {type(self).__name__} draws its rounds of "
+                "prompts itself: override _get_train_sampler for an order of prompts, or sort the data set and set "
+                "shuffle_dataset=False"
+            )
+        return tickets, None
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         started = time.perf_counter()
@@ -576,6 +588,7 @@ class OnlineTrainer(ReferencedTrainer):
         if args.process_index == 0:
             self._tokens_seen += sum(len(each.ids) for each in samples)
             self._tokens_seen += sum(len(ids) for ids in {tuple(each.prompt_ids) for each in samples})
+        self._step_counts[overrides.ROWS] = torch.tensor(max(float(len(moving)), 1.0), device=args.device)
         moving = share(moving, args.world_size, args.process_index)
         groups = self._together(self._micro_batches(moving))
         # The step happens even if nothing moves.
@@ -589,7 +602,7 @@ class OnlineTrainer(ReferencedTrainer):
         # The loss is that of the whole step already; DeepSpeed would divide it by the accumulation it was set up for.
         unscaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         saved = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
-        with saved:
+        with saved, overrides.completed(self):
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 self.accelerator.sync_gradients = last  # DeepSpeed's engine steps where it is told so
@@ -656,12 +669,22 @@ class OnlineTrainer(ReferencedTrainer):
         batches = [self.lay(group) for group in self._micro_batches(samples)]
         self.before_step(model, batches, training=False)
         for batch in batches:
+            if overrides.has_own_loss(self):
+                counts = {**found, overrides.ROWS: float(len(samples))}
+                counts = {kind: torch.tensor(max(n, 1.0), device=self.args.device) for kind, n in counts.items()}
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    batch = self._prepare_inputs(batch)
+                    total += self.own_evaluation(model, batch, counts, batch["row_S"].shape[0])
+                continue
             with torch.no_grad(), self.compute_loss_context_manager():
                 sums, metrics = self.loss(model, self._prepare_inputs(batch))
             self._add("eval", {**metrics, **self.parts(sums, dict.fromkeys(sums, 0.0))})
             total += torch.stack([each / max(found[kind], 1.0) for kind, each in sums.items()]).sum()
         zero = torch.zeros((), device=self.args.device)
-        self._add("eval", self.parts(dict.fromkeys(found, zero), found))
+        if overrides.has_own_loss(self):
+            self._add_own(zero, 0)  # also where this rank has no rows
+        else:
+            self._add("eval", self.parts(dict.fromkeys(found, zero), found))
         return total, None, None
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,

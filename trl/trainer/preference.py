@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from trl.checkpoint import write_file
+from trl.config import say_once
 from trl.data.mixture import Mixture
 from trl.data.preference import prepare_preference_stream, prepare_preferences
 from trl.data.report import DataReport
@@ -35,6 +36,11 @@ from trl.models import load
 from .attributes import shows
 from .base import BaseTrainer
 
+# Collators of upstream and transformers that do nothing but pad what is prepared here.
+PADDING_COLLATORS = (
+    *("DataCollatorForPreference", "DataCollatorForUnpairedPreference", "DPODataCollatorWithPadding"),
+    *("RewardDataCollatorWithPadding", "DataCollatorWithPadding"),
+)
 ANSWERED, LONGEST_ANSWER = 8, 128  # prompts answered at an evaluation, and tokens of an answer
 # Rows whose reference log-probs are computed together and kept in one file; of a stream, that many are read ahead.
 SHARD, STREAM_SHARD = 4096, 512
@@ -43,13 +49,19 @@ SHARD, STREAM_SHARD = 4096, 512
 class PreferenceTrainer(BaseTrainer):
     """A trainer on rows of prompts and judged completions."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("data_collator") is not None:
-            raise ValueError(
-                f"{type(self).__name__} lays its batches out itself, prompts with their completions under them, which "
-                "a data_collator cannot do: leave it out"
-            )
-        super().__init__(*args, **kwargs)
+    takes_grids = False
+
+    def _users_collator(self, collator: Callable | None) -> Callable | None:
+        if collator is None:
+            return None
+        if type(collator).__name__ in PADDING_COLLATORS:
+            say_once(f"{type(collator).__name__} is left out: it pads, and batches are laid out without it here")
+            return None
+        raise ValueError(
+            f"{type(self).__name__} lays its batches out itself, prompts with their completions under them, which a "
+            "data_collator cannot do: leave it out. What becomes of a row is changed in the data set, or by a subclass "
+            "that overrides `batch`"
+        )
 
     kind = "pairs"  # how rows are read: `data.preference.prepare_preferences`
     prepared_columns = frozenset({"prompt_ids", "chosen_ids", "rejected_ids", "row"})
@@ -313,16 +325,18 @@ class ReferencedTrainer(PreferenceTrainer):
             )
         return [*super().report(), f"reference: {self.reference.description}{moves}"]
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if eval_dataset is not None and not isinstance(eval_dataset, str) and self.ref_is_column:
-            eval_dataset = self._prepared(eval_dataset, "eval")
-            has = set(self.ref_columns) <= set(eval_dataset.column_names)
+    def for_evaluation(self, dataset: Any, name: str) -> Any:
+        dataset = super().for_evaluation(dataset, name)
+        if not self.ref_is_column:
+            return dataset
+        for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            has = set(self.ref_columns) <= set(each.column_names)
             if not has and self.reference is None and self.state.global_step:
                 raise ValueError(
                     "with precompute_ref_log_probs the reference is gone once training has begun: pass this data set "
                     "as eval_dataset when the trainer is made, or turn precompute_ref_log_probs off"
                 )
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return dataset
 
     def method_state(self) -> dict[str, Any]:
         if not self.args.sync_ref_model or self.reference is None:

@@ -55,6 +55,8 @@ class ScalarTrainer(PreferenceTrainer):
         peft_config.task_type = self.task_type
         return peft_config
 
+    numbers_of_sequences = "scores"
+
     def sums_of_sequences(self, model: nn.Module, batch: Batch) -> Tensor:
         scores_N = scalars(model, batch).sum(-1)
         return scores_N.new_zeros(batch["row_S"].shape[0]).index_add(0, batch["seq_N"], scores_N)
