@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from tests.distributed import worker
 from tests.engine import families
-from tests.trainer import test_online
+from tests.trainer import test_online, test_overrides
 from tests.trainer.helpers import first_gradient
 from trl.engine.score import attach, score
 from trl.rollout.generate import InProcessSampler
@@ -53,6 +53,21 @@ def test_ddp_equals_one_process(tmp_path, smol_path):
                 line = json.loads((tmp_path / f"{name}.json").read_text())
                 for metric in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
                     assert line[metric] == pytest.approx(alone.state.log_history[0][metric], rel=1e-5), (name, metric)
+
+
+def test_losses_of_ones_own_equal_one_process(tmp_path, smol_path):
+    """Made of ours, of `num_items_in_batch`, or a mean over the rows of the micro-batch."""
+    done = launch("own_losses", tmp_path, smol_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    for cls in test_overrides.DISTRIBUTED:
+        settings = {"max_steps": 1, "per_device_train_batch_size": 5}
+        rows = worker.chat_rows(5)
+        alone = test_overrides.made(cls, tmp_path / "alone", tokenizer, rows, rows, settings)
+        found = json.loads((tmp_path / f"{cls.__name__}.json").read_text())
+        assert found["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-5), cls
+        assert_same(torch.load(tmp_path / f"{cls.__name__}.pt"), first_gradient(alone), cls.__name__)
+        assert found["loss"] == pytest.approx(test_overrides.logged(alone)["loss"], rel=1e-5), cls
 
 
 def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
 from tests.engine import families
-from tests.trainer import test_online
+from tests.trainer import test_online, test_overrides
 from tests.trainer.helpers import (
     chat_rows,
     first_gradient,
@@ -404,6 +404,20 @@ def resumes(out, tokenizer):
         (out / "resume.json").write_text(json.dumps(lines))
 
 
+def own_losses(out, tokenizer):
+    """Five rows: one rank's last batch is empty, and no loss of the user's own is asked about it."""
+    for cls in test_overrides.DISTRIBUTED:
+        settings = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        rows = chat_rows(5)
+        run = test_overrides.made(cls, out / "run", tokenizer, rows, rows, {**settings, "per_device_eval_batch_size": 2})
+        evaluated = run.evaluate()["eval_loss"]
+        gradient = first_gradient(run)
+        if dist.get_rank() == 0:
+            torch.save(gradient, out / f"{cls.__name__}.pt")
+            found = {"eval_loss": evaluated, "loss": test_overrides.logged(run)["loss"]}
+            (out / f"{cls.__name__}.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
     mode, out, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
@@ -412,6 +426,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     modes = {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws}
     modes = {**modes, "resumes": resumes, "samples": samples, "shares": shares}
+    modes["own_losses"] = own_losses
     {**modes, "sharded_preferences": sharded_preferences, "deepspeed": deepspeed}[mode](out, tokenizer)
     if dist.is_initialized():
         dist.destroy_process_group()

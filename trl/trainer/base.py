@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -53,6 +54,7 @@ from trl.engine.forest import Batch, computed, gridded, padded, relabelled, trai
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, low_bits, offload, vocabulary
+from trl.models.compiled import compile_tokenwise
 from trl.options import check_trackers, unused_by_trainer
 
 from . import overrides
@@ -108,17 +110,18 @@ class Collate:
         assert self.users is not None
         if self.raw:
             return self.users(rows)
+        paddable = [PaddableRow(row) for row in rows]
         try:
-            return self.users([PaddableRow(row) for row in rows])
+            return self.users(paddable)
         except ValueError as error:
             # `tokenizer.pad` pads everything but labels: what calls it makes labels itself, or leaves them as they are.
             if "labels" not in str(error):
                 raise
         batch = self.users([PaddableRow(row, labels=False) for row in rows])
-        if "labels" in batch:
+        if batch.get("labels") is not None:
             return batch
         labels = torch.full_like(batch["input_ids"], -100)
-        flat = [label for row in rows for label in PaddableRow.labels(row)]
+        flat = [label for row in paddable for label in row["labels"]]
         labels[batch["attention_mask"].bool()] = torch.tensor(flat)
         return {**batch, "labels": labels}
 
@@ -329,6 +332,23 @@ class BaseTrainer(Adoptable, Trainer):
         self._step_counts: dict[str, Tensor] = {}  # of its items, on all ranks
         self._between_logs: dict[str, Any] | None = None
         self.ready()
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compile what keeps its shape from batch to batch.
+
+        accelerate would compile the whole model, which torch gives up after some batches: each has other segments.
+        """
+        plugin = self.accelerator.state.dynamo_plugin
+        self._compiled_parts = None
+        if plugin.backend == DynamoBackend.NO:
+            return
+        options = plugin.to_kwargs()
+        plugin.backend = DynamoBackend.NO
+        # `TrainingArguments` puts the wish into the environment, where every later run of the process would find it.
+        os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
+        wanted = {"backend": options["backend"], "mode": options.get("mode")}
+        self._compiled_parts = compile_tokenwise(self.model, **wanted)
 
     def load_model(self, name: str, **kwargs: Any) -> Any:
         """The model that goes by a name or path."""
@@ -450,6 +470,11 @@ class BaseTrainer(Adoptable, Trainer):
         if self._collate.users is not None:
             name = getattr(self._collate.users, "__name__", type(self._collate.users).__name__)
             lines.append(f"data_collator: {name} says which tokens are trained")
+        if self._compiled_parts is not None:
+            lines.append(
+                f"torch_compile: {self._compiled_parts} parts of layers (norms, feed-forward) are compiled, for all "
+                "lengths; attention by segment and the head run as they are"
+            )
         if self.attachment.head_reason:
             lines.append(f"engine: full logits, because {self.attachment.head_reason}")
         own_loader = overrides.is_overridden(self, "get_train_dataloader")
@@ -597,7 +622,8 @@ class BaseTrainer(Adoptable, Trainer):
             inputs = relabelled(inputs)
         if self.compute_loss_func is not None:
             if inputs["row_S"].shape[0] == 0:
-                return self.own_loss_of_nothing(model, inputs)
+                nothing = self.own_loss_of_nothing(model, inputs)
+                return (nothing, None) if return_outputs else nothing
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             items = overrides.Items.of(self.step_count(None, inputs))
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=items)
@@ -762,7 +788,7 @@ class BaseTrainer(Adoptable, Trainer):
                 sums_S = self.sums_of_sequences(model, batch)
                 bad += batch["row_S"][~torch.isfinite(sums_S)].tolist()
         if bad:
-            rows = ", ".join(map(str, bad[:5]))
+            rows = ", ".join(map(str, sorted(set(bad))[:5]))
             what = self.numbers_of_sequences
             return f"{where}: the {what} of row {rows} are not finite. {remedy}. The weights are unchanged."
         names = [name for name, parameter in model.named_parameters()

@@ -95,7 +95,8 @@ def completed(trainer: Any) -> Iterator[None]:
         model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if inputs["row_S"].shape[0] == 0:
-            return trainer.own_loss_of_nothing(model, inputs)
+            nothing = trainer.own_loss_of_nothing(model, inputs)
+            return (nothing, None) if return_outputs else nothing
         items = Items.of(trainer.step_count(None, inputs) if num_items_in_batch is None else num_items_in_batch)
         trainer.calls_ours = False
         given: dict[str, Any] = {"num_items_in_batch": items} if takes_items else {}

@@ -1,0 +1,44 @@
+"""What `torch_compile` compiles."""
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def compile_tokenwise(model: nn.Module, **options: Any) -> int:
+    """Compile, in place, the parts of each layer that act on every token by itself, and return how many there are.
+
+    Of a batch these parts (norms, feed-forward) see how many tokens it has and nothing else, so that they are compiled
+    once for all lengths. Attention by segment and the chunked head read lengths that differ in every batch: they would
+    be compiled for each anew, until torch gives up and runs them as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    parts = [part for layer in layers for part in layer.children() if _is_tokenwise(part)]
+    for part in parts:
+        # Not `part.compile`: the code of `Module.__call__` would be shared by all parts, and with it torch's limit on
+        # how often one code is compiled.
+        part.forward = types.MethodType(_compiled(type(part), tuple(sorted(options.items()))), part)
+    return len(parts)
+
+
+_found: dict[tuple[type, tuple], Any] = {}
+
+
+def _compiled(cls: type[nn.Module], options: tuple) -> Any:
+    """The compiled `forward` of a class, one for all layers."""
+    if (cls, options) not in _found:
+        _found[cls, options] = torch.compile(cls.forward, dynamic=True, **dict(options))
+    return _found[cls, options]
+
+
+def _is_tokenwise(part: nn.Module) -> bool:
+    """Experts are told apart: which of them a token visits is known only as the layer runs."""
+    if not any(True for _ in part.parameters()) or "forward" in vars(part):
+        return False
+    modules = list(part.modules())
+    names = {name.rpartition(".")[2] for name, _ in part.named_modules()}
+    mixes = any(hasattr(each, "layer_idx") or "attention" in type(each).__name__.lower() for each in modules)
+    return not mixes and not names & {"experts", "router", "gate"}
