@@ -407,9 +407,11 @@ def resumes(out, tokenizer):
 def own_losses(out, tokenizer):
     """Five rows: one rank's last batch is empty, and no loss of the user's own is asked about it."""
     for cls in test_overrides.DISTRIBUTED:
-        settings = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-        rows = chat_rows(5)
-        run = test_overrides.made(cls, out / "run", tokenizer, rows, rows, {**settings, "per_device_eval_batch_size": 2})
+        settings = {
+            "max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+            "per_device_eval_batch_size": 2,
+        }  # fmt: skip
+        run = test_overrides.made(cls, out / "run", tokenizer, chat_rows(5), chat_rows(5), settings)
         evaluated = run.evaluate()["eval_loss"]
         gradient = first_gradient(run)
         if dist.get_rank() == 0:
