@@ -781,7 +781,10 @@ def refuse_hooks(cls: type, instance: Mapping[str, Any] | None = None) -> None:
     parts = [part for part in cls.__mro__ if part.__module__.split(".")[0] != "transformers"]
     of_users = [vars(part) for part in parts if part.__module__.split(".")[0] != "trl"]
     for name, (ours, words) in hooks.items():
-        found = any(name in vars(part) for part in parts) or name in (instance or {})
+        given = [(part.__module__, vars(part)[name]) for part in parts if name in vars(part)]
+        # A function that was put into one of our classes is the user's.
+        found = any(getattr(each, "__module__", module).split(".")[0] != "trl" for module, each in given)
+        found = found or name in (instance or {})
         if found and not any(each in names for each in ours for names in of_users):
             raise ArgumentError(f"{cls.__name__}.{name} is never called by this library: override {words}")
 
