@@ -421,6 +421,10 @@ def test_the_model_card_says_what_was_done(tmp_path, tokenizer, tiny_path):
         "tags": ["generated_from_trainer", "trl", "of my own", "first", "second"],
     }
     assert "trained by the method `of my own`" in card and 'from_pretrained("me/model")' in card
+    cards = []
+    trainer.create_model_card = lambda model_name=None, dataset_name=None, tags=None: cards.append(model_name)
+    trainer.save_model(str(tmp_path / "again"))
+    assert cards == [None] and (tmp_path / "again" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])

@@ -24,6 +24,7 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
 """
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -841,7 +842,11 @@ class BaseTrainer(Adoptable, Trainer):
         with adapters.twin_hidden(self.model):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.create_model_card(folder=output_dir)  # over PEFT's own; a push to the Hub writes it again by itself
+            # Over PEFT's own; a push to the Hub writes it again by itself.
+            takes = inspect.signature(self.create_model_card).parameters.values()
+            knows_folder = any(each.name == "folder" or each.kind is each.VAR_KEYWORD for each in takes)
+            # An override may have upstream's three arguments alone; it writes into the output folder.
+            self.create_model_card(**({"folder": output_dir} if knows_folder else {}))
 
     def create_model_card(
         self,
