@@ -472,6 +472,7 @@ def test_a_method_of_ones_own_gets_a_card(tmp_path, tokenizer):
     assert "`mine`, a method of its own" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own look at its inputs
 def test_torch_compile_compiles_what_keeps_its_shape(tmp_path, tokenizer):
     """Batches of other lengths compile nothing anew, and no value changes."""
     from torch._dynamo.utils import counters

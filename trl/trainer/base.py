@@ -991,8 +991,9 @@ def _train_split(splits: dict[str, Any]) -> Any:
             f"train_dataset is a dictionary of the data sets {', '.join(map(str, splits))}: pass one of them, or join "
             "them with datasets.concatenate_datasets"
         )
-    others = ", ".join(str(name) for name in splits if splits[name] is not dataset)
-    say_once(f"train_dataset holds several splits: `train` is trained on, and not {others or 'anything else'}")
+    taken = next((name for name in splits if splits[name] is dataset), "train")
+    others = ", ".join(str(name) for name in splits if name != taken)
+    say_once(f"train_dataset is a dictionary of splits: `{taken}` is trained on" + f", and not {others}" * bool(others))
     return dataset
 
 
