@@ -341,15 +341,16 @@ def test_data_and_collator_changed_after_construction(tmp_path, tokenizer):
 
 
 def test_collators_of_other_methods(tmp_path, tokenizer, capsys):
-    class DataCollatorForPreference:
-        pass
+    from trl.data.collators import DataCollatorForPreference
 
     config = DPOConfig(**{**DEFAULTS, "output_dir": str(tmp_path)})
-    trainer = DPOTrainer(tiny(tokenizer), None, config, DataCollatorForPreference(), train_dataset=pair_rows(4),
+    trainer = DPOTrainer(tiny(tokenizer), None, config, DataCollatorForPreference(0), train_dataset=pair_rows(4),
                          processing_class=tokenizer)  # fmt: skip
     assert "DataCollatorForPreference is left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="lays its batches out itself"):
         trainer.data_collator = len
+    with pytest.raises(ValueError, match="set max_length=9 in DPOConfig"):
+        trainer.data_collator = DataCollatorForPreference(0, max_length=9)
 
 
 def test_the_train_split_of_a_dictionary(tmp_path, tokenizer, capsys):

@@ -39,7 +39,7 @@ from .base import BaseTrainer
 # Collators of upstream and transformers that do nothing but pad what is prepared here.
 PADDING_COLLATORS = (
     *("DataCollatorForPreference", "DataCollatorForUnpairedPreference", "DPODataCollatorWithPadding"),
-    *("RewardDataCollatorWithPadding", "DataCollatorWithPadding"),
+    *("RewardDataCollatorWithPadding", "DataCollatorWithPadding", "DataCollatorForPairs"),
 )
 ANSWERED, LONGEST_ANSWER = 8, 128  # prompts answered at an evaluation, and tokens of an answer
 # Rows whose reference log-probs are computed together and kept in one file; of a stream, that many are read ahead.
@@ -55,6 +55,12 @@ class PreferenceTrainer(BaseTrainer):
         if collator is None:
             return None
         if type(collator).__name__ in PADDING_COLLATORS:
+            length = getattr(collator, "max_length", None)
+            if length is not None and length != self.args.max_length:
+                raise ValueError(
+                    f"{type(collator).__name__} has max_length={length}: rows are cut when they are prepared; set "
+                    f"max_length={length} in {type(self.args).__name__} and leave the collator out"
+                )
             say_once(f"{type(collator).__name__} is left out: it pads, and batches are laid out without it here")
             return None
         raise ValueError(
