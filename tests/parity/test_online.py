@@ -13,7 +13,7 @@ import trl
 from tests.parity import tiny
 from tests.parity.test_parity import check
 from tests.trainer.helpers import DEFAULTS
-from trl.trainer.online import Sample
+from trl.rollout.rounds import Tokens, TrainingTrace
 
 RECORDED = {name: json.loads((Path(__file__).parent / f"{name}.json").read_text()) for name in ("grpo", "rloo")}
 CASES = [(method, name) for method, recorded in RECORDED.items() for name in recorded["cases"]]
@@ -46,18 +46,15 @@ def make(path: Path, method: str, settings: dict[str, Any], *, on_policy: bool =
     return trainer
 
 
-def samples(method: str, case: dict[str, Any]) -> list[Sample]:
+def samples(method: str, case: dict[str, Any]) -> list[TrainingTrace]:
     rows = RECORDED[method]["rows"]
     drawn = "sampler_logps" if case["corrected"] else "old_logps"
     found = []
     for index, row in enumerate(rows):
         further = {"old_logps": row["old_logps"]} if case["corrected"] and case["old"] == "rows" else {}
-        found.append(
-            Sample(
-                index // 3, row["prompt_ids"], row["completion_ids"], row[drawn], row["advantage"], row["ref_logps"],
-                True, **further,
-            )
-        )  # fmt: skip
+        ids = row["completion_ids"]
+        tokens = Tokens(ids, row[drawn], row["ref_logps"], **further)
+        found.append(TrainingTrace(index // 3, row["prompt_ids"], len(ids), row["advantage"], True, tokens))
     return found
 
 
@@ -142,6 +139,6 @@ def test_who_computes_log_probs_of_its_own(tmp_path, correct, iterations):
     rows = [{"row": 0, "prompt": "w5 w6", "prompt_ids": [5, 6]}, {"row": 1, "prompt": "w7", "prompt_ids": [7]}]
     for sample in trainer._draw(rows, 3, training=True):
         if not trainer.needs_old():
-            assert sample.old_logps is None
+            assert sample.tokens.old_logps is None
         else:  # the sampler is the trainer's own: they say the same
-            assert sample.old_logps == pytest.approx(sample.logps, abs=1e-4)
+            assert sample.tokens.old_logps == pytest.approx(sample.tokens.logps, abs=1e-4)

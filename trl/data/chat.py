@@ -97,6 +97,15 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
     return _chat_template(tokenizer, *state)
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text or a turn: the tokenizer's end token, and what ends a turn in its chat template."""
+    found = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        template = chat_template(tokenizer)
+        found |= {tokenizer.convert_tokens_to_ids(name) for name in template.special.findall(template.facts().end)}
+    return found - {None}
+
+
 class Lead(NamedTuple):
     """What stands before an assistant content: `header`, with which the generation prompt ends, then what the template
     writes before the content and the model must learn (`written`, usually nothing; an empty think block in some)."""

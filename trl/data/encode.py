@@ -44,6 +44,12 @@ class Tokens(NamedTuple):
     straddles: bool = False
 
 
+def bos_doubled(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
+    """Whether the tokenizer added a beginning of text to a text that has one."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(ids[:2]) == [bos, bos] and text.startswith(str(tokenizer.bos_token))
+
+
 class Encoder:
     """Base of the functions that `datasets.map` runs over batches: pickled and hashed, so it holds plain values only.
 
@@ -248,8 +254,8 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _finish(self, text: Text, ids: list[int], mask: list[bool], plain: bool, straddles: bool) -> Tokens:
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        doubled = bos is not None and ids[:2] == [bos, bos] and text.text.startswith(str(self.tokenizer.bos_token))
+        eos = self.tokenizer.eos_token_id
+        doubled = bos_doubled(self.tokenizer, text.text, ids)
         if doubled:
             ids, mask = ids[1:], mask[1:]
         if plain and self.recipe.add_eos and not text.open and eos is not None:
@@ -275,9 +281,4 @@ class Encoder:
 
     def _stops(self) -> set[int]:
         """The tokens that end a text or a turn."""
-        stops = {self.tokenizer.eos_token_id} - {None}
-        if self.tokenizer.chat_template:
-            template = chat.chat_template(self.tokenizer)
-            for name in template.special.findall(template.facts().end):
-                stops.add(self.tokenizer.convert_tokens_to_ids(name))
-        return stops
+        return chat.end_tokens(self.tokenizer)

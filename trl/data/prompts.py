@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from . import chat
+from .encode import RECIPE, bos_doubled
 from .formats import DataError, is_talk, messages_of, place, text_of, without_none
 from .report import show
 
@@ -30,6 +31,7 @@ class PromptReport:
     max_prompt_length: int | None = None
     sample: str = ""
     columns: list[str] = field(default_factory=list)
+    bos_doubled: int = 0
 
     def lines(self) -> list[str]:
         """The report as plain lines."""
@@ -43,6 +45,8 @@ class PromptReport:
             lines.append(
                 f"warning: {self.cut:,} prompts lost their beginning to fit max_prompt_length={self.max_prompt_length}"
             )
+        if self.bos_doubled:
+            lines.append(f"beginning of text: written in {self.bos_doubled:,} prompts already, so not added again")
         return [*lines, f"row 0: {self.sample}"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,9 +66,9 @@ def prepare_prompts(
     """The data set with `prompt` (a string or a list of messages), `prompt_ids`, `row` and its other columns.
 
     Conversations go through the chat template, with `add_generation_prompt`, the row's `tools` and
-    `chat_template_kwargs`; strings are tokenised as they are. Of conversations that end with the assistant's turn, that
-    turn is left out. A prompt longer than `max_prompt_length` tokens loses its beginning. Raises `DataError`, which
-    names the row, the field and the remedy.
+    `chat_template_kwargs`; strings are tokenised as they are, and one that is written with a beginning of text gets no
+    second. Of conversations that end with the assistant's turn, that turn is left out. A prompt longer than
+    `max_prompt_length` tokens loses its beginning. Raises `DataError`, which names the row, the field and the remedy.
     """
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")
@@ -79,8 +83,8 @@ def prepare_prompts(
     prepared = dataset.with_format(None).map(
         read, batched=True, with_indices=True, num_proc=num_proc, desc=f"Tokenising {name}"
     )
-    lengths = np.array(prepared["_length"])
-    prepared = prepared.remove_columns("_length")
+    lengths, doubled = np.array(prepared["_length"]), sum(prepared["_bos_doubled"])
+    prepared = prepared.remove_columns(["_length", "_bos_doubled"])
     how = "conversations, through the chat template" if talk else "strings, tokenised as they are"
     sentence = f"`{column}` read as {how}"
     if not talk and tokenizer.chat_template:
@@ -95,6 +99,7 @@ def prepare_prompts(
         max_prompt_length=max_prompt_length,
         sample=show(tokenizer, prepared[0]["prompt_ids"], [False] * len(prepared[0]["prompt_ids"])),
         columns=[each for each in prepared.column_names if each not in ("prompt", "prompt_ids", "row")],
+        bos_doubled=doubled,
     )
     return prepared, report
 
@@ -112,6 +117,7 @@ class Read:
     ) -> None:
         self.tokenizer, self.column, self.talk = tokenizer, column, talk
         self.max_prompt_length, self.template_kwargs = max_prompt_length, template_kwargs
+        self.recipe = RECIPE  # a part of the fingerprint
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         prompts: list[Any] = []
@@ -138,11 +144,14 @@ class Read:
         for position, row in enumerate(indices):
             if not ids[position]:
                 raise DataError(f"{place(row, self.column)} is empty: there is nothing to answer. Remove the row.")
+        doubled = [bos_doubled(self.tokenizer, text, each) for text, each in zip(texts, ids, strict=True)]
+        ids = [each[1:] if twice else each for each, twice in zip(ids, doubled, strict=True)]
         limit = self.max_prompt_length
         found = {"prompt_ids": [each if limit is None else each[-limit:] for each in ids]}
         if self.column != "prompt" or self.talk:
             found["prompt"] = prompts
-        return {**batch, **found, "row": list(indices), "_length": [len(each) for each in ids]}
+        lengths = [len(each) for each in ids]
+        return {**batch, **found, "row": list(indices), "_length": lengths, "_bos_doubled": doubled}
 
     def _options(self, batch: Mapping[str, list[Any]], position: int) -> dict[str, Any]:
         options = dict(self.template_kwargs)

@@ -2,6 +2,9 @@
 
 `N` trained tokens, `S` sequences. A ratio is that of the policy to the one that drew the tokens; `pool` says over what
 its logarithm is averaged first. Advantages are per token, all alike in a sequence.
+
+The exponential of a log-ratio is exact up to `MAX_LOG_RATIO` and follows its tangent beyond. In fp32 that of more than
+88 is infinite, and its gradient is not a number even where clipping takes the ratio out of the loss.
 """
 
 import math
@@ -11,9 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tokens import seq_mean, seq_sum
+from .tokens import bounded_exp, seq_mean, seq_sum
+
+# A ratio of 5e8 says no more than a larger one, and its gradient still has a norm in fp32.
+MAX_LOG_RATIO = 20.0
 
 # --- the ratio ------------------------------------------------------------------------------------------------------
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """`exp(log_ratio)`, exact up to `MAX_LOG_RATIO` and along its tangent beyond, in any shape."""
+    return bounded_exp(log_ratio, MAX_LOG_RATIO)
 
 
 def pool(log_ratio_N: Tensor, *, seq_N: Tensor, sequences: int, importance_sampling_level: str) -> Tensor:
@@ -139,7 +150,7 @@ def gmpo(
     chosen_N = torch.where(
         advantage_N >= 0, torch.minimum(log_ratio_N, clipped_N), torch.maximum(log_ratio_N, clipped_N)
     )
-    return -advantage_N * seq_mean(chosen_N, seq_N, sequences).exp()[seq_N]
+    return -advantage_N * ratio(seq_mean(chosen_N, seq_N, sequences))[seq_N]
 
 
 # --- what else a token adds -----------------------------------------------------------------------------------------
@@ -147,11 +158,12 @@ def gmpo(
 
 def k3(*, logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
     """`exp(q) - q - 1` with `q = log ref - log pi`: an estimate of KL(pi || ref) that is never negative, [N] -> [N].
+    The exponential is `ratio`'s.
 
     Schulman 2020, "Approximating KL divergence", k3; arXiv:2402.03300, equation 4.
     """
     gap_N = ref_logp_N - logp_N
-    return torch.exp(gap_N) - gap_N - 1
+    return ratio(gap_N) - gap_N - 1
 
 
 def off_policy_keep(
@@ -184,6 +196,7 @@ def correction(
 
     `mode` is `token_truncate`, `token_mask`, `sequence_truncate`, `sequence_mask`, or the same with `geometric` (the
     mean of a sequence's log-ratios in place of their sum): ratios outside `[low, high]` are set to the bound, or to 0.
+    Without a `high`, a weight is at most `exp(MAX_LOG_RATIO)`.
     Truncated and masked importance sampling, Yao et al. 2025 ("Your efficient RL framework secretly brings you
     off-policy RL training") and Liu et al. 2025.
     """
@@ -193,7 +206,7 @@ def correction(
         gap_N = seq_sum(gap_N, seq_N, sequences)[seq_N]
     elif level == "geometric":
         gap_N = seq_mean(gap_N, seq_N, sequences)[seq_N]
-    ratio_N = gap_N.exp()
+    ratio_N = gap_N.clamp(max=MAX_LOG_RATIO).exp()
     if what == "truncate":
         return ratio_N.clamp(low, high) if low is not None or high is not None else ratio_N
     outside_N = torch.zeros_like(ratio_N, dtype=torch.bool)
@@ -202,6 +215,15 @@ def correction(
     if high is not None:
         outside_N |= ratio_N > high
     return ratio_N.masked_fill(outside_N, 0.0)
+
+
+def quantile(values_N: Tensor, share: float) -> Tensor:
+    """The value that `share` of all values lie below, linear between neighbours: `torch.quantile`, which refuses more
+    than 2^24 values. [N] -> scalar."""
+    order_N = values_N.sort().values
+    place = share * (len(order_N) - 1)
+    below = min(math.floor(place), max(len(order_N) - 2, 0))
+    return torch.lerp(order_N[below], order_N[min(below + 1, len(order_N) - 1)], place - below)
 
 
 def high_entropy(entropy_N: Tensor, *, threshold: Tensor) -> Tensor:

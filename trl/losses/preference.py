@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tokens import position, seq_mean, seq_sum
+from .tokens import bounded_exp, position, seq_mean, seq_sum
 
 
 class Step(NamedTuple):
@@ -218,10 +218,10 @@ def apo_down(*, chosen_logratio_P: Tensor, rejected_logratio_P: Tensor, beta: fl
 
 def discopop(*, chosen_score_P: Tensor, rejected_score_P: Tensor, beta: float, discopop_tau: float) -> Tensor:
     """`(1 - m) (-log s(x)) + m exp(-x)` with `x = beta d`, `m = s(x / tau)`, -> [P]. DiscoPOP, Lu et al. 2024,
-    arXiv:2406.08414, equation 5."""
+    arXiv:2406.08414, equation 5. Of a tau above 1, `exp` follows its tangent where its exponent is above 80."""
     logit_P = beta * (chosen_score_P - rejected_score_P)
     # m exp(-x) as one exponential: far below zero m vanishes, which would meet an infinite exp(-x).
-    mixed_exp_P = (F.logsigmoid(logit_P / discopop_tau) - logit_P).exp()
+    mixed_exp_P = bounded_exp(F.logsigmoid(logit_P / discopop_tau) - logit_P, 80.0)
     return mixed_exp_P - torch.sigmoid(-logit_P / discopop_tau) * F.logsigmoid(logit_P)
 
 

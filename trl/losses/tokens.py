@@ -43,3 +43,9 @@ def position(seq_N: Tensor, sequences: int) -> Tensor:
     length_S = seq_count(seq_N, sequences)
     start_S = length_S.cumsum(0) - length_S
     return torch.arange(len(seq_N), device=seq_N.device) - start_S[seq_N]
+
+
+def bounded_exp(values: Tensor, limit: float) -> Tensor:
+    """`exp(values)` up to `limit`, and its tangent there beyond it, so that the result is finite and grows, and the
+    gradient is at most `exp(limit)` and never of another sign."""
+    return values.clamp(max=limit).exp() * (1 + (values - limit).relu())

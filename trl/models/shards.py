@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -10,6 +11,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(each, FullyShardedDataParallel) for each in model.modules()) or any(
         isinstance(each, DTensor) for each in model.parameters()
     )
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The model as it computes without DDP, which sends buffers from rank to rank when it is called: ranks that call it
+    different numbers of times would wait for one another. Wrappers of sharded weights stay."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def local_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin
 
 from trl.config import say_once
+from trl.data.chat import end_tokens
 from trl.engine.linear import few_rows
 from trl.engine.score import causal_lm, evaluating
 from trl.models.shards import is_sharded
@@ -69,6 +70,17 @@ def describe(sampling: Sampling) -> str:
         parts.append(f"stops at {', '.join(map(str, sampling.stop_ids))}")
     parts += [f"stops after {string!r}" for string in sampling.stop_strings]
     return ", ".join(parts)
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """The tokens that end a completion: the end tokens of the model's own `generate`, that of the tokenizer, and those
+    that end a turn in the chat template."""
+    base = causal_lm(model)
+    own = getattr(base, "generation_config", None) or base.config
+    ends = own.eos_token_id
+    found = end_tokens(tokenizer) | set(ends if isinstance(ends, list | tuple) else [ends])
+    # A tokenizer may know more tokens than the model does.
+    return {each for each in found - {None} if each < base.get_input_embeddings().num_embeddings}
 
 
 class InProcessSampler:

@@ -1,9 +1,11 @@
-"""What is drawn at once and trained on in some steps: a round of whole groups, in plain values.
+"""What is drawn at once and trained on in some steps: a round of whole groups.
 
-A group is the completions of one prompt, `G` of them. Every rank holds the whole round, so that what a step trains on
-depends neither on how many ranks there are nor on who drew it, and so that a checkpoint has all of it.
+A group is the completions of one prompt, `G` of them. Every rank knows the prompt, the length and the advantage of
+every completion, so that what a step trains on depends neither on the number of ranks nor on the rank that drew it. The
+tokens of a completion are on one rank alone, its holder: first the rank that drew it, then the one that trains on it.
 """
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,38 +16,46 @@ import numpy as np
 from trl.data.batches import RowBatches
 from trl.data.collate import Branch, Tree
 
-from .types import Completion
+SLACK = 1.05  # of the mean of tokens: so much a rank may get before a group is shared out
 
 
-class Drawn(NamedTuple):
-    """A completion, and what was said of it."""
+class Tokens(NamedTuple):
+    """The tokens of a completion, an int32 array, and their log-probs, fp32 arrays of the same length."""
+
+    ids: Any
+    logps: Any  # of the policy that drew it, by the sampler
+    ref_logps: Any = None  # of the reference
+    old_logps: Any = None  # of the policy that drew it, by the trainer, where the sampler's are others
+
+
+class ScoredTrace(NamedTuple):
+    """A completion and its rewards. What its holder alone has is None elsewhere."""
 
     row: int
-    prompt: Any
-    prompt_ids: list[int]
-    completion: Completion
-    text: str
+    prompt_ids: Any  # an int32 array, one for all completions of the prompt
+    length: int
+    finished: bool
     rewards: list[float]  # by each function; NaN where one does not apply
-    ref_logps: list[float] | None
-    old_logps: list[float] | None
-    extra: dict[str, Any]  # what the functions want to see beside it
+    kl: float  # divergence from the reference, as its own tokens estimate it; 0 where nobody asks
+    holder: int
+    tokens: Tokens | None
+    shown: dict[str, Any] | None = None  # what the table of completions shows of it, where it is written
 
 
-class Sample(NamedTuple):
-    """One completion, ready to be trained on."""
+class TrainingTrace(NamedTuple):
+    """One completion, ready to be trained on. What its holder alone has is None elsewhere."""
 
     row: int
-    prompt_ids: list[int]
-    ids: list[int]
-    logps: list[float]  # of the policy that drew it
+    prompt_ids: Any  # one array for all completions of the prompt
+    length: int
     advantage: float
-    ref_logps: list[float] | None  # of the reference
     trained: bool  # False: it was cut, and cut completions are not trained on
-    old_logps: list[float] | None = None  # of the policy that drew it, by the trainer, where the sampler's are others
+    tokens: Tokens | None
+    holder: int = 0
 
 
-class Arithmetic(NamedTuple):
-    """How many of what."""
+class RoundSizes(NamedTuple):
+    """Sizes of a round."""
 
     step: int  # completions an optimizer step, on all devices
     round: int  # completions drawn at once, on all devices
@@ -53,7 +63,7 @@ class Arithmetic(NamedTuple):
     parts: int  # optimizer steps that a round is cut into
 
 
-def arithmetic(args: Any, accumulation: int) -> Arithmetic:
+def round_sizes(args: Any, accumulation: int) -> RoundSizes:
     """Rounds of whole groups and of whole steps, whatever the batch size and the number of generations."""
     step = args.train_batch_size * accumulation * args.world_size
     wanted = step
@@ -63,10 +73,10 @@ def arithmetic(args: Any, accumulation: int) -> Arithmetic:
         wanted = args.train_batch_size * args.steps_per_generation * args.world_size
     least = math.lcm(step, args.num_generations)
     together = math.ceil(wanted / least) * least
-    return Arithmetic(step, together, together // args.num_generations, together // step)
+    return RoundSizes(step, together, together // args.num_generations, together // step)
 
 
-class Tickets:
+class StepSampler:
     """A batch sampler: for each round its prompts, and nothing for the steps that follow on the same round."""
 
     def __init__(self, rounds: RowBatches, steps: int) -> None:
@@ -85,42 +95,52 @@ class Tickets:
         self.rounds.set_epoch(epoch)
 
     @property
-    def batch_sampler(self) -> "Tickets":
+    def batch_sampler(self) -> "StepSampler":
         return self
 
 
-class Further:
-    """Prompts beyond those of the round, to draw again where a group teaches nothing: all rows in an order of their
-    own, again and again. `taken` says how far that is."""
+class RefillPrompts:
+    """Further prompts in place of groups without any advantage: all rows in a seeded order, again and again. `position`
+    is the place in it."""
 
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows, self.seed, self.taken = rows, seed, 0
+    def __init__(self, rows: int, seed: int, position: int = 0) -> None:
+        self.rows, self.seed, self.position = rows, seed, position
+        self._order: tuple[int, np.ndarray] = -1, np.zeros(0, dtype=int)
 
     def take(self, count: int, drawn: set[int]) -> list[int]:
-        """So many rows that are not `drawn` in this round yet, or fewer where there are no others."""
+        """`count` rows that are not `drawn` in this round yet, or fewer where there are no others."""
         found: list[int] = []
+        taken = set(drawn)
         for _ in range(self.rows):
             if len(found) == count:
                 break
-            turn, place = divmod(self.taken, self.rows)
-            row = int(np.random.default_rng([self.seed, turn, 1]).permutation(self.rows)[place])
-            self.taken += 1
-            if row not in drawn and row not in found:
+            row = self._row()
+            self.position += 1
+            if row not in taken:
                 found.append(row)
+                taken.add(row)
         return found
+
+    def _row(self) -> int:
+        turn, place = divmod(self.position, self.rows)
+        if self._order[0] != turn:
+            self._order = turn, np.random.default_rng([self.seed, turn, 1]).permutation(self.rows)
+        return int(self._order[1][place])
 
 
 class Replay:
     """The groups of the last rounds that teach something, `size` of them at most: the newest."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.seed, self.groups = seed, deque[list[Sample]](maxlen=size)
+        self.seed, self.groups = seed, deque[list[TrainingTrace]](maxlen=size)
 
-    def replace(self, groups: list[list[Sample]], number: int) -> tuple[list[list[Sample]], int]:
+    def replace(
+        self, groups: list[list[TrainingTrace]], number: int
+    ) -> tuple[list[list[TrainingTrace]], int]:
         """Round `number` with groups from here in place of those without any advantage, and how many. What it has of
         its own is kept here for later rounds."""
-        dull = [place for place, group in enumerate(groups) if not teaches(group)]
-        new = [group for group in groups if teaches(group)]
+        dull = [place for place, group in enumerate(groups) if not has_signal(group)]
+        new = [group for group in groups if has_signal(group)]
         generator = np.random.default_rng([self.seed, number, 2])
         chosen = generator.permutation(len(self.groups))[: len(dull)].tolist()
         groups = list(groups)
@@ -130,7 +150,7 @@ class Replay:
         return groups, len(chosen)
 
 
-def teaches(group: Iterable[Sample]) -> bool:
+def has_signal(group: Iterable[TrainingTrace]) -> bool:
     return any(sample.advantage != 0.0 for sample in group)
 
 
@@ -138,35 +158,79 @@ def grouped(samples: Sequence[Any], generations: int) -> list[list[Any]]:
     return [list(samples[start : start + generations]) for start in range(0, len(samples), generations)]
 
 
-def split(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+def split_into_steps(samples: Sequence[TrainingTrace], parts: int) -> list[list[TrainingTrace]]:
     """Parts of as many samples each."""
     bounds = np.linspace(0, len(samples), parts + 1).round().astype(int)
     return [list(samples[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
-def share(samples: Sequence[Sample], ranks: int, rank: int) -> list[Sample]:
-    """What of a step is this rank's: about as many tokens as any other's."""
-    ends = np.cumsum([len(each.ids) for each in samples]) if samples else np.zeros(1)
-    bounds = np.searchsorted(ends, ends[-1] * np.arange(1, ranks) / ranks, side="left") + 1
-    edges = [0, *np.minimum(bounds, len(samples)).tolist(), len(samples)]
-    return list(samples[edges[rank] : edges[rank + 1]])
+def same_prompt(one: TrainingTrace, other: TrainingTrace) -> bool:
+    return one.prompt_ids is other.prompt_ids or np.array_equal(one.prompt_ids, other.prompt_ids)
 
 
-def trees(samples: Sequence[Sample]) -> list[Tree]:
+def deal(samples: Sequence[TrainingTrace], ranks: int) -> list[int]:
+    """The rank that trains on each sample: about as many tokens for any rank as for any other.
+
+    Runs of one prompt are dealt out longest first, each to the rank with the fewest tokens so far. A run that is too
+    long for that rank is halved, and its prompt is then computed on both.
+    """
+    holders = [0] * len(samples)
+    if ranks == 1:
+        return holders
+    runs: list[list[int]] = []
+    for place, sample in enumerate(samples):
+        if not runs or not same_prompt(samples[runs[-1][-1]], sample):
+            runs.append([])
+        runs[-1].append(place)
+
+    def cost(run: list[int]) -> int:
+        return sum(samples[place].length for place in run) + len(samples[run[0]].prompt_ids)
+
+    waiting = [(-cost(run), run) for run in runs]
+    limit = -SLACK * sum(negative for negative, _ in waiting) / ranks
+    loads = [(0, rank) for rank in range(ranks)]
+    heapq.heapify(waiting)
+    while waiting:
+        tokens, run = heapq.heappop(waiting)
+        load, rank = loads[0]
+        if len(run) > 1 and load - tokens > limit:
+            for half in _halves(run, samples):
+                heapq.heappush(waiting, (-cost(half), half))
+            continue
+        heapq.heapreplace(loads, (load - tokens, rank))
+        for place in run:
+            holders[place] = rank
+    return holders
+
+
+def _halves(run: list[int], samples: Sequence[TrainingTrace]) -> tuple[list[int], list[int]]:
+    """A run in two of about as many tokens each."""
+    halves: tuple[list[int], list[int]] = [], []
+    lengths = [0, 0]
+    for place in sorted(run, key=lambda each: -samples[each].length):
+        shorter = int(lengths[1] < lengths[0])
+        halves[shorter].append(place)
+        lengths[shorter] += max(samples[place].length, 1)
+    return sorted(halves[0]), sorted(halves[1])
+
+
+def trees(samples: Sequence[TrainingTrace]) -> list[Tree]:
     """One tree for each run of samples of one prompt. One that is not trained on is a branch without trained tokens."""
     found: list[Tree] = []
-    prompt: list[int] | None = None
+    before: TrainingTrace | None = None
     for sample in samples:
-        branch = Branch(sample.ids, [sample.trained] * len(sample.ids), sample.row)
-        if found and sample.prompt_ids == prompt:
+        assert sample.tokens is not None
+        branch = Branch(sample.tokens.ids, [sample.trained] * sample.length, sample.row)
+        if before is not None and same_prompt(before, sample):
             found[-1] = found[-1]._replace(branches=(*found[-1].branches, branch))
         else:
-            prompt = sample.prompt_ids
-            found.append(Tree(Branch(prompt, [False] * len(prompt)), (branch,), sample.row))
+            root = Branch(sample.prompt_ids, [False] * len(sample.prompt_ids))
+            found.append(Tree(root, (branch,), sample.row))
+        before = sample
     return found
 
 
-def judgement(judged: Sequence[tuple[float, list[float]]], threshold: float) -> dict[str, float]:
+def evaluation_metrics(judged: Sequence[tuple[float, list[float]]], threshold: float) -> dict[str, float]:
     """The mean reward over prompts with half the width of its 95 % interval, and pass@k: the chance that one of k
     completions passes, without bias (Chen et al. 2021, arXiv:2107.03374, equation 1)."""
     means = np.array([mean for mean, _ in judged], dtype=np.float64)

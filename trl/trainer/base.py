@@ -203,8 +203,14 @@ class BaseTrainer(Adoptable, Trainer):
         """Called once, at the end of the construction."""
 
     def method_state(self) -> dict[str, Any]:
-        """What a checkpoint must keep of the method itself: tensors, numbers and strings."""
+        """What a checkpoint must keep of the method itself: tensors, numbers and strings. What all ranks have alike may
+        be left to the first rank: a rank is given what it has not written itself from there."""
         return {}
+
+    def joined_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state for a run on another number of ranks than those whose `method_state` is given: the first rank's,
+        unless each has a part of the whole."""
+        return states[0]
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take up what `method_state` gave."""
@@ -950,12 +956,16 @@ class BaseTrainer(Adoptable, Trainer):
                 f"{folder.name} holds the model alone: the optimizer, the counters and the data order start afresh"
             )
             return
-        states = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-        if world == self.args.world_size:
-            state = states[self.args.process_index]
+        same = world == self.args.world_size
+        wanted = sorted({0, self.args.process_index}) if same else range(world)
+        states = [torch.load(paths[rank], map_location="cpu", weights_only=True) for rank in wanted]
+        if same:
+            state = states[-1]
+            state["method"] = {**states[0]["method"], **state["method"]}
         else:
             say_once(f"{folder.name} was written by {world} processes and is resumed by {self.args.world_size}")
             state = states[0]
+            state["method"] = self.joined_state([each["method"] for each in states])
             state["tokens_seen"] = sum(each["tokens_seen"] for each in states) * (self.args.process_index == 0)
             state["sums"] = {}
             state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()

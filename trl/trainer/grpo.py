@@ -21,10 +21,12 @@ from trl.losses.policy import (
     k3,
     off_policy_keep,
     pool,
+    quantile,
+    ratio,
     vespo_weight,
 )
 from trl.losses.tokens import Metric, mean, seq_mean
-from trl.rollout.rounds import Sample
+from trl.rollout.rounds import TrainingTrace
 
 from .attributes import shows
 from .online import OnlineConfig, OnlineTrainer
@@ -200,14 +202,14 @@ class GRPOTrainer(OnlineTrainer):
     def has_entropy_bonus(self) -> bool:
         return self.args.use_adaptive_entropy or self.args.entropy_coef != 0.0
 
-    def is_idle(self, sample: Sample) -> bool:
+    def is_idle(self, sample: TrainingTrace) -> bool:
         still = sample.advantage == 0.0 and self.args.beta == 0.0 and not self.has_entropy_bonus()
         # Where tokens are chosen by entropy, all of them say what is high.
         alone = self.router_aux_loss_coef == 0.0 and self.args.top_entropy_quantile == 1.0
         return not sample.trained or (still and alone)
 
     def needs_old(self) -> bool:
-        return self.args.rollout_correction and not self.is_on_policy()
+        return super().needs_old() or (self.args.rollout_correction and not self.is_on_policy())
 
     def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
         """Which tokens of the step are trained on by their entropy, before its first backward pass."""
@@ -220,12 +222,12 @@ class GRPOTrainer(OnlineTrainer):
                 stats = score(model, self._prepare_inputs(batch), entropy=True, temperature=args.temperature)
             assert stats.entropy_N is not None
             entropies.append(stats.entropy_N.float())
-        together = torch.cat(entropies)
+        together = torch.cat(entropies or [torch.zeros(0, device=args.device)])
         if args.world_size > 1 and training:
             together = torch.cat([part.to(together.device) for part in _gathered(together)])
         if not len(together):
             return
-        threshold = together.quantile(1 - args.top_entropy_quantile)
+        threshold = quantile(together, 1 - args.top_entropy_quantile)
         # The same numbers on both sides, so that the token on the threshold is not left to rounding.
         for batch, entropy_N in zip(batches, entropies, strict=True):
             batch["acts_N"] = high_entropy(entropy_N, threshold=threshold)
@@ -246,7 +248,7 @@ class GRPOTrainer(OnlineTrainer):
         pooled_N = pool(
             log_ratio_N, seq_N=seq_N, sequences=sequences, importance_sampling_level=args.importance_sampling_level
         )
-        ratio_N = pooled_N.exp()
+        ratio_N = ratio(pooled_N)
         weight_N = None
         if args.rollout_correction:
             weight_N = correction(
@@ -305,7 +307,7 @@ class GRPOTrainer(OnlineTrainer):
             sums[TOKENS] = sums.get(TOKENS, 0.0) + balance * stats.aux * len(logp_N)
             metrics["aux_loss"] = mean(stats.aux)
         read_N = log_ratio_N if args.loss_type == "gmpo" else pooled_N
-        metrics.update(self._clipping(read_N.detach().exp(), advantage_N, seq_N, sequences))
+        metrics.update(self._clipping(ratio(read_N.detach()), advantage_N, seq_N, sequences))
         return sums, metrics
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
@@ -316,7 +318,7 @@ class GRPOTrainer(OnlineTrainer):
             found["policy_loss"] = means[part]
         return found
 
-    def counts_of(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def counts_of(self, samples: Sequence[TrainingTrace]) -> dict[str, float]:
         found = super().counts_of(samples)
         if self.has_entropy_bonus():
             found[ENTROPY] = found["tokens"] * self.args.top_entropy_quantile
@@ -380,7 +382,7 @@ class GRPOTrainer(OnlineTrainer):
         if self.args.use_adaptive_entropy and training:
             self._seen = self._seen + torch.stack([(entropy_N * acts_N).sum(), acts_N.sum()])
 
-    def _learn(self, model: nn.Module, samples: list[Sample]) -> Tensor:
+    def _learn(self, model: nn.Module, samples: list[TrainingTrace]) -> Tensor:
         args = self.args
         self._seen = torch.zeros(2, device=args.device)
         loss = super()._learn(model, samples)

@@ -11,10 +11,11 @@ overridden beyond those of `base.py`, and why:
 """
 
 import contextlib
+import copy
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,23 +35,27 @@ from trl.data.collate import Tree
 from trl.data.prompts import PromptReport, prepare_prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
-from trl.engine.score import evaluating, score
+from trl.engine.score import causal_lm, evaluating, score
 from trl.losses.advantages import total_reward, without_spread
 from trl.losses.tokens import Metric
 from trl.models import offload
+from trl.models.shards import without_ddp
 from trl.rollout.continuous import ContinuousSampler
-from trl.rollout.generate import InProcessSampler, describe
+from trl.rollout.exchange import delivered, gathered, packed, packed_tokens, rehomed, unpacked
+from trl.rollout.generate import InProcessSampler, describe, stop_ids
 from trl.rollout.rounds import (
-    Drawn,
-    Further,
+    RefillPrompts,
     Replay,
-    Sample,
-    Tickets,
-    arithmetic,
+    ScoredTrace,
+    StepSampler,
+    Tokens,
+    TrainingTrace,
+    deal,
+    evaluation_metrics,
     grouped,
-    judgement,
-    share,
-    split,
+    round_sizes,
+    same_prompt,
+    split_into_steps,
     trees,
 )
 from trl.rollout.score import RewardFunctions
@@ -134,13 +139,14 @@ class OnlineTrainer(ReferencedTrainer):
                 check_rewards(reward_funcs, {*columns, *renamed} - self.prepared_columns)
         if args is None:
             args = self.config_class(output_dir=f"{self.method.upper()}")
-        # One ticket is one optimizer step.
+        # One ticket is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
+        args = copy.copy(args)
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
-        self.numbers = arithmetic(args, self.accumulation)
+        self.numbers = round_sizes(args, self.accumulation)
         self._reward_funcs, self._reward_processing_classes = reward_funcs, reward_processing_classes
-        self.round: list[list[Sample]] = []  # what is left of the round, step by step
+        self.round: list[list[TrainingTrace]] = []  # what is left of the round, step by step
         self.rounds_drawn = 0
-        self.further_taken = 0  # prompts of `Further`
+        self.refill_position = 0  # in the order of `RefillPrompts`
         super().__init__(
             model,
             ref_model,
@@ -160,7 +166,7 @@ class OnlineTrainer(ReferencedTrainer):
         """The advantage of each completion, [S], of groups of `generations`; `kl_S` is that to the reference."""
         raise NotImplementedError
 
-    def is_idle(self, sample: Sample) -> bool:
+    def is_idle(self, sample: TrainingTrace) -> bool:
         """Whether every coefficient of the sample is zero, so that it need not be forwarded."""
         return False
 
@@ -174,9 +180,19 @@ class OnlineTrainer(ReferencedTrainer):
         """Whether the policy that is trained is the one that drew the samples."""
         return self.numbers.parts * self.args.num_iterations == 1 and not self.args.replay_buffer_size
 
+    def is_below_fp32(self) -> bool:
+        """Whether products are rounded to less than fp32, so that a sampler's log-probs differ from the engine's."""
+        half = (torch.float16, torch.bfloat16)
+        return (
+            self.accelerator.mixed_precision != "no"
+            or getattr(causal_lm(self.model), "is_quantized", False)
+            or any(parameter.dtype in half for parameter in self.model.parameters())
+        )
+
     def needs_old(self) -> bool:
-        """Whether the trainer computes log-probs of its own for what the sampler drew."""
-        return False
+        """Whether the trainer computes log-probs of its own for what the sampler drew: where a ratio is taken to them
+        and the sampler's would make another one of it before anything has moved."""
+        return not self.is_on_policy() and self.is_below_fp32()
 
     # --- what callers of upstream's trainers read -----------------------------------------------------------------
 
@@ -291,7 +307,7 @@ class OnlineTrainer(ReferencedTrainer):
         for name in list(fields):
             if name in further:
                 fields[name] = further.pop(name)
-        stops = {tokenizer.eos_token_id} | set(_as_list(further.pop("eos_token_id", None)))
+        stops = stop_ids(self.model, tokenizer) | set(_as_list(further.pop("eos_token_id", None)))
         strings = tuple(_as_list(further.pop("stop_strings", None)))
         for name in ("do_sample", "num_return_sequences", "use_cache", "pad_token_id", "bos_token_id"):
             further.pop(name, None)
@@ -329,14 +345,14 @@ class OnlineTrainer(ReferencedTrainer):
         if sampler_fn is not None and overrides.is_overridden(self, "_get_train_sampler"):
             rounds = overrides.in_sampler_order(self, sampler_fn(dataset), rounds)
         self._collate.labels = overrides.reads_batches(self) is not None
-        tickets = Tickets(rounds, self.numbers.parts * args.num_iterations)
+        tickets = StepSampler(rounds, self.numbers.parts * args.num_iterations)
         return DataLoader(dataset, batch_sampler=tickets, collate_fn=self._collate)
 
     # --- drawing and judging --------------------------------------------------------------------------------------
 
-    def _draw(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[Sample]:
-        """Completions of the rows, judged and ready to be trained on: in training those of the round, on every rank; in
-        an evaluation, where a rank has rows of its own, its own."""
+    def _draw(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[TrainingTrace]:
+        """Completions of the rows, judged and ready to be trained on: in training those of the round, whose tokens are
+        on the ranks that drew them; in an evaluation, where a rank has rows of its own, its own."""
         mode = "train" if training else "eval"
         drawn = everything = self._judged(rows, generations, training)
         if training and self.args.dynamic_sampling:
@@ -352,24 +368,25 @@ class OnlineTrainer(ReferencedTrainer):
         samples = [self._sample(*each) for each in zip(drawn, advantages, strict=True)]
         return self._replayed(samples, generations) if training and self.replay is not None else samples
 
-    def _sample(self, each: Drawn, advantage: float) -> Sample:
-        ids, logps, _ = each.completion
-        trained = self._is_trained(each)
-        return Sample(each.row, each.prompt_ids, ids, logps, advantage, each.ref_logps, trained, each.old_logps)
+    def _sample(self, each: ScoredTrace, advantage: float) -> TrainingTrace:
+        return TrainingTrace(
+            each.row, each.prompt_ids, each.length, advantage, self._is_trained(each), each.tokens, each.holder
+        )
 
-    def _is_trained(self, each: Drawn) -> bool:
-        return each.completion.finished or not self.args.mask_truncated_completions
+    def _is_trained(self, each: ScoredTrace) -> bool:
+        return each.finished or not self.args.mask_truncated_completions
 
-    def _judged(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[Drawn]:
+    def _judged(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[ScoredTrace]:
         """Completions of the rows, and what they are worth. In training every rank has all rows, draws its part of the
-        completions, and gets those of the others."""
+        completions, and learns the numbers of the others'."""
         args = self.args
-        # Of sharded weights the wrapper gathers what no layer of its own does.
-        model = self.model_wrapped if training or self.is_fsdp_enabled else self.model
+        # Of sharded weights the wrapper gathers what no layer of its own does. DDP's would wait for the other ranks,
+        # which draw other numbers of tokens, or none.
+        model = without_ddp(self.model_wrapped) if training or self.is_fsdp_enabled else self.model
         ranks, rank = (args.world_size, args.process_index) if training else (1, 0)
-        mine = np.array_split(np.arange(len(rows) * generations), ranks)[rank]
+        shares = np.array_split(np.arange(len(rows) * generations), ranks)
         samples: dict[int, list[int]] = {}
-        for place, sample in (divmod(number, generations) for number in mine.tolist()):
+        for place, sample in (divmod(number, generations) for number in shares[rank].tolist()):
             samples.setdefault(place, []).append(sample)
         number = self.rounds_drawn if training else -1
         requests = [
@@ -380,16 +397,48 @@ class OnlineTrainer(ReferencedTrainer):
             groups = self.sampler.generate(model, requests, self.sampling)
         completions = [completion for group in groups for completion in group]
         of_row = [rows[place] for place, own in samples.items() for _ in own]
-        texts = self.processing_class.batch_decode([each.ids for each in completions], skip_special_tokens=True)
+        texts: list[str] = []
+        if completions:
+            texts = self.processing_class.batch_decode([each.ids for each in completions], skip_special_tokens=True)
         rewards_SF, extra = self._ask_rewards("train" if training else "eval", of_row, completions, texts)
-        absent = [None] * len(completions)
-        ref = self._logps(self.ask_reference(model), of_row, completions) if self.needs_reference() else absent
-        old = self._logps(self.ask_policy(model), of_row, completions) if self.needs_old() else absent
-        drawn = [
-            Drawn(int(row["row"]), row["prompt"], list(row["prompt_ids"]), *rest)
-            for row, *rest in zip(of_row, completions, texts, rewards_SF.tolist(), ref, old, extra, strict=True)
-        ]
-        return gather_object(drawn) if ranks > 1 else drawn
+        tokens = [Tokens(*_arrays(each)) for each in completions]
+        if self.needs_reference():
+            ref = self._logps(self.ask_reference(model), of_row, tokens)
+            tokens = [each._replace(ref_logps=logps) for each, logps in zip(tokens, ref, strict=True)]
+        if self.needs_old():
+            old = self._logps(self.ask_policy(model), of_row, tokens)
+            tokens = [each._replace(old_logps=logps) for each, logps in zip(tokens, old, strict=True)]
+        numbers = np.zeros((len(tokens), 3 + len(self.rewards.names)))
+        for own, (each, completion) in enumerate(zip(tokens, completions, strict=True)):
+            numbers[own, :3] = len(each.ids), completion.finished, self._divergence(each)
+        numbers[:, 3:] = rewards_SF.numpy()
+        if ranks > 1:
+            numbers = gathered(numbers, [len(each) for each in shares], args.device)
+        shown: list[Any] = [None] * len(tokens)
+        if args.log_completions:
+            shown = [(row["prompt"], *rest) for row, *rest in zip(of_row, texts, extra, strict=True)]
+        prompts = [np.asarray(row["prompt_ids"], dtype=np.int32) for row in rows]
+        held = dict(zip(shares[rank].tolist(), zip(tokens, shown, strict=True), strict=True))
+        holders = [holder for holder, share in enumerate(shares) for _ in share]
+        drawn = []
+        for number, ((length, finished, kl, *rewards), holder) in enumerate(
+            zip(numbers.tolist(), holders, strict=True)
+        ):
+            place, own = number // generations, held.get(number, (None, None))
+            drawn.append(
+                ScoredTrace(
+                    int(rows[place]["row"]), prompts[place], int(length), bool(finished), rewards, kl, holder, *own
+                )
+            )
+        return drawn
+
+    def _divergence(self, tokens: Tokens) -> float:
+        """The divergence of a completion from the reference, as its own tokens estimate it, where the reward takes it
+        off."""
+        if not (self.kl_in_reward() and self.needs_reference()):
+            return 0.0
+        logps = tokens.logps if tokens.old_logps is None else tokens.old_logps
+        return float(logps.sum(dtype=np.float64) - tokens.ref_logps.sum(dtype=np.float64))
 
     def _ask_rewards(self, mode: str, rows: list[dict[str, Any]], completions: list[Completion],
                      texts: list[str]) -> tuple[Tensor, list[dict[str, Any]]]:  # fmt: skip
@@ -421,43 +470,39 @@ class OnlineTrainer(ReferencedTrainer):
                          for name, values in logged.items()})  # fmt: skip
         return rewards_SF, extra
 
-    def _rewards(self, drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
+    def _rewards(self, drawn: Sequence[ScoredTrace]) -> tuple[Tensor, Tensor]:
         """Of each completion by each function, [S, F], and the weights of the functions, [F]."""
         names = len(self.rewards.names)
         return torch.tensor([each.rewards for each in drawn]).view(-1, names), self.rewards.weights
 
-    def _kl(self, drawn: Sequence[Drawn]) -> Tensor | None:
-        """The divergence of each completion from the reference, as its own tokens estimate it, [S]; of what is not
-        trained on, none."""
+    def _kl(self, drawn: Sequence[ScoredTrace]) -> Tensor | None:
+        """The divergence of each completion from the reference, [S]; of what is not trained on, none."""
         if not (self.kl_in_reward() and self.needs_reference()):
             return None
-        return torch.tensor([
-            sum(each.completion.logps) - sum(each.ref_logps or []) if self._is_trained(each) else 0.0 for each in drawn
-        ])  # fmt: skip
+        return torch.tensor([each.kl if self._is_trained(each) else 0.0 for each in drawn])
 
-    def _advantages(self, drawn: Sequence[Drawn], generations: int) -> Tensor:
+    def _advantages(self, drawn: Sequence[ScoredTrace], generations: int) -> Tensor:
         return self.advantages(*self._rewards(drawn), generations, self._kl(drawn)) if drawn else torch.zeros(0)
 
-    def _refilled(self, drawn: list[Drawn], generations: int) -> tuple[list[Drawn], list[Drawn]]:
+    def _refilled(self, drawn: list[ScoredTrace], generations: int) -> tuple[list[ScoredTrace], list[ScoredTrace]]:
         """The round with further prompts drawn in place of those whose completions all have the same advantage, and
         everything that was drawn. DAPO's dynamic sampling (Yu et al. 2025, arXiv:2503.14476, section 3.2)."""
         args, wanted = self.args, len(drawn) // generations
-        everything: list[Drawn] = []
-        kept: list[list[Drawn]] = []
-        dull: list[list[Drawn]] = []
-        further = Further(len(self.train_dataset), args.seed)
-        further.taken = self.further_taken
+        everything: list[ScoredTrace] = []
+        kept: list[list[ScoredTrace]] = []
+        dull: list[list[ScoredTrace]] = []
+        prompts = RefillPrompts(len(self.train_dataset), args.seed, self.refill_position)
         for refills in range(args.max_refills + 1):
             everything += drawn
             moves = self._advantages(drawn, generations).view(-1, generations).any(1).tolist()
             for group, moving in zip(grouped(drawn, generations), moves, strict=True):
                 (kept if moving else dull).append(group)
             missing = wanted - len(kept) if refills < args.max_refills else 0
-            rows = further.take(missing, {each.row for each in everything})
+            rows = prompts.take(missing, {each.row for each in everything})
             if not rows:
                 break
             drawn = self._judged([self.train_dataset[row] for row in rows], generations, training=True)
-        self.further_taken = further.taken
+        self.refill_position = prompts.position
         groups = (kept + dull)[:wanted]
         if len(kept) < wanted:
             say_once(
@@ -469,7 +514,7 @@ class OnlineTrainer(ReferencedTrainer):
                             "groups/idle": self._once(max(0, wanted - len(kept)))})  # fmt: skip
         return [each for group in groups for each in group], everything
 
-    def _replayed(self, samples: list[Sample], generations: int) -> list[Sample]:
+    def _replayed(self, samples: list[TrainingTrace], generations: int) -> list[TrainingTrace]:
         assert self.replay is not None
         groups, replaced = self.replay.replace(grouped(samples, generations), self.rounds_drawn)
         self._add("train", {"groups/replayed": self._once(replaced)})
@@ -481,18 +526,19 @@ class OnlineTrainer(ReferencedTrainer):
         good = bool(torch.isfinite(value)) and (mode == "eval" or self.args.process_index == 0)
         return Metric(value.nan_to_num(0.0).to(self.args.device) * good, float(good))
 
-    def _logps(self, ask: Callable[..., TokenStats], rows: list[Any], completions: list[Any]) -> list[list[float]]:
-        """Log-probs of every token of the completions, by whom `ask` asks."""
+    def _logps(self, ask: Callable[..., TokenStats], rows: list[Any], drawn: list[Tokens]) -> list[np.ndarray]:
+        """Log-probs of every token of the completions under the model that `ask` calls."""
         blank = [
-            Sample(int(row["row"]), list(row["prompt_ids"]), each.ids, each.logps, 0.0, None, True)
-            for row, each in zip(rows, completions, strict=True)
+            TrainingTrace(int(row["row"]), row["prompt_ids"], len(each.ids), 0.0, True, each)
+            for row, each in zip(rows, drawn, strict=True)
         ]
-        found: list[list[float]] = []
+        found: list[np.ndarray] = []
         for group in self._together(self._micro_batches(blank)):
             batch = self._prepare_inputs(self._collate.lay(trees(group)))
             with torch.no_grad(), self.compute_loss_context_manager():
                 stats = ask(batch, temperature=self.args.temperature)
-            found += _by_sample(stats, group)
+            parts = stats.logp_N.float().cpu().split([each.length for each in group])
+            found += [part.numpy().copy() for part in parts]
         return found
 
     def ask_reference(self, model: nn.Module) -> Callable[..., TokenStats]:
@@ -507,7 +553,7 @@ class OnlineTrainer(ReferencedTrainer):
 
         return ask
 
-    def _log_round(self, mode: str, drawn: Sequence[Drawn], generations: int) -> None:
+    def _log_round(self, mode: str, drawn: Sequence[ScoredTrace], generations: int) -> None:
         """Metrics of all that was drawn, under upstream's names: in training of all ranks, in an evaluation of this."""
         rewards_SF, weights_F = self._rewards(drawn)
         total_S = total_reward(rewards_SF, weights_F)
@@ -516,8 +562,8 @@ class OnlineTrainer(ReferencedTrainer):
             numbers[f"rewards/{name}/mean"] = rewards_SF[:, index].nanmean()
             numbers[f"rewards/{name}/std"] = _std(rewards_SF[:, index])
         numbers["frac_reward_zero_std"] = without_spread(rewards_SF, weights_F, generations).float().mean()
-        lengths = torch.tensor([float(len(each.completion.ids)) for each in drawn])
-        ended = torch.tensor([each.completion.finished for each in drawn])
+        lengths = torch.tensor([float(each.length) for each in drawn])
+        ended = torch.tensor([each.finished for each in drawn])
         for what, values in (("length", lengths), ("terminated_length", lengths[ended])):
             values = values if len(values) else torch.zeros(1)  # 0 where no completion ended, as upstream logs it
             numbers[f"completions/mean_{what}"] = values.mean()
@@ -529,26 +575,38 @@ class OnlineTrainer(ReferencedTrainer):
             numbers["kl"] = kl_S.sum() / lengths.sum().clamp(min=1)
         self._add(mode, {name: self._once(value, mode) for name, value in numbers.items()})
 
-    def _keep(self, mode: str, drawn: Sequence[Drawn], advantages: Sequence[float]) -> None:
+    def _keep(self, mode: str, drawn: Sequence[ScoredTrace], advantages: Sequence[float]) -> None:
+        """The table of completions, written by the first rank; every rank brings the texts that it has."""
         rows = [
-            {
-                "step": self.state.global_step,
-                "mode": mode,
-                "prompt": each.prompt if isinstance(each.prompt, str) else json.dumps(each.prompt, ensure_ascii=False),
-                "completion": each.text,
-                **dict(zip(self.rewards.names, each.rewards, strict=True)),
-                "advantage": advantage,
-                **each.extra,
-            }
-            for each, advantage in zip(drawn, advantages, strict=True)
+            (place, self._table_row(mode, each, advantage))
+            for place, (each, advantage) in enumerate(zip(drawn, advantages, strict=True))
+            if each.shown is not None
         ]
-        if mode == "eval":
-            rows = gather_object(rows)
+        if self.args.world_size > 1:
+            every: list[Any] | None = [None] * self.args.world_size if self.is_world_process_zero() else None
+            torch.distributed.gather_object(rows, every)
+            rows = [row for part in every or [] for row in part]
         if self.is_world_process_zero():
-            self.table.write(rows, self.state.global_step, mode)
+            if mode == "train":  # the places are those of the round
+                rows.sort(key=lambda row: row[0])
+            table = [row for _, row in rows]
+            self.table.write(table, self.state.global_step, mode)
             self.table.show(
-                rows, self.state.global_step, self.args.num_completions_to_print, self.args.log_unique_prompts
+                table, self.state.global_step, self.args.num_completions_to_print, self.args.log_unique_prompts
             )
+
+    def _table_row(self, mode: str, each: ScoredTrace, advantage: float) -> dict[str, Any]:
+        assert each.shown is not None
+        prompt, text, extra = each.shown
+        return {
+            "step": self.state.global_step,
+            "mode": mode,
+            "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
+            "completion": text,
+            **dict(zip(self.rewards.names, each.rewards, strict=True)),
+            "advantage": advantage,
+            **extra,
+        }
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -570,14 +628,34 @@ class OnlineTrainer(ReferencedTrainer):
         if inputs["rows"]:
             samples = self._draw(inputs["rows"], self.args.num_generations, training=True)
             self.rounds_drawn += 1
-            self.round = split(samples, self.numbers.parts) * self.args.num_iterations
+            self.round = self._dealt(split_into_steps(samples, self.numbers.parts)) * self.args.num_iterations
         samples, self.round = self.round[0], self.round[1:]
         loss = self._learn(model, samples)
         seconds = torch.tensor(time.perf_counter() - started, device=self.args.device)
         self._add("train", {"step_time": Metric(seconds, 1.0)})
         return loss
 
-    def _learn(self, model: nn.Module, samples: list[Sample]) -> Tensor:
+    def _dealt(self, steps: list[list[TrainingTrace]]) -> list[list[TrainingTrace]]:
+        """The steps with the tokens of each sample on the rank that trains on it."""
+        args = self.args
+        if args.world_size == 1:
+            return steps
+        names = ["ids", "logps", *["ref_logps"] * self.needs_reference(), *["old_logps"] * self.needs_old()]
+        traces = [each for step in steps for each in step]
+        holders = [holder for step in steps for holder in self._holders(step)]
+        rest = iter(delivered(traces, holders, names, args.device))
+        return [[next(rest) for _ in step] for step in steps]
+
+    def _holders(self, step: Sequence[TrainingTrace]) -> list[int]:
+        """The rank that trains on each sample of a step; -1 for those of weight zero, whose tokens nobody reads."""
+        moving = [place for place, each in enumerate(step) if not self.is_idle(each)]
+        dealt = zip(moving, deal([step[place] for place in moving], self.args.world_size), strict=True)
+        found = [-1] * len(step)
+        for place, rank in dealt:
+            found[place] = rank
+        return found
+
+    def _learn(self, model: nn.Module, samples: list[TrainingTrace]) -> Tensor:
         """Forward and backward over this rank's share of the samples, in micro-batches of a token budget."""
         args = self.args
         counts = self.counts_of(samples)
@@ -586,11 +664,12 @@ class OnlineTrainer(ReferencedTrainer):
         if samples:
             self._add("train", {"frac_samples_skipped": self._once(1 - len(moving) / len(samples))})
         if args.process_index == 0:
-            self._tokens_seen += sum(len(each.ids) for each in samples)
-            self._tokens_seen += sum(len(ids) for ids in {tuple(each.prompt_ids) for each in samples})
+            self._tokens_seen += sum(each.length for each in samples)
+            prompts = {id(each.prompt_ids): each.prompt_ids for each in samples}
+            self._tokens_seen += sum(map(len, {tuple(prompt) for prompt in prompts.values()}))
         self._step_counts[overrides.ROWS] = torch.tensor(max(float(len(moving)), 1.0), device=args.device)
-        moving = share(moving, args.world_size, args.process_index)
-        groups = self._together(self._micro_batches(moving))
+        mine = [each for each in moving if each.holder == args.process_index]
+        groups = self._together(self._micro_batches(mine))
         # The step happens even if nothing moves.
         batches = [self.lay(group) for group in groups or [[]]]
         self._step_batches = batches
@@ -613,30 +692,30 @@ class OnlineTrainer(ReferencedTrainer):
                 total += loss.detach()
         return total
 
-    def counts_of(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def counts_of(self, samples: Sequence[TrainingTrace]) -> dict[str, float]:
         """How many items of each kind the loss is averaged over; samples that are not forwarded count too."""
-        tokens = sum(len(each.ids) for each in samples if each.trained)
+        tokens = sum(each.length for each in samples if each.trained)
         longest = self.args.max_completion_length or LONGEST
         return {"sequences": len(samples), "tokens": tokens, "budget": len(samples) * longest}
 
-    def _micro_batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+    def _micro_batches(self, samples: Sequence[TrainingTrace]) -> list[list[TrainingTrace]]:
         """The samples in their order, cut so that a forward pass has at most the budget's tokens (or one sample)."""
         budget = self.args.max_tokens_per_micro_batch
         if budget is None:
             budget = BUDGET.get(self.args.device.type, BUDGET["default"])
-        groups: list[list[Sample]] = []
+        groups: list[list[TrainingTrace]] = []
         used = 0
         for sample in samples:
-            shares = bool(groups) and groups[-1][-1].prompt_ids == sample.prompt_ids and self.args.share_prompt
-            cost = len(sample.ids) + (0 if shares else len(sample.prompt_ids))
+            shares = bool(groups) and self.args.share_prompt and same_prompt(groups[-1][-1], sample)
+            cost = sample.length + (0 if shares else len(sample.prompt_ids))
             if not groups or used + cost > budget:
                 groups.append([])
-                used, cost = 0, len(sample.ids) + len(sample.prompt_ids)
+                used, cost = 0, sample.length + len(sample.prompt_ids)
             groups[-1].append(sample)
             used += cost
         return groups
 
-    def _together(self, groups: list[list[Sample]]) -> list[list[Sample]]:
+    def _together(self, groups: list[list[TrainingTrace]]) -> list[list[TrainingTrace]]:
         """As many groups on every rank: sharded weights are gathered by all of them at once. Some may be empty."""
         if self.args.world_size > 1:
             most = torch.tensor(len(groups), device=self.args.device)
@@ -644,19 +723,22 @@ class OnlineTrainer(ReferencedTrainer):
             groups = groups + [[] for _ in range(int(most) - len(groups))]
         return groups
 
-    def lay(self, samples: Sequence[Sample]) -> Batch:
+    def lay(self, samples: Sequence[TrainingTrace]) -> Batch:
         """Samples as a batch: under each prompt its completions, with what the loss reads of each token."""
         batch = self._collate.lay(trees(samples))
         kept = [each for each in samples if each.trained]
 
-        def flat(values: Callable[[Sample], Sequence[float]]) -> Tensor:
-            return torch.tensor([value for each in kept for value in values(each)], dtype=torch.float32)
+        def flat(values: Callable[[TrainingTrace], Any]) -> Tensor:
+            parts = [np.asarray(values(each), dtype=np.float32) for each in kept]
+            return torch.from_numpy(np.concatenate([*parts, np.zeros(0, dtype=np.float32)]))
 
-        batch["advantage_N"] = flat(lambda each: [each.advantage] * len(each.ids))
-        batch["sampler_logp_N"] = flat(lambda each: each.logps)
-        batch["old_logp_N"] = flat(lambda each: each.logps if each.old_logps is None else each.old_logps)
+        batch["advantage_N"] = flat(lambda each: np.full(each.length, each.advantage))
+        batch["sampler_logp_N"] = flat(lambda each: each.tokens.logps)
+        batch["old_logp_N"] = flat(
+            lambda each: each.tokens.logps if each.tokens.old_logps is None else each.tokens.old_logps
+        )
         if self.needs_reference():
-            batch["ref_logp_N"] = flat(lambda each: each.ref_logps or [])
+            batch["ref_logp_N"] = flat(lambda each: each.tokens.ref_logps)
         return batch
 
     def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool,
@@ -666,7 +748,7 @@ class OnlineTrainer(ReferencedTrainer):
         samples = self._draw(inputs["rows"], generations, training=False)
         found = {kind: float(count) for kind, count in self.counts_of(samples).items()}
         total = torch.zeros((), device=self.args.device)
-        batches = [self.lay(group) for group in self._micro_batches(samples)]
+        batches = [self.lay(group) for group in self._together(self._micro_batches(samples))]
         self.before_step(model, batches, training=False)
         for batch in batches:
             if overrides.has_own_loss(self):
@@ -692,48 +774,59 @@ class OnlineTrainer(ReferencedTrainer):
         self._totals = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         judged = gather_object(self._totals)
-        for name, value in judgement(judged, self.args.pass_threshold).items():
+        for name, value in evaluation_metrics(judged, self.args.pass_threshold).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        replayed = [] if self.replay is None else self.replay.groups
-        return {
+        rank, replayed = self.args.process_index, [] if self.replay is None else list(self.replay.groups)
+        state = {
             **super().method_state(),
-            "round": _plain(self.round),
-            "replay": _plain(replayed),
-            "rounds_drawn": self.rounds_drawn,
-            "further_taken": self.further_taken,
+            "round_tokens": packed_tokens(self.round, rank),
+            "replay_tokens": packed_tokens(replayed, rank),
         }
+        if rank > 0:
+            return state
+        return {
+            **state,
+            "round": packed(self.round),
+            "replay": packed(replayed),
+            "rounds_drawn": self.rounds_drawn,
+            "refill_position": self.refill_position,
+        }
+
+    def joined_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        names = [name for name in ("round_tokens", "replay_tokens") if name in states[0]]
+        tokens = {name: [each[name] for each in states] for name in names}
+        return {**super().joined_state(states), **tokens}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self.round = _samples(state.get("round", []))
-        self.rounds_drawn, self.further_taken = state.get("rounds_drawn", 0), state.get("further_taken", 0)
+        self.rounds_drawn, self.refill_position = state.get("rounds_drawn", 0), state.get("refill_position", 0)
+        self.round = self._resumed("round", state, self._holders)
         if self.replay is not None:
-            self.replay.groups.extend(_samples(state.get("replay", [])))
+            ranks = self.args.world_size
+            self.replay.groups.extend(self._resumed("replay", state, lambda group: deal(group, ranks)))
+
+    def _resumed(
+        self, name: str, state: dict[str, Any], holders: Callable[[Sequence[TrainingTrace]], list[int]]
+    ) -> list[list[TrainingTrace]]:
+        """Steps out of a checkpoint. If another number of ranks wrote it, `holders` gives the ranks of the tokens."""
+        if name not in state:
+            return []
+        tokens, rank = state[f"{name}_tokens"], self.args.process_index
+        if isinstance(tokens, list):
+            return rehomed(unpacked(state[name], dict(enumerate(tokens))), holders, rank)
+        return unpacked(state[name], {rank: tokens})
 
 
 LONGEST = 512  # tokens of a completion where nobody says
 
 
-def _plain(groups: Iterable[Sequence[Sample]]) -> list[list[list[Any]]]:
-    return [[list(sample) for sample in group] for group in groups]
-
-
-def _samples(groups: Iterable[Iterable[Sequence[Any]]]) -> list[list[Sample]]:
-    return [[Sample(*sample) for sample in group] for group in groups]
-
-
-def _by_sample(stats: TokenStats, samples: Sequence[Sample]) -> list[list[float]]:
-    values = stats.logp_N.float().cpu().tolist()
-    found, start = [], 0
-    for sample in samples:
-        found.append(values[start : start + len(sample.ids)])
-        start += len(sample.ids)
-    return found
+def _arrays(completion: Completion) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(completion.ids, dtype=np.int32), np.asarray(completion.logps, dtype=np.float32)
 
 
 def _std(values: Tensor) -> Tensor:

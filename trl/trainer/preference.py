@@ -32,6 +32,7 @@ from trl.engine.reference import Frozen, Itself, Reference, choose, frozen
 from trl.engine.score import causal_lm, evaluating
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import load
+from trl.rollout.generate import stop_ids
 
 from .attributes import shows
 from .base import BaseTrainer
@@ -116,6 +117,7 @@ class PreferenceTrainer(BaseTrainer):
                 max_new_tokens=self.args.max_completion_length or LONGEST_ANSWER,
                 do_sample=False,
                 pad_token_id=pad,
+                eos_token_id=sorted(stop_ids(model, tokenizer)) or None,
             )
         answers = tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
         path = Path(self.args.output_dir) / "answers" / f"step-{self.state.global_step}.jsonl"

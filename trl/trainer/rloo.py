@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.advantages import leave_one_out, total_reward
-from trl.losses.policy import SEQUENCES, clip
+from trl.losses.policy import SEQUENCES, clip, ratio
 from trl.losses.tokens import Metric, mean, seq_sum
-from trl.rollout.rounds import Sample
+from trl.rollout.rounds import TrainingTrace
 
 from .attributes import shows
 from .online import OnlineConfig, OnlineTrainer
@@ -55,6 +55,10 @@ class RLOOTrainer(OnlineTrainer):
     def kl_in_reward(self) -> bool:
         return True
 
+    def needs_old(self) -> bool:
+        # The divergence in the reward is a difference to log-probs of the engine.
+        return super().needs_old() or (self.is_below_fp32() and self.needs_reference())
+
     def advantages(self, rewards_SF: Tensor, weights_F: Tensor, generations: int, kl_S: Tensor | None) -> Tensor:
         reward_S = total_reward(rewards_SF, weights_F)
         if self.args.reward_clip_range is not None:
@@ -63,7 +67,7 @@ class RLOOTrainer(OnlineTrainer):
             reward_S = reward_S - self.args.beta * kl_S
         return leave_one_out(reward_S, num_generations=generations, normalize=self.args.normalize_advantages)
 
-    def is_idle(self, sample: Sample) -> bool:
+    def is_idle(self, sample: TrainingTrace) -> bool:
         return not sample.trained or (sample.advantage == 0.0 and self.router_aux_loss_coef == 0.0)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
@@ -71,7 +75,7 @@ class RLOOTrainer(OnlineTrainer):
         stats = score(model, batch, entropy=True, temperature=args.temperature, router=balance > 0)
         assert stats.entropy_N is not None
         old_N = stats.logp_N.detach() if self.is_on_policy() else batch["old_logp_N"]
-        ratio_S = seq_sum(stats.logp_N - old_N, stats.seq_N, stats.sequences).exp()
+        ratio_S = ratio(seq_sum(stats.logp_N - old_N, stats.seq_N, stats.sequences))
         # An advantage is the same for all tokens of a sequence; one without trained tokens has none.
         advantage_S = torch.zeros_like(ratio_S).index_copy(0, stats.seq_N, batch["advantage_N"])
         loss_S = clip(ratio_N=ratio_S, advantage_N=advantage_S, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
