@@ -9,6 +9,7 @@ import torch
 from trl.losses.policy import (
     BUDGET,
     CLIPPING,
+    MAX_LOG_RATIO,
     METHODS,
     SEQUENCES,
     TOKENS,
@@ -22,6 +23,8 @@ from trl.losses.policy import (
     k3,
     off_policy_keep,
     pool,
+    quantile,
+    ratio,
     sapo,
     vespo,
     vespo_weight,
@@ -56,7 +59,7 @@ def surrogate(name: str, logp_N, old_N, advantage_N, seq_N, sequences: int, leve
     pooled_N = pool(log_ratio_N, seq_N=seq_N, sequences=sequences, importance_sampling_level=level)
     given = {
         "log_ratio_N": log_ratio_N,
-        "ratio_N": pooled_N.exp(),
+        "ratio_N": ratio(pooled_N),
         "logp_N": logp_N,
         "advantage_N": advantage_N,
         "seq_N": seq_N,
@@ -85,6 +88,57 @@ def test_pooled(level):
     torch.testing.assert_close(ours.detach(), double(*POOLED[level]))
     ours[0].backward()
     torch.testing.assert_close(log_ratio_N.grad, double(*OF_THE_FIRST[level]))
+
+
+def test_a_ratio_is_exact_up_to_the_bound_and_its_tangent_beyond():
+    """At 20 + 3 the tangent of exp at 20 is at 4 exp(20); at 300 and 1,000 exp itself is infinite in fp32."""
+    log_ratio = torch.tensor([-200.0, -1.0, 0.0, LOG3, 20.0, 23.0, 300.0, 1000.0], requires_grad=True)
+    ours = ratio(log_ratio)
+    top = math.exp(20)
+    expected = torch.tensor([0.0, math.exp(-1), 1.0, 3.0, top, 4 * top, 281 * top, 981 * top])
+    torch.testing.assert_close(ours, expected)
+    ours.sum().backward()
+    torch.testing.assert_close(log_ratio.grad, torch.tensor([0.0, math.exp(-1), 1.0, 3.0, top, top, top, top]))
+    assert MAX_LOG_RATIO == 20
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("level", LEVELS)
+def test_log_ratios_without_an_exponential_leave_finite_losses_and_gradients(name, level):
+    """In fp32 exp(100) is infinite. Of tokens at a positive advantage clipping removes it: they have no gradient; the
+    others keep theirs, of the sign that makes them less likely."""
+    logp_N = torch.tensor([-1.0, -1.0, -1.0, -1.0], requires_grad=True)
+    old_N, advantage_N = torch.tensor([-101.0, -101.0, -101.0, -101.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss_N = surrogate(name, logp_N, old_N, advantage_N, torch.tensor([0, 0, 1, 1]), 2, level)
+    assert loss_N.isfinite().all()
+    loss_N.sum().backward()
+    assert logp_N.grad.isfinite().all()
+    if name in CLIPPING:
+        torch.testing.assert_close(loss_N[:2], torch.full((2,), -1.3))
+        assert (logp_N.grad[:2] == 0).all() and (logp_N.grad[2:] > 0).all()
+
+
+def test_what_compares_with_others_stays_finite_too():
+    """The divergence from a reference that finds a token e^100 times likelier pulls it up; a sampler's weight is masked
+    or bounded."""
+    logp_N = torch.tensor([-101.0], requires_grad=True)
+    k3(logp_N=logp_N, ref_logp_N=torch.tensor([-1.0])).sum().backward()
+    torch.testing.assert_close(logp_N.grad, torch.tensor([1 - math.exp(20)]))
+    gaps = {"policy_logp_N": torch.tensor([-1.0]), "sampler_logp_N": torch.tensor([-101.0])}
+    where = {"seq_N": torch.tensor([0]), "sequences": 1, "low": None}
+    for mode, high, expected in (
+        ("token_truncate", 3.0, 3.0),
+        ("sequence_mask", 3.0, 0.0),
+        ("token_truncate", None, math.exp(20)),
+    ):
+        torch.testing.assert_close(correction(**gaps, **where, mode=mode, high=high), torch.tensor([expected]))
+
+
+def test_quantile_is_torchs_and_has_no_limit():
+    for values, share in ((drawn(7), 0.2), (drawn(10, seed=3), 0.5), (drawn(1), 0.9), (drawn(4), 1.0), (drawn(4), 0.0)):
+        torch.testing.assert_close(quantile(values, share), values.quantile(share))
+    many = torch.arange(2**24 + 2, dtype=torch.float64).flip(0)
+    assert quantile(many, 0.25) == (2**24 + 1) / 4
 
 
 # --- surrogates -------------------------------------------------------------------------------------------------------

@@ -203,6 +203,16 @@ def test_without_beta_all_pairs_are_even(name, at_zero):
     torch.testing.assert_close(loss_P, torch.full_like(loss_P, at_zero))
 
 
+def test_discopop_stays_finite_where_its_exponential_would_not():
+    """With a tau of 2 and x = -1,000 the exponent is 500: the tangent at 80 is at 421 exp(80)."""
+    logit_P = torch.tensor([-1000.0], requires_grad=True)
+    zero_P = torch.zeros(1)
+    loss_P = LOSSES["discopop"](chosen_score_P=logit_P, rejected_score_P=zero_P, beta=1.0, discopop_tau=2.0)
+    assert loss_P.item() == pytest.approx(421 * math.exp(80), rel=1e-5)
+    loss_P.sum().backward()
+    assert logit_P.grad.isfinite().all() and logit_P.grad < 0
+
+
 def test_labels_wrong_half_the_time_teach_nothing_to_exo():
     """Against labels of (1/2, 1/2) the divergence of (3/4, 1/4) is log 2 less the entropy, whichever way round."""
     policy, ref = torch.tensor([[LOG3, 0.0], [0.0, LOG3]], dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)

@@ -1,10 +1,12 @@
 """Rounds, steps and micro-batches of the trainers that draw their own completions."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import trl
@@ -224,6 +226,85 @@ def equal(ours, theirs):
     if isinstance(ours, dict):
         return ours.keys() == theirs.keys() and all(equal(ours[name], theirs[name]) for name in ours)
     return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def test_the_users_config_stays_as_it_was(tmp_path, tokenizer):
+    args = trl.GRPOConfig(
+        **{**DEFAULTS, "output_dir": str(tmp_path), "per_device_train_batch_size": 2, "num_generations": 2},
+        gradient_accumulation_steps=3,
+    )  # fmt: skip
+    before = args.to_dict()
+    for _ in range(2):
+        trainer = trl.GRPOTrainer(
+            model=tiny(tokenizer), reward_funcs=reward, args=args, train_dataset=PROMPTS, processing_class=tokenizer
+        )
+        assert trainer.numbers == rounds.RoundSizes(step=6, round=6, prompts=3, parts=1)
+    assert args.to_dict() == before
+
+
+def test_a_completion_ends_at_every_end_token_of_model_tokenizer_and_template(tmp_path, tokenizer):
+    """As in Gemma 3: the tokenizer's end of text is another token than the template's end of turn."""
+    tokenizer = copy.deepcopy(tokenizer)
+    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<|endoftext|>"
+    text = tokenizer.eos_token_id
+    assert turn != text
+    model = tiny(tokenizer)
+    assert set(make(tmp_path, tokenizer, model=model).sampling.stop_ids) == {text, turn}
+    model.generation_config.eos_token_id = [text, 17, len(tokenizer) + 5]  # the last has no row in the model
+    trainer = make(tmp_path, tokenizer, model=model, generation_kwargs={"eos_token_id": 23})
+    assert set(trainer.sampling.stop_ids) == {text, turn, 17, 23}
+
+
+def test_a_text_prompt_has_one_beginning(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    bos = tokenizer.bos_token
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    trainer = make(tmp_path, tokenizer, rows=[{"prompt": f"{bos}hello"}, {"prompt": "hello"}])
+    ids = tokenizer("hello", add_special_tokens=False)["input_ids"]
+    assert list(trainer.train_dataset["prompt_ids"]) == [[tokenizer.bos_token_id, *ids]] * 2
+    assert any("written in 1 prompts already" in line for line in trainer.report())
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_in_half_precision_nothing_is_clipped_before_anything_has_moved(tmp_path, tokenizer, method):
+    """The sampler's log-probs are others than the engine's: sums of hundreds of tokens drift out of the clip range."""
+    for precision in ({"bf16": True}, {"model": tiny(tokenizer).bfloat16()}):
+        trainer = make(
+            tmp_path, tokenizer, method, num_iterations=2, max_steps=1, beta=0.0, reward_funcs=reward, **precision
+        )
+        assert trainer.needs_old()
+        sampler = trainer.sampler
+        trainer.sampler = Off(sampler)
+        trainer.train()
+        line = trainer.state.log_history[0]
+        assert line["clip_ratio/region_mean"] == 0 and line["reward_std"] > 0
+    assert not make(tmp_path, tokenizer, method, num_iterations=2).needs_old()  # fp32: they are the same
+    assert not make(tmp_path, tokenizer, method, beta=0.0, bf16=True).needs_old()  # no ratio is taken
+    # The divergence in the reward is a difference of log-probs, of which the sampler's would be the odd ones.
+    assert make(tmp_path, tokenizer, method, beta=0.1, bf16=True).needs_old() is (method == "RLOO")
+
+
+class Off:
+    """A sampler whose log-probs are off by what half precision makes of many tokens."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def generate(self, model, requests, sampling):
+        return [
+            [each._replace(logps=[logp + 0.5 for logp in each.logps]) for each in group]
+            for group in self.sampler.generate(model, requests, sampling)
+        ]
+
+
+def test_a_rank_may_draw_nothing(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, beta=0.1, top_entropy_quantile=0.5)
+    assert trainer._draw([], 4, training=False) == []
+    loss, _, _ = trainer.prediction_step(trainer.model, {"rows": []}, True)
+    assert loss == 0
 
 
 def test_a_step_happens_even_if_nothing_moves(tmp_path, tokenizer):

@@ -16,7 +16,8 @@ import numpy as np
 from trl.data.batches import RowBatches
 from trl.data.collate import Branch, Tree
 
-SLACK = 1.05  # of the mean of tokens: so much a rank may get before a group is shared out
+# Of the mean of tokens, what a rank may get before a group is halved: each is tried, and the best deal taken.
+SLACKS = (1.1, 1.05, 1.02, 1.0)
 
 
 class Tokens(NamedTuple):
@@ -174,33 +175,42 @@ def deal(samples: Sequence[TrainingTrace], ranks: int) -> list[int]:
     Runs of one prompt are dealt out longest first, each to the rank with the fewest tokens so far. A run that is too
     long for that rank is halved, and its prompt is then computed on both.
     """
-    holders = [0] * len(samples)
     if ranks == 1:
-        return holders
+        return [0] * len(samples)
     runs: list[list[int]] = []
     for place, sample in enumerate(samples):
         if not runs or not same_prompt(samples[runs[-1][-1]], sample):
             runs.append([])
         runs[-1].append(place)
 
+    _, holders = min((_dealt(runs, samples, ranks, slack) for slack in SLACKS), key=lambda found: found[0])
+    return holders
+
+
+def _dealt(
+    runs: list[list[int]], samples: Sequence[TrainingTrace], ranks: int, slack: float
+) -> tuple[int, list[int]]:
+    """The tokens of the rank that has most, and the rank of each sample."""
+
     def cost(run: list[int]) -> int:
         return sum(samples[place].length for place in run) + len(samples[run[0]].prompt_ids)
 
+    holders = [0] * len(samples)
     waiting = [(-cost(run), run) for run in runs]
-    limit = -SLACK * sum(negative for negative, _ in waiting) / ranks
+    limit = -slack * sum(negative for negative, _ in waiting) / ranks
     loads = [(0, rank) for rank in range(ranks)]
     heapq.heapify(waiting)
     while waiting:
-        tokens, run = heapq.heappop(waiting)
+        negative, run = heapq.heappop(waiting)
         load, rank = loads[0]
-        if len(run) > 1 and load - tokens > limit:
+        if len(run) > 1 and load - negative > limit:
             for half in _halves(run, samples):
                 heapq.heappush(waiting, (-cost(half), half))
             continue
-        heapq.heapreplace(loads, (load - tokens, rank))
+        heapq.heapreplace(loads, (load - negative, rank))
         for place in run:
             holders[place] = rank
-    return holders
+    return max(load for load, _ in loads), holders
 
 
 def _halves(run: list[int], samples: Sequence[TrainingTrace]) -> tuple[list[int], list[int]]:

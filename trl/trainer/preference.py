@@ -372,19 +372,25 @@ class ReferencedTrainer(PreferenceTrainer):
             return dataset
         key = self._reference_key()
 
-        def shard(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        def logps(columns: dict[str, list[Any]]) -> np.ndarray:
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            table = self._reference_shard(rows, key)
-            return {**columns, **{name: table[:, index].tolist() for index, name in enumerate(self.ref_columns)}}
+            return self._reference_shard(rows, key)
 
         if isinstance(dataset, IterableDataset):
-            return dataset.map(shard, batched=True, batch_size=STREAM_SHARD)
-        parts = [
-            shard(dataset.select(range(start, min(start + SHARD, len(dataset)))).to_dict())
-            for start in range(0, len(dataset), SHARD)
-        ]
-        for column in self.ref_columns:
-            dataset = dataset.add_column(column, [value for part in parts for value in part[column]])
+
+            def with_logps(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+                table = logps(columns)
+                return {**columns, **{name: table[:, index].tolist() for index, name in enumerate(self.ref_columns)}}
+
+            return dataset.map(with_logps, batched=True, batch_size=STREAM_SHARD)
+        # A shard's rows are read, of those columns that a batch is made of, and dropped again.
+        wanted = [name for name in dataset.column_names if name in self.prepared_columns or name.endswith("_ids")]
+        rows = dataset.select_columns(wanted).with_format(None)
+        starts = range(0, len(dataset), SHARD)
+        tables = [logps(rows.select(range(start, min(start + SHARD, len(rows)))).to_dict()) for start in starts]
+        table = np.concatenate([*tables, np.zeros((0, len(self.ref_columns)), dtype=np.float32)])
+        for index, column in enumerate(self.ref_columns):
+            dataset = dataset.add_column(column, table[:, index])
         return dataset
 
     def _reference_key(self) -> str:

@@ -1,0 +1,58 @@
+"""Rounds on four gloo processes, some of which draw nothing: numbers of one process, and checkpoints within a round."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.distributed import rounds_worker
+from tests.distributed.test_two_processes import ROOT
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def check(ours, theirs, what):
+    assert len(ours) == len(theirs) > 6, what
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line.keys() == expected.keys(), what
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (what, expected["step"], name)
+
+
+def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    alone = {}
+    for method, prompts in rounds_worker.CASES:
+        name = f"{method}-{prompts}"
+        run = rounds_worker.make(tmp_path / f"alone-{name}", tokenizer, method, prompts, 1)
+        run.train()
+        alone[name] = rounds_worker.lines(run)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", "0",
+         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", rounds_worker.__file__, str(tmp_path), smol_path],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, expected in alone.items():
+        whole, resumed = json.loads((tmp_path / f"{name}.json").read_text())
+        check(whole, expected, name)
+        # Resumed by as many ranks it is the uninterrupted run, bit for bit.
+        assert [line for line in resumed if "loss" in line] == [line for line in whole if "loss" in line], name
+        table = (tmp_path / f"ranks-{name}" / "completions" / "train-000000.jsonl").read_text()
+        assert table == (tmp_path / f"alone-{name}" / "completions" / "train-000000.jsonl").read_text()
+    other = json.loads((tmp_path / "other.json").read_text())
+    check([line for line in other if line["step"] > 3], [line for line in alone["RLOO-3"] if line["step"] > 3], "other")
+    # The round is in the checkpoint once: its numbers with the first rank, the tokens with their holders.
+    states = [
+        torch.load(tmp_path / "ranks-RLOO-3" / "checkpoint-3" / f"trl_state_{rank}.pt", weights_only=True)["method"]
+        for rank in range(4)
+    ]
+    assert ["round" in state for state in states] == [True, False, False, False]
+    [step] = [states[0]["round"]["sizes"]]
+    lengths = states[0]["round"]["table"][states[0]["round"]["table"][:, 4] >= 0, 2].sum()
+    assert sum(len(state["round_tokens"]["words"]) for state in states) == 3 * lengths and len(step) == 1
