@@ -854,6 +854,11 @@ class BaseTrainer(Adoptable, Trainer):
             # An override may have upstream's three arguments alone; it writes into the output folder.
             self.create_model_card(**({"folder": output_dir} if knows_folder else {}))
 
+    def rows_of_a_step(self) -> int:
+        """How many rows an optimizer step is taken on, on all ranks."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -871,7 +876,7 @@ class BaseTrainer(Adoptable, Trainer):
         args, seen = self.args, self.state
         facts = {
             "learning rate": args.learning_rate,
-            "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "rows a step": self.rows_of_a_step(),
             "steps": seen.global_step,
             "epochs": round(seen.epoch or 0.0, 2),
             "seed": args.seed,

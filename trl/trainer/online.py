@@ -520,11 +520,13 @@ class OnlineTrainer(ReferencedTrainer):
         self._add("train", {"groups/replayed": self._once(replaced)})
         return [each for group in groups for each in group]
 
-    def _once(self, value: float | Tensor, mode: str = "train") -> Metric:
-        """A number that all ranks know in training, so that one of them adds it; in an evaluation, one of this rank."""
+    def _once(self, value: float | Tensor, mode: str = "train", items: float = 1.0) -> Metric:
+        """A number that all ranks know in training: only the first adds it. In an evaluation it is the mean of as many
+        `items` of this rank's batch."""
         value = torch.as_tensor(value, dtype=torch.float32)
-        good = bool(torch.isfinite(value)) and (mode == "eval" or self.args.process_index == 0)
-        return Metric(value.nan_to_num(0.0).to(self.args.device) * good, float(good))
+        weight = items if mode == "eval" else float(self.args.process_index == 0)
+        weight *= bool(torch.isfinite(value))
+        return Metric(value.nan_to_num(0.0).to(self.args.device) * weight, weight)
 
     def _logps(self, ask: Callable[..., TokenStats], rows: list[Any], drawn: list[Tokens]) -> list[np.ndarray]:
         """Log-probs of every token of the completions under the model that `ask` calls."""
@@ -558,8 +560,10 @@ class OnlineTrainer(ReferencedTrainer):
         rewards_SF, weights_F = self._rewards(drawn)
         total_S = total_reward(rewards_SF, weights_F)
         numbers = {"reward": total_S.nanmean(), "reward_std": _std(total_S)}
+        items: dict[str, float] = {"reward": int((~total_S.isnan()).sum())}  # those of the others: completions
         for index, name in enumerate(self.rewards.names):
             numbers[f"rewards/{name}/mean"] = rewards_SF[:, index].nanmean()
+            items[f"rewards/{name}/mean"] = int((~rewards_SF[:, index].isnan()).sum())
             numbers[f"rewards/{name}/std"] = _std(rewards_SF[:, index])
         numbers["frac_reward_zero_std"] = without_spread(rewards_SF, weights_F, generations).float().mean()
         lengths = torch.tensor([float(each.length) for each in drawn])
@@ -567,13 +571,15 @@ class OnlineTrainer(ReferencedTrainer):
         for what, values in (("length", lengths), ("terminated_length", lengths[ended])):
             values = values if len(values) else torch.zeros(1)  # 0 where no completion ended, as upstream logs it
             numbers[f"completions/mean_{what}"] = values.mean()
+            items[f"completions/mean_{what}"] = len(values)
             numbers[f"completions/min_{what}"] = values.min()
             numbers[f"completions/max_{what}"] = values.max()
         numbers["completions/clipped_ratio"] = (~ended).float().mean()
         kl_S = self._kl(drawn)
         if kl_S is not None:
             numbers["kl"] = kl_S.sum() / lengths.sum().clamp(min=1)
-        self._add(mode, {name: self._once(value, mode) for name, value in numbers.items()})
+            items["kl"] = float(lengths.sum())
+        self._add(mode, {name: self._once(value, mode, items.get(name, len(drawn))) for name, value in numbers.items()})
 
     def _keep(self, mode: str, drawn: Sequence[ScoredTrace], advantages: Sequence[float]) -> None:
         """The table of completions, written by the first rank; every rank brings the texts that it has."""
@@ -691,6 +697,9 @@ class OnlineTrainer(ReferencedTrainer):
                     self.accelerator.backward(loss, **unscaled)
                 total += loss.detach()
         return total
+
+    def rows_of_a_step(self) -> int:
+        return self.numbers.step
 
     def counts_of(self, samples: Sequence[TrainingTrace]) -> dict[str, float]:
         """How many items of each kind the loss is averaged over; samples that are not forwarded count too."""
