@@ -1,6 +1,7 @@
 """What a user sets. Field groups are dataclasses over `transformers.TrainingArguments`; each field is written once."""
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -236,9 +237,37 @@ class SequenceFields:
         default="keep_start",
         metadata={"help": "Which end of a longer row stays.", "choices": ["keep_start", "keep_end"]},
     )
+    columns: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which column is which: `question=prompt,reply=completion`, or as JSON. A column so named is "
+            "read as one that bears the name."
+        },
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows that cannot be read, and count them, instead of stopping."}
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token, if not the tokenizer's."})
     pad_token: str | None = field(default=None, metadata={"help": "Padding token, if not the tokenizer's."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.columns, str):
+            self.columns = _names(self.columns)
+        super().__post_init__()  # type: ignore[misc]  # of the configuration that the fields are mixed into
+
+
+def _names(columns: str) -> dict[str, str]:
+    """`a=b,c=d`, or an object in JSON, as a dictionary."""
+    try:
+        found = json.loads(columns) if columns.lstrip().startswith("{") else dict(
+            pair.split("=") for pair in columns.replace(",", " ").split()
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"columns={columns!r} cannot be read ({error}): write question=prompt,reply=completion, or the same as JSON"
+        ) from error
+    return {str(key).strip(): str(value).strip() for key, value in found.items()}
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.tiny_tokenizers import assistant, system, user
-from trl.data.formats import load
+from trl.data.formats import DataError, load
 from trl.data.report import show
 from trl.data.tokens import prepare
 from trl.data.words import Words
@@ -94,8 +94,11 @@ def test_templates_of_others(name: str, fetch: Any) -> None:
     assert show(tokenizer, prepared[0]["input_ids"], prepared[0]["loss_mask"]) == SHOWN[name]
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     talk = [user("a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    prepared, _ = prepare(load([{"messages": talk}]), tokenizer)
-    if name != "gemma3":  # which has no tool calls
+    if name == "gemma3":  # which has no tool calls
+        with pytest.raises(DataError, match="row 0: `messages`: the chat template leaves out `tool_calls`"):
+            prepare(load([{"messages": talk}]), tokenizer)
+    else:
+        prepared, _ = prepare(load([{"messages": talk}]), tokenizer)
         assert '{"name": "f", "arguments": {"x": 1}}' in tokenizer.decode(prepared[0]["input_ids"])
 
 

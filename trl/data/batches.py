@@ -98,15 +98,38 @@ class StreamBatches:
     Every rank reads the whole stream and takes its part of each batch, so that the rows of an optimizer step do not
     depend on the number of ranks. `state_dict`, asked for after a batch, is a place to go on from: after
     `load_state_dict` the next epoch begins with the batch that follows, and no row before it is tokenised again.
+
+    With `forever`, one pass follows another without an end, each with an epoch number of its own: the n-th batch is
+    then the same wherever a run begins to count, and an optimizer step may span the end of a pass.
     """
 
-    def __init__(self, stream: Any, batch_size: int, *, ranks: int = 1, rank: int = 0, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        stream: Any,
+        batch_size: int,
+        *,
+        ranks: int = 1,
+        rank: int = 0,
+        drop_last: bool = False,
+        forever: bool = False,
+    ) -> None:
         self.stream, self.batch_size, self.ranks, self.rank, self.drop_last = stream, batch_size, ranks, rank, drop_last
+        self.forever = forever
         self.epoch = 0
         self._state: dict[str, Any] | None = None
         self._resumed = False
 
     def __iter__(self) -> Iterator[list[Any]]:
+        while True:
+            empty = True
+            for batch in self._one_pass():
+                empty = False
+                yield batch
+            if empty or not self.forever:
+                return
+            self.epoch += 1
+
+    def _one_pass(self) -> Iterator[list[Any]]:
         if self._resumed:
             self._resumed = False
             assert self._state is not None

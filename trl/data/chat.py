@@ -14,6 +14,7 @@ The spans are worked out from the template itself, by what it does and not by wh
 What none of these can place is an error, never a guess.
 """
 
+import difflib
 import json
 import re
 from bisect import bisect_left
@@ -28,6 +29,10 @@ from .formats import DataError
 
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # from the first character to one past the last
+
+# The names that templates have for what the assistant thought before it spoke.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+KNOWN_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE_USE = range(0xE000, 0xF8FF)  # characters that no text should contain: sentinels are taken from here
@@ -176,16 +181,132 @@ class ChatTemplate:
         return dict(self.tokenizer.special_tokens_map)
 
     def _complete(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message as the template expects it: no field None, a content even where there are only tool calls, and
-        the arguments of these as it writes them."""
+        """A message as the template expects it: no field None, a content even where there are only tool calls, the
+        content and the arguments of these as it reads them, and the thinking under the name that it reads."""
         if _is_plain(message):
-            return message  # type: ignore[return-value]
+            return self._as_read(message)
         complete = {key: value for key, value in message.items() if value is not None}
         if complete.get("tool_calls"):
             complete.setdefault("content", "")
             if self._wants_json_arguments:
                 complete["tool_calls"] = [_with_json_arguments(call) for call in complete["tool_calls"]]
-        return complete
+        for name in THOUGHTS:
+            if complete.get(name) and self._thought and name != self._thought:
+                complete.setdefault(self._thought, complete.pop(name))
+        return self._as_read(complete)
+
+    def _as_read(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with its content as the template reads it: a string, or a list of blocks."""
+        content = message.get("content")
+        if message["role"] in self._reads_blocks and isinstance(content, str):
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message  # type: ignore[return-value]
+
+    # -- what the template reads --------------------------------------------------------------------------------------
+
+    def _written(self, messages: Messages, **kwargs: Any) -> str:
+        """What the template makes of messages as they are; nothing where it refuses them."""
+        try:
+            return self._apply([[dict(message) for message in messages]], False, **kwargs)[0]
+        except Exception:  # as in `render_all`
+            return ""
+
+    @cached_property
+    def _reads_blocks(self) -> frozenset[str]:
+        """The roles whose content the template reads as a list of blocks only, as those of vision models do. A string
+        would be rendered as nothing."""
+        word = "zqcontent"
+        blocks = [{"type": "text", "text": word}]
+        found: set[str] = set()
+
+        def form(role: str) -> Any:
+            return blocks if role in found else word
+
+        for role, before in (("user", ()), ("assistant", ("user",)), ("system", ()), ("tool", ("user", "assistant"))):
+            context = [{"role": each, "content": form(each)} for each in before]
+            after = [{"role": "user", "content": form("user")}] if role == "system" else []
+
+            def count(content: Any, role: str = role, context: Any = context, after: Any = after) -> int:
+                return self._written([*context, {"role": role, "content": content}, *after]).count(word)
+
+            others = len(context) + len(after)
+            if count(word) <= others < count(blocks):
+                found.add(role)
+        return frozenset(found)
+
+    @cached_property
+    def _thought(self) -> str | None:
+        """The field in which the template reads what the assistant thought."""
+        return next((name for name in THOUGHTS if self._writes_thought(name)), None)
+
+    def _writes_thought(self, name: str, **kwargs: Any) -> bool:
+        asked = self._as_read({"role": "user", "content": "zq"})
+        said = {**self._as_read({"role": "assistant", "content": "zq"}), name: "zqthought"}
+        return "zqthought" in self._written([asked, said], **kwargs)
+
+    @cached_property
+    def _writes_calls(self) -> bool:
+        function = {"name": "zqname", "arguments": {"zqkey": "zqvalue"}}
+        call = {"id": "zqcall000", "type": "function", "function": function}
+        asked = self._as_read({"role": "user", "content": "zq"})
+        said = self._complete({"role": "assistant", "content": "", "tool_calls": [call]})
+        return any("zqname" in self._written([asked, said], **more) for more in ({}, {"tools": [_TOOL]}))
+
+    def _writes_tools(self, messages: Messages, text: str, **kwargs: Any) -> bool:
+        functions = [tool.get("function") or tool for tool in kwargs["tools"]]
+        if any(str(function.get("name")) in text for function in functions):
+            return True
+        return self._try(messages, **{**kwargs, "tools": None}) != self._try(messages, **kwargs)
+
+    def check_complete(self, messages: Messages, text: str, **kwargs: Any) -> None:
+        """Raises `DataError` where `text`, the rendered messages, leaves out what the model should see: a content, tool
+        calls, tools, thinking; and for a role that nobody knows."""
+        position = 0
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if role not in KNOWN_ROLES and not self._names(role):
+                near = difflib.get_close_matches(role, sorted(KNOWN_ROLES), n=1)
+                meant = f"Did you mean {near[0]!r}? " if near else ""
+                raise DataError(
+                    f"message {index} has the role {role!r}, which is not known and which the chat template does not "
+                    f"name. {meant}Known are {', '.join(sorted(KNOWN_ROLES))}, and those that the template names."
+                )
+            if message.get("tool_calls") and not self._writes_calls:
+                raise self._left_out("tool_calls", index, role)
+            for name in THOUGHTS:
+                if message.get(name) and not self._thought and role == "assistant":
+                    raise self._left_out(name, index, role)
+            content = message.get("content")
+            if not isinstance(content, str) or not content or content.isspace():
+                continue
+            content = content.strip()
+            place = text.find(content, position)
+            if place >= 0:
+                position = place + len(content)
+            # A template may take the thinking off the front, write the content as JSON, or write it in another place.
+            elif text.find(content[-32:], position) < 0 and not self._writes_content(messages, index, **kwargs):
+                raise self._left_out("content", index, role)
+        if kwargs.get("tools") and not self._writes_tools(messages, text, **kwargs):
+            raise DataError(
+                "the chat template leaves out the row's tools, so that the model would never see them. Set a "
+                "`tokenizer.chat_template` that writes them, or remove the column."
+            )
+
+    def _names(self, role: str) -> bool:
+        return re.search(rf"""['"]{re.escape(role)}['"]""", str(self.tokenizer.chat_template)) is not None
+
+    def _writes_content(self, messages: Messages, index: int, **kwargs: Any) -> bool:
+        changed = [*messages[:index], {**messages[index], "content": "zqcontent"}, *messages[index + 1 :]]
+        text = self._try(changed, **kwargs)
+        return text is None or "zqcontent" in text
+
+    @staticmethod
+    def _left_out(field: str, index: int, role: str) -> DataError:
+        return DataError(
+            f"the chat template leaves out `{field}` of message {index} ({role}), so that the model would never see "
+            f"it. Set a `tokenizer.chat_template` that writes it, write it into the content of a message that the "
+            "template writes, or remove it."
+        )
 
     @cached_property
     def _wants_json_arguments(self) -> bool:
@@ -194,12 +315,9 @@ class ChatTemplate:
 
         def written(arguments: Any) -> str:
             call = {"id": "zqcall000", "type": "function", "function": {"name": "zqname", "arguments": arguments}}
-            asked = {"role": "user", "content": "zq"}
-            called: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-            try:
-                return self._apply([[asked, called]], False)[0]
-            except Exception:  # as in `render_all`
-                return ""
+            asked = self._as_read({"role": "user", "content": "zq"})
+            called = self._as_read({"role": "assistant", "content": "", "tool_calls": [call]})
+            return self._written([asked, called])
 
         of_dict, of_text = written({"zqkey": "zqvalue"}), written('{"zqkey": "zqvalue"}')
         return ("zqkey" not in of_dict or "'zqkey'" in of_dict) and '"zqkey"' in of_text
@@ -431,6 +549,16 @@ class ChatTemplate:
         end = min(common_prefix(prompt, text), answer)
         begin = len(plain) if prompt.startswith(plain) and asked <= len(plain) < end else asked
         return Lead(text[begin:end], text[end:answer]) if begin < end else None
+
+
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "zqtool",
+        "description": "zqdescription",
+        "parameters": {"type": "object", "properties": {"zqkey": {"type": "string", "description": "zq"}}},
+    },
+}
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 A text is tokenised whole, never in parts, so that its tokens are those that the model meets elsewhere.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 3  # raise it when the same options come to give other tokens, so that no stale cache is read
+RECIPE = 4  # raise it when the same options come to give other tokens, so that no stale cache is read
 
 
 class Text(NamedTuple):
@@ -94,6 +95,7 @@ class Encoder:
         for position, row in enumerate(indices):
             option = dict(without_none(batch[further][position] or {})) if further else {}
             value = batch[tools][position] if tools else None
+            in_json = isinstance(value, str)  # there a null is meant, and not what a table fills gaps with
             if isinstance(value, str) and value.strip():
                 try:
                     value = json.loads(value)
@@ -105,7 +107,7 @@ class Encoder:
                     "their JSON schemas, or that as JSON."
                 )
             if value:
-                option["tools"] = without_none(value)
+                option["tools"] = value if in_json else without_none(value)
             options.append(option)
         return options if any(options) else None
 
@@ -118,18 +120,20 @@ class Encoder:
         add_generation_prompt: bool = False,
     ) -> list[str]:
         template = chat.chat_template(self.tokenizer)
+        texts: list[str | None] = [None] * len(conversations)
         if options is None:
+            options = [{}] * len(conversations)
+            with contextlib.suppress(DataError):  # else one by one, to find the row
+                texts = [*template.render_all(conversations, add_generation_prompt)]
+        found = []
+        for messages, text, row, option in zip(conversations, texts, indices, options, strict=True):
             try:
-                return template.render_all(conversations, add_generation_prompt)
-            except DataError:
-                options = [{}] * len(conversations)  # one by one, to find the row
-        texts = []
-        for messages, row, option in zip(conversations, indices, options, strict=True):
-            try:
-                texts.append(template.render(messages, add_generation_prompt, **option))
+                text = template.render(messages, add_generation_prompt, **option) if text is None else text
+                template.check_complete(messages, text, **option)
             except DataError as error:
                 raise DataError(f"{place(row, column)}: {error}") from error
-        return texts
+            found.append(text)
+        return found
 
     def _assistant_spans(
         self,
@@ -146,9 +150,13 @@ class Encoder:
             pairs = zip(conversations, options, strict=True)
             results = [template.spans_or_error(messages, **option) for messages, option in pairs]
         found = []
-        for result, row in zip(results, indices, strict=True):
+        for number, (result, row) in enumerate(zip(results, indices, strict=True)):
             if isinstance(result, DataError):
                 raise DataError(f"{place(row, column)}: {result}") from result
+            try:
+                template.check_complete(conversations[number], result[0], **(options[number] if options else {}))
+            except DataError as error:
+                raise DataError(f"{place(row, column)}: {error}") from error
             found.append(result)
         return found
 

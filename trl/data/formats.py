@@ -20,7 +20,7 @@ class Shape:
     `kind` is a kind of the readings tried; `columns` maps each part of that reading to the column that holds it (absent
     optional parts are left out); `conversational` says that the chat template is applied; `sentence` is one line for
     people: what was seen and how it is read. `formatting` is '' or says how a `formatting_func` is called: with a
-    `row`, or with a `batch` of them.
+    `row`, or with a `batch` of them. `numbers` are the columns whose numbers are read as text.
     """
 
     kind: str
@@ -28,6 +28,7 @@ class Shape:
     conversational: bool
     sentence: str
     formatting: str = ""
+    numbers: tuple[str, ...] = ()
 
     def with_template(self, there_is_one: bool) -> "Shape":
         """Two strings, a question and its answer, are a conversation where the tokenizer has a chat template; so is a
@@ -156,8 +157,8 @@ _FURTHER = Part("input", ("input", "context"), ("text",), optional=True)
 def _two(contents: tuple[str, ...]) -> tuple[Part, Part]:
     """The preferred completion and the other one."""
     return (
-        Part("chosen", ("chosen", "chosen_response"), contents),
-        Part("rejected", ("rejected", "rejected_response"), contents),
+        Part("chosen", ("chosen", "chosen_response", "chosen_messages"), contents),
+        Part("rejected", ("rejected", "rejected_response", "rejected_messages"), contents),
     )
 
 
@@ -342,18 +343,19 @@ def detect(
         return _detect_formatting(dataset, formatting_func)
     contents = {column: _contents(dataset, column) for column in dataset.column_names}
     if columns:
-        return _detect_named(contents, columns, readings, understood)
+        return _detect_named(dataset, contents, columns, readings, understood)
     for column, content in contents.items():
         if content == "images" or (column in IMAGE_COLUMNS and content != "empty"):
             raise DataError(
                 f"The column `{column}` holds images, and {NO_IMAGES}. To train on the text alone, remove it with "
                 f"`dataset.remove_columns({column!r})`."
             )
-    for reading in readings:
-        found = _match(reading, contents, text_field)
-        if found is not None:
-            sentence = _sentence(reading, found, list(contents), text_field)
-            return Shape(reading.kind, found, _conversational(found, contents), sentence)
+    for numbers in (False, True):  # a column of numbers is taken for text only where nothing else fits
+        for reading in readings:
+            found = _match(reading, contents, text_field, numbers and reading.kind == "dialogue")
+            if found is not None:
+                sentence = _sentence(reading, found, list(contents), text_field)
+                return _shape(reading, found, contents, dataset, sentence)
     if readings is READINGS:
         remedy = (
             "columns={'prompt': ..., 'completion': ...}, or name the column of text or conversations with "
@@ -368,15 +370,40 @@ def detect(
     )
 
 
-def _conversational(columns: Mapping[str, str], contents: Mapping[str, str]) -> bool:
-    return any(contents[column] in _SAID for column in columns.values())
+def _shape(
+    reading: Reading,
+    columns: dict[str, str],
+    contents: Mapping[str, str],
+    dataset: datasets.Dataset,
+    sentence: str,
+) -> Shape:
+    conversational = any(contents[column] in _SAID for column in columns.values())
+    numbers = tuple(column for part, column in columns.items() if part in _TEXTS and contents[column] == "number")
+    if numbers:
+        which = ", ".join(f"`{column}`" for column in numbers)
+        sentence += f"; numbers in {which} read as text"
+    if reading.kind == "messages" and (flag := _flag_of(dataset, columns["messages"])):
+        sentence += f"; `{flag}` of a message says whether it is trained on"
+    return Shape(reading.kind, columns, conversational, sentence, numbers=numbers)
+
+
+def _flag_of(dataset: datasets.Dataset, column: str) -> str | None:
+    """The field by which messages say whether they are trained on, if the first rows use one."""
+    for talk in dataset.with_format(None).select_columns([column])[:100][column]:
+        for message in talk or ():
+            for flag in FLAGS:
+                if isinstance(message, Mapping) and message.get(flag) is not None:
+                    return flag
+    return None
 
 
 def _columns_in_words(contents: Mapping[str, str]) -> str:
     return ", ".join(f"`{column}` ({_CONTENTS_IN_WORDS[what]})" for column, what in contents.items()) or "none"
 
 
-def _match(reading: Reading, contents: Mapping[str, str], text_field: str) -> dict[str, str] | None:
+def _match(
+    reading: Reading, contents: Mapping[str, str], text_field: str, numbers: bool = False
+) -> dict[str, str] | None:
     columns: dict[str, str] = {}
     for part in reading.parts:
         names: list[str] = list(part.columns) or list(contents)
@@ -384,7 +411,7 @@ def _match(reading: Reading, contents: Mapping[str, str], text_field: str) -> di
             names = [text_field]
         elif part.columns == (NAMED,):
             names = [text_field] if text_field != "text" else []
-        fitting = [name for name in names if _fits(contents.get(name), part) and name not in columns.values()]
+        fitting = [name for name in names if _fits(contents.get(name), part, numbers) and name not in columns.values()]
         if not part.columns and len(fitting) > 1:
             which = ", ".join(f"`{name}`" for name in fitting)
             raise DataError(
@@ -397,7 +424,12 @@ def _match(reading: Reading, contents: Mapping[str, str], text_field: str) -> di
     return columns
 
 
-def _fits(content: str | None, part: Part) -> bool:
+_TEXTS = ("prompt", "input", "completion")  # the parts of a question and its answer, which may be numbers
+
+
+def _fits(content: str | None, part: Part, numbers: bool = False) -> bool:
+    if numbers and content == "number" and part.name in _TEXTS:
+        content = "text"
     return content in part.contents or (content == "transcript" and "text" in part.contents)
 
 
@@ -418,10 +450,23 @@ def _reads_as(reading: Reading, columns: Mapping[str, str], seen: Sequence[str])
     return f"columns {', '.join(seen)}: read as {says}", [f"{', '.join(ignored)} ignored"] if ignored else []
 
 
+def part_to_column(named: Mapping[str, str], there: Sequence[str]) -> dict[str, str]:
+    """`columns` as the user writes it, which is part -> column, or column -> part where only that can be meant."""
+    known = set(there)
+    if not set(named.values()) <= known and set(named) <= known:
+        return {part: column for column, part in named.items()}
+    return dict(named)
+
+
 def _detect_named(
-    contents: Mapping[str, str], named: Mapping[str, str], readings: Sequence[Reading], understood: str
+    dataset: datasets.Dataset,
+    contents: Mapping[str, str],
+    named: Mapping[str, str],
+    readings: Sequence[Reading],
+    understood: str,
 ) -> Shape:
     """The reading of which `named` (part -> column) names parts, all of those that it cannot do without."""
+    named = part_to_column(named, list(contents))
     for column in named.values():
         if column not in contents:
             near = difflib.get_close_matches(str(column), list(contents), n=1)
@@ -434,13 +479,18 @@ def _detect_named(
         if any(key not in parts for key in named):
             continue
         found = {parts[key].name: column for key, column in named.items()}
+        numbers = readings is READINGS and reading.kind in ("dialogue", "prompt_completion")
         for part in reading.parts:  # what is not named may be there under its own name
             for name in _names(part):
-                if part.name not in found and _fits(contents.get(name), part) and name not in found.values():
+                if part.name not in found and _fits(contents.get(name), part, numbers) and name not in found.values():
                     found[part.name] = name
         if any(part.name not in found and not part.optional for part in reading.parts):
             continue
-        bad = [part for part in reading.parts if part.name in found and not _fits(contents[found[part.name]], part)]
+        bad = [
+            part
+            for part in reading.parts
+            if part.name in found and not _fits(contents[found[part.name]], part, numbers)
+        ]
         if bad:
             column = found[bad[0].name]
             may = " or ".join(dict.fromkeys(_CONTENTS_IN_WORDS[content] for content in bad[0].contents))
@@ -450,7 +500,7 @@ def _detect_named(
         found = {part.name: found[part.name] for part in reading.parts if part.name in found}
         sentence, notes = _reads_as(reading, found, list(contents))
         notes.insert(0, f"as `columns` says: {', '.join(f'{key} is {column}' for key, column in named.items())}")
-        return Shape(reading.kind, found, _conversational(found, contents), f"{sentence} ({'; '.join(notes)})")
+        return _shape(reading, found, contents, dataset, f"{sentence} ({'; '.join(notes)})")
     if wrong:
         raise DataError(f"columns={dict(named)} does not fit the data: {wrong}.")
     known = sorted({name for reading in readings for part in reading.parts for name in (*_names(part), part.name)})
@@ -663,6 +713,41 @@ ROLES = {
 }
 
 
+# The fields by which other data say of a message whether it is trained on (LLaMA-Factory, OpenAI, Axolotl).
+FLAGS = ("loss_weight", "weight", "train", "training")
+
+
+def pop_flags(messages: list[dict[str, Any]], where: str) -> list[bool] | None:
+    """Takes the fields of `FLAGS` off the messages: which of these are trained on, or None where they do not say.
+
+    Flags that are all true, with some on messages of others than the assistant, leave it to the options; so does their
+    absence. Raises `DataError`, which begins with `where`, for a weight that is neither 0 nor 1, and where messages of
+    others are to be trained on one by one.
+    """
+    found: dict[int, bool] = {}
+    for index, message in enumerate(messages):
+        for flag in FLAGS:
+            if flag not in message:
+                continue
+            value = message.pop(flag)
+            if not isinstance(value, int | float) or value not in (0, 1):
+                raise DataError(
+                    f"{where.removesuffix('`')}[{index}].{flag}` is {value!r}. A message is trained on or not: give 1 "
+                    "or 0 (true or false), or remove the field."
+                )
+            found[index] = bool(value)
+    if not found or all(found.values()) and len(found) == len(messages):
+        return None
+    for index, on in found.items():
+        if on and messages[index]["role"] != "assistant":
+            raise DataError(
+                f"{where.removesuffix('`')}[{index}]` has the role {messages[index]['role']!r} and is marked to be "
+                "trained on. Only the assistant's messages can be trained on one by one: mark it 0 (false), or remove "
+                f"the fields {', '.join(FLAGS)} to train on all tokens."
+            )
+    return [message["role"] == "assistant" and found.get(index, True) for index, message in enumerate(messages)]
+
+
 def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
     """A list of messages as a chat template wants it: every role a string, every content a string.
 
@@ -694,14 +779,8 @@ def _message_of(message: Any, field: str, index: int) -> dict[str, Any]:
     where = f"{field}[{index}]"
     cleaned = {key: without_none(item) for key, item in message.items() if item is not None}
     cleaned["role"] = _role(role)
-    if isinstance(content, list) and all(isinstance(block, Mapping) and "text" in block for block in content):
-        if any("image" in str(block.get("type")) for block in content):
-            raise DataError(f"{where}.content` holds an image, and {NO_IMAGES}. Remove the row, or keep its text.")
-        cleaned["content"] = "".join(block["text"] or "" for block in content)
-    elif isinstance(content, list):
-        if any("image" in str(block.get("type")) for block in content if isinstance(block, Mapping)):
-            raise DataError(f"{where}.content` holds an image, and {NO_IMAGES}. Remove the row, or keep its text.")
-        raise DataError(f"{where}.content` has blocks that are not text. Only text can be trained on here.")
+    if isinstance(content, list):
+        cleaned.update(_of_blocks(content, where))
     elif content is None and not message.get("tool_calls"):
         raise DataError(f"{where}.content` is None. Give the message a text, or remove the row with `dataset.filter`.")
     elif content is not None and not isinstance(content, str):
@@ -713,9 +792,34 @@ def _message_of(message: Any, field: str, index: int) -> dict[str, Any]:
     return cleaned
 
 
+def _of_blocks(blocks: Sequence[Any], where: str) -> dict[str, Any]:
+    """The fields of a message whose content is a list of blocks: its texts joined, its reasoning, its tool calls."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[Any] = []
+    for block in blocks:
+        kind = str(block.get("type")) if isinstance(block, Mapping) else ""
+        if "image" in kind:
+            raise DataError(f"{where}.content` holds an image, and {NO_IMAGES}. Remove the row, or keep its text.")
+        # A block may have a `value` in place of a `text`: LLaMA-Factory writes {type, value}.
+        value = block.get("value") if isinstance(block, Mapping) else None
+        if isinstance(block, Mapping) and "text" in block and not isinstance(value, str):
+            texts.append(block["text"] or "")
+        elif kind in ("text", "reasoning") and isinstance(value, str):
+            (texts if kind == "text" else thoughts).append(value)
+        elif kind == "tool_call" and isinstance(value, str):
+            calls += _calls_of(value, f"{where}.content")
+        else:
+            raise DataError(f"{where}.content` has blocks that are not text. Only text can be trained on here.")
+    found: dict[str, Any] = {"content": "".join(texts)}
+    if thoughts:
+        found["reasoning_content"] = "".join(thoughts)
+    return {**found, "tool_calls": calls} if calls else found
+
+
 def _role(role: str) -> str:
     # `function` is a role of its own to some templates; in turns of {from, value} it is a tool's answer.
-    return role if role == "function" else ROLES.get(role, role)
+    return role if role == "function" else ROLES.get(role.lower(), role)
 
 
 def _message_of_turn(turn: Mapping[str, Any], field: str, index: int) -> dict[str, Any]:
@@ -729,12 +833,17 @@ def _message_of_turn(turn: Mapping[str, Any], field: str, index: int) -> dict[st
         raise DataError(f"{where}.value` is {what}. Give the turn a text, or remove the row with `dataset.filter`.")
     if speaker not in ("function_call", "tool_call"):
         return {"role": role, "content": value}
+    return {"role": role, "tool_calls": _calls_of(value, f"{where}.value")}
+
+
+def _calls_of(value: str, where: str) -> list[Any]:
+    """Tool calls that are JSON in a string: one, or a list of them."""
     try:
         calls = json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}.value` is a tool call, but not valid JSON ({error.msg}). Correct the row.") from error
+        raise DataError(f"{where}` is a tool call, but not valid JSON ({error.msg}). Correct the row.") from error
     calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
-    return {"role": role, "tool_calls": [_call_of(call, f"{where}.value") for call in calls]}
+    return [_call_of(call, where) for call in calls]
 
 
 def _call_of(call: Any, where: str) -> Any:

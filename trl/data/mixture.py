@@ -15,7 +15,7 @@ from . import recipe
 from .preference import Preferences
 from .recipe import Recipe
 from .report import DataReport
-from .sources import DataError, load
+from .sources import DataError, as_shown, load
 from .tokens import Sequences
 
 
@@ -109,27 +109,30 @@ class Mixture:
         if self.streaming:
             return self._prepare_stream(tokenizer, name, recipes)
         tables, reports, first_row = [], [], 0
-        shape = None
+        shape, all_bad = None, []
         for part, own in zip(self.parts, recipes, strict=True):
             # Shapes are found before the first is tokenised, so that the mistake in the last is known at once.
             try:
-                own.detect(part.rows)
+                own.detect(as_shown(part.rows))
             except DataError as error:
                 raise DataError(f"{part.label}: {error}") from error
         for part, own in zip(self.parts, recipes, strict=True):
             try:
-                shape, table = recipe.tabulate(
+                shape, table, bad = recipe.tabulate(
                     own, part.rows, tokenizer, num_proc, f"{name}, {part.label}", first_row=first_row
                 )
             except DataError as error:
                 raise DataError(f"{part.label}: {error}") from error
             reports.append(own.aggregate(table, tokenizer, shape, part.label, first_row)[1])
+            recipe.count_bad(reports[-1], bad)
+            all_bad += [first_row + row for row in bad]
             tables.append(table)
             first_row += len(part.rows)
         assert shape is not None
         tables, note = _alike(tables)
         whole = dataclasses.replace(shape, sentence=f"a mix of {len(self.parts)} data sets{note}")
         prepared, report = wanted.aggregate(datasets.concatenate_datasets(tables), tokenizer, whole, name)
+        recipe.count_bad(report, all_bad)
         report.parts = reports
         return prepared, report
 

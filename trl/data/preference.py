@@ -356,6 +356,11 @@ class Tokenise(Encoder):
         for position, prompt in zip(usable, prompts, strict=True):
             sample = read[position]
             found = [next(rest) for _ in sample.completions]
+            if not self.shape.conversational and prompt.ids:
+                found = [
+                    self._apart(prompt, whole, sample.prompt, text)
+                    for whole, text in zip(found, sample.completions, strict=True)
+                ]
             common = min(_alike(prompt.ids, whole.ids) for whole in found)
             completions = [whole.ids[common:] for whole in found]
             encoded[position] = _Encoded(
@@ -369,6 +374,14 @@ class Tokenise(Encoder):
                 empty=sum(map(_is_blank, sample.completions)),
             )
         return encoded
+
+    def _apart(self, prompt: Tokens, whole: Tokens, before: str, after: str) -> Tokens:
+        """The tokens of a prompt and its completion; where one token covers all of the prompt together with what
+        follows, so that no prompt would be left, the two tokenised apart."""
+        if _alike(prompt.ids, whole.ids):
+            return whole
+        text = before + after
+        return self._tokenise_pieces(Text(text, [(len(before), len(text))]), plain=True)
 
     def _rendered(
         self,
@@ -513,7 +526,7 @@ class Tokenise(Encoder):
             _kept=total,
             _trainable=len(sample.labels) if kind == "steps" else sum(map(len, completions)),
             _trained=len(labels) if kind == "steps" else total,
-            _end=-1 if kind == "steps" else _ends(kept, stops),
+            _end=-1 if kind == "steps" or dropped != KEPT or cut is None else _ends(completions, cut[1], stops),
             _bos_doubled=int(sample.bos_doubled),
             _straddles=int(sample.straddles),
             _empty=sample.empty,
@@ -544,7 +557,11 @@ def _is_blank(completion: Any) -> bool:
     return not any(str(message.get("content") or "").strip() or message.get("tool_calls") for message in completion)
 
 
-def _ends(completions: Sequence[Sequence[int]], stops: set[int]) -> int:
-    """The token that ends the first completion, if every one has such a token; else -1."""
-    ends = [next((token for token in reversed(ids) if token in stops), -1) for ids in completions]
+def _ends(completions: Sequence[Sequence[int]], kept: Sequence[slice], stops: set[int]) -> int:
+    """The token that ends the first completion, if every one has such a token in what is kept of it; else -1. The last
+    end of a turn is what counts."""
+    ends = []
+    for ids, part in zip(completions, kept, strict=True):
+        last = next((at for at in reversed(range(len(ids))) if ids[at] in stops), -1)
+        ends.append(ids[last] if last in range(len(ids))[part] else -1)
     return -1 if -1 in ends else ends[0]

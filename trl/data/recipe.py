@@ -8,11 +8,11 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from . import chat
+from . import broken, chat
 from .encode import Encoder
 from .formats import DataError, Shape
 from .report import DataReport, Dropped
-from .sources import from_rows
+from .sources import ORIGIN, as_shown, from_rows
 
 KEPT = 0  # what `_dropped` says of a row that stays; other values are a recipe's reasons
 
@@ -24,7 +24,8 @@ class Recipe:
     `shape` is how the rows are read; it is detected when it is not given, with `columns`, which says which column holds
     which part (see `formats.detect`). `max_length` is in tokens, special ones included (None: no limit);
     `truncation_mode` says which end stays, `keep_start` or `keep_end`. `add_eos` appends the tokenizer's EOS to plain
-    text and plain completions that lack it; a conversation is what its chat template makes of it.
+    text and plain completions that lack it; a conversation is what its chat template makes of it. `skip_bad_rows`
+    leaves out rows that cannot be read, and counts them.
     """
 
     shape: Shape | None = None
@@ -32,6 +33,7 @@ class Recipe:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     add_eos: bool = True
+    skip_bad_rows: bool = False
 
     def detect(self, dataset: datasets.Dataset) -> Shape:
         """The shape of the rows, where it is not given."""
@@ -75,8 +77,17 @@ def prepare(
     name: str = "train",
 ) -> tuple[datasets.Dataset, DataReport]:
     """The rows as `recipe` makes them, those left out gone, and the report of what was done."""
-    shape, table = tabulate(recipe, dataset, tokenizer, num_proc, name)
-    return recipe.aggregate(table, tokenizer, shape, name)
+    shape, table, bad = tabulate(recipe, dataset, tokenizer, num_proc, name)
+    prepared, report = recipe.aggregate(table, tokenizer, shape, name)
+    count_bad(report, bad)
+    return prepared, report
+
+
+def count_bad(report: DataReport, bad: Sequence[int]) -> None:
+    """Puts rows that could not be read, and were left out, into the report."""
+    if bad:
+        report.rows_read += len(bad)
+        report.dropped.insert(0, {"reason": broken.SKIPPED, "count": len(bad), "rows": list(bad[:5])})
 
 
 def tabulate(
@@ -86,11 +97,12 @@ def tabulate(
     num_proc: int | None = None,
     name: str = "train",
     first_row: int = 0,
-) -> tuple[Shape, datasets.Dataset]:
-    """The first half of `prepare`: every row as tokens and counters, none left out yet. Rows are numbered from
-    `first_row` on."""
+) -> tuple[Shape, datasets.Dataset, list[int]]:
+    """The first half of `prepare`: every row as tokens and counters, and the numbers of those that could not be read
+    and are left out already. Rows are numbered from `first_row` on."""
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")
+    dataset = as_shown(dataset)
     shape = recipe.detect(dataset) if recipe.shape is None else recipe.shape
     shape = shape.with_template(bool(tokenizer.chat_template))
     recipe.check(shape, tokenizer)
@@ -98,16 +110,19 @@ def tabulate(
     wanted = dataset.with_format(None)
     if not shape.formatting:  # which may read any column
         wanted = wanted.select_columns(list(dict.fromkeys(shape.columns.values())))
-    return shape, wanted.map(
-        encoder,
-        batched=True,
-        with_indices=True,
+    setattr(wanted, ORIGIN, getattr(dataset, ORIGIN, (None, 0)))
+    table, bad = broken.mapped(
+        broken.NumbersAsText(encoder, shape.numbers) if shape.numbers else encoder,
+        wanted,
+        encoder.fingerprint(wanted),
+        skip=recipe.skip_bad_rows,
+        alone=shape.formatting != "batch",
         remove_columns=wanted.column_names,
         features=encoder.features,
         num_proc=num_proc,
-        new_fingerprint=encoder.fingerprint(wanted),
         desc=f"Tokenising {name}",
     )
+    return shape, table, bad
 
 
 def prepare_stream(
@@ -123,11 +138,13 @@ def prepare_stream(
     `load_state_dict` of the result continue it where it was, with the same rows to come; at most one batch of rows is
     then tokenised a second time.
     """
+    stream = as_shown(stream)
     head = from_rows(list(stream.take(look_at)))
     if len(head) == 0:
         raise DataError(f"{name}: the stream has no rows.")
-    shape, table = tabulate(recipe, head, tokenizer, name=name)
+    shape, table, bad = tabulate(recipe, head, tokenizer, name=name)
     _, report = recipe.aggregate(table, tokenizer, shape, name)
+    count_bad(report, bad)
     report.looked_at = len(head)
     encoder = recipe.encoder(tokenizer, shape)
     prepared = stream.map(
@@ -149,8 +166,16 @@ class _KeptOnly:
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         # A row that lacks a field, in a stream that does not know its columns, has it as None.
-        batch = {**{column: [None] * len(indices) for column in self.encoder.shape.columns.values()}, **batch}
-        table = self.encoder(batch, indices)
+        shape = self.encoder.shape
+        batch = {**{column: [None] * len(indices) for column in shape.columns.values()}, **batch}
+        encode = broken.NumbersAsText(self.encoder, shape.numbers) if shape.numbers else self.encoder
+        try:
+            table = encode(batch, indices)
+        except DataError:
+            if not self.encoder.recipe.skip_bad_rows:
+                raise
+            tables = [each for each in broken.each_alone(encode, batch, indices) if not isinstance(each, DataError)]
+            table = {column: [row for each in tables for row in each[column]] for column in self.encoder.features}
         kept = [position for position, dropped in enumerate(table["_dropped"]) if dropped == KEPT]
         return {column: [table[column][position] for position in kept] for column in without_counters(table)}
 

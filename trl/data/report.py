@@ -26,9 +26,9 @@ class DataReport:
     """What `tokens.prepare` read, kept, cut and dropped. Counts of tokens are after the cut unless they say otherwise.
 
     `lengths` holds `min`, `median`, `p95` and `max` of the kept rows, in tokens, before the cut: they tell which window
-    the data want. `end_of_turn` counts the kept rows in which a token that ends a turn or a text is trained,
-    `end_of_turn_token` is that token. `boundary_tokens` counts the rows in which one token covers both the end of the
-    prompt and the beginning of the completion (it is not trained). `packing` is put here by who packs the rows.
+    the data want. `end_of_turn` counts the kept rows in which the token that ends the last turn, or the text, is
+    trained; `end_of_turn_token` is that token. `boundary_tokens` counts the rows in which one token covers both the end
+    of the prompt and the beginning of the completion (it is not trained). `packing` is put here by who packs the rows.
     `looked_at` is the number of first rows of a stream, of which alone the report is; `parts` are the data sets of a
     mix.
     """
@@ -79,6 +79,11 @@ class DataReport:
         )
 
     @property
+    def trains(self) -> bool:
+        """Whether the rows are trained on; of those of an evaluation, nothing is said of what a model learns."""
+        return not self.name.startswith(("eval", "test"))
+
+    @property
     def share(self) -> float:
         """Trained tokens over tokens, 0 to 1."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
@@ -96,7 +101,8 @@ class DataReport:
         if self.bos_doubled:
             lines.append(f"beginning of text: written in {_rows(self.bos_doubled)} already, so not added a second time")
         packing = self.packing.lines() if self.packing is not None else []
-        return [*lines, *packing, *self._ending(), *self._losses(), f"row {self.sample_row}: {self.sample}"]
+        ending = self._ending() if self.trains else []
+        return [*lines, *packing, *ending, *self._losses(), f"row {self.sample_row}: {self.sample}"]
 
     def _measures(self) -> list[str]:
         lengths = self.lengths
@@ -132,12 +138,13 @@ class DataReport:
         if self.rows_cut:
             lines.append(
                 f"warning: {_rows(self.rows_cut)} cut to {self.max_length:,} tokens; {self.tokens_cut:,} tokens lost, "
-                f"{self.trained_tokens_cut:,} of them to be trained on (raise `max_length` to keep them)"
+                f"{self.trained_tokens_cut:,} of them {'to be trained on' if self.trains else 'in the loss'} "
+                "(raise `max_length` to keep them)"
             )
         lines += self._drops()
-        if self.share < FEW_TRAINED:
+        if self.share < FEW_TRAINED and self.trains:
             lines.append(f"warning: only {self.share:.1%} of the tokens are trained on; check the masks in the sample")
-        if self.boundary_tokens:
+        if self.boundary_tokens and self.trains:
             lines.append(
                 f"warning: in {_rows(self.boundary_tokens)} the last token of the prompt reaches into the completion "
                 "and is not trained; end the prompt without a space and begin the completion with it"
@@ -220,11 +227,11 @@ class PreferenceReport(DataReport):
                 f"{' and '.join(lost)}; limits are {limits} (raise them to keep all)"
             )
         lines += self._drops()
-        if self.empty_completions:
+        if self.empty_completions and self.trains:
             what = "steps are" if self.kind == "steps" else "completions are"
             what = what if self.empty_completions > 1 else what.replace("s are", " is")
             lines.append(f"warning: {self.empty_completions:,} {what} empty; the model learns from them to say nothing")
-        if self.boundary_tokens:
+        if self.boundary_tokens and self.trains:
             lines.append(
                 f"warning: in {_rows(self.boundary_tokens)} the prompt alone ends in other tokens than before its "
                 "completion, and what differs is trained on with the completion; end the prompt without a space, or "

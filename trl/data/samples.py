@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .formats import DataError, Shape, dialogue_of, headed_text, messages_of, place, text_of, with_system
+from .formats import FLAGS, DataError, Shape, dialogue_of, headed_text, messages_of, place, text_of, with_system
 from .recipe import KEPT
 
 NO_PROMPT, EMPTY, IDENTICAL, PARTED, NO_CHOICE = range(1, 6)  # why a row cannot be used; `preference` has more
@@ -31,7 +31,24 @@ class Sample(NamedTuple):
 def read(shape: Shape, values: Mapping[str, Any], row: int) -> Sample:
     """The sample in a row, of which `values` holds the parts. Raises `DataError`, which names the row and the field."""
     wheres = {part: place(row, column) for part, column in shape.columns.items()}
-    return _READERS[shape.kind](shape, values, wheres)
+    sample = _READERS[shape.kind](shape, values, wheres)
+    return _without_flags(sample, wheres) if shape.conversational else sample
+
+
+def _without_flags(sample: Sample, wheres: Mapping[str, str]) -> Sample:
+    """The sample without the marks of messages that are trained on: completions are, and prompts are not."""
+    for talk in (sample.prompt, *sample.completions):
+        for message in talk if isinstance(talk, list) else ():
+            for flag in FLAGS:
+                on = message.pop(flag, None)
+                if talk is not sample.prompt and on is not None and not on and message["role"] == "assistant":
+                    part = next(part for part in ("chosen", "completion", "prompt") if part in wheres)
+                    raise DataError(
+                        f"{wheres[part]}: an assistant's message of a completion has `{flag}` {on!r}. Completions are "
+                        "compared whole: move the messages that are not to be trained on to the prompt, or remove the "
+                        "field."
+                    )
+    return sample
 
 
 def _said(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -47,8 +64,13 @@ def truth_of(value: Any, where: str) -> bool:
     """A label: true or false, or 1 or 0. Raises `DataError`, which begins with `where`, for anything else."""
     if value in (0, 1) and not isinstance(value, str):
         return bool(value)
+    if isinstance(value, str) and value.lower() in _TRUTH:  # the names of class labels
+        return _TRUTH[value.lower()]
     what = "None" if value is None else repr(value)
     raise DataError(f"{where} is {what}, not true or false. Make it one of the two (or 1 and 0), or remove the row.")
+
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def number_of(value: Any, where: str) -> float:

@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import csv
 import difflib
 import gzip
 import hashlib
@@ -34,7 +35,11 @@ OPENERS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".zst": lambda path, mode: pa.input_stream(str(path), compression="zstd"),
 }
+MOST_LINES = 20  # broken lines of a file that an error names
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, KeyError, EOFError)
+
+
+ORIGIN = "_trl_origin"  # the attribute of a data set that holds its file, and the number of its first row there
 
 
 class DataError(ValueError):
@@ -52,7 +57,8 @@ def load(
 ) -> Any:
     """Opens `source` as a data set.
 
-    `source` is a list of dicts, a dict of columns, a `datasets.Dataset` (returned as it is) or `DatasetDict`, a path
+    `source` is a list of dicts, a dict of columns, a pandas or polars table, a pyarrow table, a `datasets.Dataset`
+    (returned as it is) or `DatasetDict`, a path
     to a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (also with .gz, .bz2, .xz or .zst behind), a folder
     written by `save_to_disk`, a folder of such files, or else a name on the Hugging Face Hub or of a reader of
     `datasets` such as `json` (`config`, `data_dir` and `data_files` are its arguments). `split` may be a slice, such as
@@ -87,6 +93,8 @@ def _open(source: Any, split: str, config: str | None) -> datasets.Dataset:
         return _take(source, split, "the DatasetDict")
     if isinstance(source, Mapping):
         return from_columns(source)
+    if _is_frame(source):
+        return _from_frame(source)
     if isinstance(source, str | os.PathLike):
         path = Path(source).expanduser()
         if path.is_dir():
@@ -102,6 +110,13 @@ def _open(source: Any, split: str, config: str | None) -> datasets.Dataset:
         f"Cannot read data from a {type(source).__name__}: give a list of dicts, a dict of columns, a path, "
         "a datasets.Dataset or a name on the Hub."
     )
+
+
+def is_data_set(value: Any) -> bool:
+    """Whether a value of a dictionary is a data set: then the dictionary holds several, and is not one of columns."""
+    if isinstance(value, str | os.PathLike | datasets.Dataset | datasets.IterableDataset) or _is_frame(value):
+        return True
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _missing(path: Path) -> DataError:
@@ -126,6 +141,77 @@ def _looks_like_a_path(name: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Python objects
+
+
+def _is_frame(source: Any) -> bool:
+    """Whether `source` is a table of pandas, polars or pyarrow. None of them need be installed."""
+    return type(source).__name__ in ("DataFrame", "Table") and type(source).__module__.split(".")[0] in _FRAMES
+
+
+def _from_frame(frame: Any) -> datasets.Dataset:
+    library = type(frame).__module__.split(".")[0]
+    try:
+        return _FRAMES[library](frame)
+    except (TypeError, ValueError) as error:  # Arrow's errors are kinds of these
+        raise DataError(
+            f"Cannot read the {library} table: {error}. Give every column one type, or pass "
+            "`frame.to_dict('records')`, a list of rows."
+        ) from error
+
+
+_FRAMES: dict[str, Callable[[Any], datasets.Dataset]] = {
+    "pandas": lambda frame: datasets.Dataset.from_pandas(frame, preserve_index=False),
+    "polars": datasets.Dataset.from_polars,
+    "pyarrow": datasets.Dataset,
+}
+
+
+def as_shown(dataset: Any) -> Any:
+    """The rows as `dataset[0]` shows them, in plain values: a transform that the user has set is applied, once, and
+    class labels become their names."""
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        logger.warning("the data set has a transform: it is applied once, before training, and its result is kept")
+        dataset = dataset.with_format(None).map(
+            _Shown(dataset),
+            batched=True,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            # The fingerprint of the data set knows its transform; to hash the function would hash the rows too.
+            new_fingerprint=hashlib.sha256(f"shown {dataset._fingerprint}".encode()).hexdigest()[:16],
+            desc="Applying the transform",
+        )
+    labels = {
+        column: list(feature.names)
+        for column, feature in (dataset.features or {}).items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    if not labels:
+        return dataset
+    features = datasets.Features({**dataset.features, **dict.fromkeys(labels, datasets.Value("string"))})
+    return dataset.with_format(None).map(_Named(labels), batched=True, features=features)
+
+
+class _Shown:
+    """The rows of a data set by their numbers, as it shows them."""
+
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset
+
+    def __call__(self, batch: Any, indices: list[int]) -> dict[str, Any]:
+        return dict(self.dataset[indices])
+
+
+class _Named:
+    """Class labels by their names; a label that is missing stays None."""
+
+    def __init__(self, names: dict[str, list[str]]):
+        self.names = names
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        return {
+            column: [None if label is None or label < 0 else names[label] for label in batch[column]]
+            for column, names in self.names.items()
+        }
 
 
 def from_rows(rows: Sequence[Any]) -> datasets.Dataset:
@@ -189,7 +275,7 @@ def _from_file(path: Path, split: str) -> datasets.Dataset:
         if "corresponds to no data" in str(error):  # a table of nothing but the names of its columns
             raise DataError(f"The data set {str(path)!r} has no rows: check the file.") from error
         raise DataError(f"Cannot read {str(path)!r}: {_why_unreadable(path) or _root_cause(error)}") from error
-    return _take(loaded, split, repr(str(path)))
+    return _take(loaded, split, repr(str(path)), path)
 
 
 def _validated(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
@@ -231,6 +317,36 @@ def _without_zstandard(path: Path) -> Path:
     return target
 
 
+def line_of(dataset: Any, rows: Sequence[int]) -> str:
+    """Where rows of a file stand, as an error says it in brackets; nothing for other rows."""
+    path, first = getattr(dataset, ORIGIN, (None, 0))
+    if path is None:
+        return ""
+    with contextlib.suppress(OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, csv.Error, IndexError):
+        numbers = _line_numbers(path)
+        return f" (line {', '.join(str(numbers[first + row]) for row in rows)} of {str(path)!r})"
+    return f" (of {str(path)!r})"
+
+
+def _line_numbers(path: Path) -> list[int]:
+    """The line at which each row of a file begins, counted from 1; nothing where a row has no line of its own."""
+    ending, packing = _endings(path)
+    if BUILDERS[ending] not in ("json", "csv"):
+        return []
+    with OPENERS.get(packing, open)(path, "rb") as file:
+        lines = file.read().decode("utf-8-sig").splitlines(keepends=True)
+    if BUILDERS[ending] == "csv":
+        numbers, before = [], 0
+        reader = csv.reader(lines, delimiter="\t" if ending == ".tsv" else ",")
+        for record in reader:
+            if record:
+                numbers.append(before + 1)
+            before = reader.line_num
+        return numbers[1:]  # the first names the columns
+    filled = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    return filled if filled and lines[filled[0] - 1].lstrip().startswith("{") else []
+
+
 _PACKED = "it is not a whole file of the compression that its ending names. Copy or download it again"
 
 
@@ -260,12 +376,16 @@ def _why_unreadable(path: Path) -> str | None:
 
 
 def _broken_line(lines: Sequence[bytes]) -> str:
+    found = []
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip() and not isinstance(json.loads(line), dict):
-                return f"line {number} is not a JSON object."
+                found.append(f"line {number} is not a JSON object.")
         except json.JSONDecodeError as error:
-            return f"line {number} is not valid JSON ({error.msg}). Correct or remove the line."
+            found.append(f"line {number} is not valid JSON ({error.msg}). Correct or remove the line.")
+    if found:
+        more = f" And {len(found) - MOST_LINES} more." if len(found) > MOST_LINES else ""
+        return " ".join(found[:MOST_LINES]).replace(" Correct or remove the line. ", " ") + more
     return "the lines do not agree on the type of a field. Give every field one type in all lines."
 
 
@@ -437,7 +557,9 @@ def _other_split(there: Sequence[str], split: str, what: str) -> str:
     return found + split[len(wanted) :]
 
 
-def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str) -> datasets.Dataset:
+def _take(
+    splits: Mapping[str, datasets.Dataset], split: str, what: str, file: Path | None = None
+) -> datasets.Dataset:
     if not splits:
         raise DataError(f"{what} has no splits at all.")
     if _split_name(split) not in splits:
@@ -452,6 +574,8 @@ def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str) -> data
         rows = splits[part.splitname]
         start, stop = part.from_ or 0, len(rows) if part.to is None else part.to
         taken.append(rows if (start, stop) == (0, len(rows)) else rows.select(range(start, stop)))
+        if file is not None and len(parts) == 1:
+            setattr(taken[0], ORIGIN, (file, start))
     return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
 
 

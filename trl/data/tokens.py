@@ -26,6 +26,7 @@ from .formats import (
     is_talk,
     messages_of,
     place,
+    pop_flags,
     text_of,
     with_system,
 )
@@ -188,8 +189,17 @@ class Tokenise(Encoder):
         elif self.shape.conversational:
             rows = self._tokenise(self._read_conversational_completions(batch, indices), plain=False)
         else:
-            rows = self._tokenise(self._read_completions(batch, indices), plain=True)
+            texts = self._read_completions(batch, indices)
+            rows = [self._kept_apart(*each) for each in zip(texts, self._tokenise(texts, plain=True), strict=True)]
         return self._columns(rows, indices)
+
+    def _kept_apart(self, text: Text, row: Tokens) -> Tokens:
+        """The tokens of a prompt and its completion. Where one token covers the end of the one and all of the other,
+        there would be nothing to train on: the two are then tokenised apart."""
+        if not row.straddles:
+            return row
+        trained = sum(row.mask) - int(self.recipe.add_eos and row.mask[-1])
+        return row if trained else self._tokenise_pieces(text, plain=True)
 
     # -- rows to text -------------------------------------------------------------------------------------------------
 
@@ -227,13 +237,43 @@ class Tokenise(Encoder):
         self, batch: Mapping[str, list[Any]], indices: list[int], column: str | None = None
     ) -> list[Text]:
         column = column or self.shape.columns["messages"]
-        values = zip(batch[column], self._systems(batch, indices), indices, strict=True)
-        conversations = [with_system(system, messages_of(value, place(row, column))) for value, system, row in values]
+        wheres = [place(row, column) for row in indices]
+        talks = [messages_of(value, where) for value, where in zip(batch[column], wheres, strict=True)]
+        flags = [pop_flags(talk, where) for talk, where in zip(talks, wheres, strict=True)]
+        systems = self._systems(batch, indices)
+        conversations = [with_system(system, talk) for system, talk in zip(systems, talks, strict=True)]
         options = self._template_options(batch, indices)
-        if self.assistant_only_loss:
-            spans = self._assistant_spans(conversations, options, indices, column)
-            return [Text(text, trained) for text, trained in spans]
-        return [Text(text) for text in self._render(conversations, options, indices, column)]
+        if not any(flags) and not self.assistant_only_loss:
+            return [Text(text) for text in self._render(conversations, options, indices, column)]
+        marked = [position for position, flag in enumerate(flags) if flag is not None or self.assistant_only_loss]
+        texts: dict[int, Text] = {}
+        rest = [position for position in range(len(indices)) if position not in set(marked)]
+        for positions, masked in ((marked, True), (rest, False)):
+            some = [conversations[position] for position in positions]
+            own = [options[position] for position in positions] if options is not None else None
+            rows = [indices[position] for position in positions]
+            if not masked:
+                found = [Text(text) for text in self._render(some, own, rows, column)]
+            else:
+                found = [Text(text, spans) for text, spans in self._assistant_spans(some, own, rows, column)]
+            texts.update(zip(positions, found, strict=True))
+        return [
+            text if flag is None else self._flagged(text, flag, talks[position], wheres[position])
+            for position, flag in enumerate(flags)
+            for text in [texts[position]]
+        ]
+
+    @staticmethod
+    def _flagged(text: Text, flags: Sequence[bool], messages: Sequence[Mapping[str, Any]], where: str) -> Text:
+        """The text with those of the assistant's turns trained that `flags` say, an entry for each message."""
+        spans = text.spans or []
+        turns = [on for on, message in zip(flags, messages, strict=True) if message["role"] == "assistant"]
+        if len(turns) != len(spans):
+            raise DataError(
+                f"{where}: the chat template marks {len(spans)} generations, but there are {len(turns)} assistant "
+                "messages, so that the marked ones cannot be told apart. Remove the marks, or the template's own."
+            )
+        return Text(text.text, [span for span, on in zip(spans, turns, strict=True) if on])
 
     def _systems(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[str | None]:
         column = self.shape.columns.get("system")
@@ -269,20 +309,27 @@ class Tokenise(Encoder):
     def _read_conversational_completions(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[Text]:
         prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
         wholes, tails = [], []
+        marks: list[list[list[bool] | None]] = []  # which messages of prompt and completion say that they are trained
         for (prompt, completion), row in zip(self._pairs(batch, indices), indices, strict=True):
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             if isinstance(completion, str):
                 completion = [{"role": "assistant", "content": completion}]
-            tail = messages_of(completion, place(row, completions))
-            wholes.append(messages_of(prompt, place(row, prompts)) + tail)
+            head, tail = messages_of(prompt, place(row, prompts)), messages_of(completion, place(row, completions))
+            marks.append([pop_flags(head, place(row, prompts)), pop_flags(tail, place(row, completions))])
+            wholes.append(head + tail)
             tails.append(tail)
         options = self._template_options(batch, indices)
-        if not self.completion_only_loss and not self.assistant_only_loss:
+        marked = any(flags and not all(flags) for _, flags in marks)
+        if not self.completion_only_loss and not self.assistant_only_loss and not marked:
             return [Text(text) for text in self._render(wholes, options, indices, completions)]
         texts = []
         spans = self._assistant_spans(wholes, options, indices, completions)
-        for (text, turns), whole, tail, row in zip(spans, wholes, tails, indices, strict=True):
+        for (text, turns), whole, tail, (_, flags), row in zip(spans, wholes, tails, marks, indices, strict=True):
+            if flags is not None and not all(flags):
+                own = turns[len(turns) - sum(message["role"] == "assistant" for message in tail) :]
+                texts.append(self._flagged(Text(text, own), flags, tail, place(row, completions)))
+                continue
             if not self.completion_only_loss:
                 texts.append(Text(text, turns))
                 continue
@@ -348,12 +395,18 @@ class Tokenise(Encoder):
             length = len(ids)
             mask[:1] = [False] * min(1, length)  # nothing stands before the first token to predict it from
             trainable = trained = sum(mask)
+            # The last end of a turn is what the model learns to stop by; the cut may take it.
+            last = next((at for at in reversed(range(length)) if mask[at] and ids[at] in stops), None)
+            end = -1 if last is None else ids[last]
             if self.recipe.max_length is not None and length > self.recipe.max_length:
                 kept = (
                     slice(self.recipe.max_length)
                     if self.recipe.truncation_mode == "keep_start"
                     else slice(-self.recipe.max_length, None)
                 )
+                first = range(length)[kept].start
+                if last is not None and not first < last < first + self.recipe.max_length:
+                    end = -1
                 ids, mask = ids[kept], mask[kept]
                 mask[0] = False
                 trained = sum(mask)
@@ -361,8 +414,6 @@ class Tokenise(Encoder):
             if not trained:
                 dropped = TOO_SHORT if length < 2 else ALL_CUT if trainable else NOTHING_TRAINED
                 ids, mask = [], []
-            backwards = zip(reversed(ids), reversed(mask), strict=True)
-            end = next((token for token, on in backwards if on and token in stops), -1)
             kept_ids.append(ids)
             kept_masks.append(mask)
             values = (length, trainable, trained, dropped, end, int(row.bos_doubled), int(row.straddles))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -104,6 +105,36 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
             f"cannot load a tokenizer from {name_or_path!r}: {_first_sentence(error)} "
             "Pass processing_class=, or save the tokenizer into the model's folder."
         ) from error
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, whose text is what is trained on here; a tokenizer as it is."""
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return processing_class
+    say_once(f"of the {type(processing_class).__name__} its tokenizer is used: text is what is trained on here")
+    if not tokenizer.chat_template and getattr(processing_class, "chat_template", None):
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
+def check_window(name_or_path: str, max_length: int | None, **kwargs: Any) -> None:
+    """Raises `ModelError` where rows may be longer than the model's positions reach, before any weight is read."""
+    if max_length is None:
+        return
+    path = adapter_base(name_or_path) or name_or_path
+    wanted = {key: kwargs[key] for key in ("revision", "trust_remote_code", "max_position_embeddings") if key in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(_expanded(path), **wanted).get_text_config()
+    except (OSError, ValueError):  # the model's own loading says what is wrong
+        return
+    window = getattr(config, "max_position_embeddings", None)
+    if window and max_length > window:
+        raise ModelError(
+            f"max_length={max_length} is beyond the model's window of {window:,} tokens: lower max_length (unset, it "
+            "is the window), or take a model with a longer one (model_init_kwargs={'max_position_embeddings': ...} "
+            "stretches it)"
+        )
 
 
 def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> Any:

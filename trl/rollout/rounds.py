@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trl.data.batches import RowBatches
+from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import Branch, Tree
 
 # Of the mean of tokens, what a rank may get before a group is halved: each is tried, and the best deal taken.
@@ -80,13 +80,14 @@ def round_sizes(args: Any, accumulation: int) -> RoundSizes:
 class StepSampler:
     """A batch sampler: for each round its prompts, and nothing for the steps that follow on the same round."""
 
-    def __init__(self, rounds: RowBatches, steps: int) -> None:
+    def __init__(self, rounds: RowBatches | StreamBatches, steps: int) -> None:
         self.rounds, self.steps = rounds, steps
 
     def __len__(self) -> int:
+        assert isinstance(self.rounds, RowBatches)
         return len(self.rounds) * self.steps
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for prompts in self.rounds:
             yield prompts
             for _ in range(self.steps - 1):

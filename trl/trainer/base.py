@@ -28,7 +28,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.utils import DynamoBackend
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -45,7 +45,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from trl import checkpoint
 from trl.config import Adoptable, BaseConfig, say_once
-from trl.data import formats
+from trl.data import formats, sources
 from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import PaddableRow, Tree, labelled
 from trl.data.mixture import Mixture
@@ -127,11 +127,11 @@ class Collate:
         return {**batch, "labels": labels}
 
 
-class _Stream(IterableDataset):
+class BatchStream(IterableDataset):
     """The batches of a stream, as torch's loader and `Trainer` want them. A resumed run reads it from the beginning and
     drops what was trained on: the order is the stream's own."""
 
-    def __init__(self, batches: StreamBatches) -> None:
+    def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
 
     def __iter__(self) -> Any:
@@ -262,6 +262,7 @@ class BaseTrainer(Adoptable, Trainer):
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config
         if isinstance(model, str):
+            load.check_window(model, getattr(args, "max_length", None), **init_kwargs)
             if processing_class is None:
                 names = ("revision", "trust_remote_code")
                 kwargs = {name: init_kwargs[name] for name in names if name in init_kwargs}
@@ -275,7 +276,7 @@ class BaseTrainer(Adoptable, Trainer):
             say_once(f"the model's device_map is dropped: each of the {args.world_size} processes holds it whole")
         if processing_class is None:
             processing_class = load.load_tokenizer(model.config._name_or_path)
-        self.processing_class = processing_class
+        self.processing_class = load.tokenizer_of(processing_class)
         if getattr(args, "chat_template_path", None):
             model, self.processing_class, added = vocabulary.use_chat_template(
                 model, self.processing_class, args.chat_template_path
@@ -424,7 +425,7 @@ class BaseTrainer(Adoptable, Trainer):
             return None
         if name == "train" and isinstance(dataset, dict):
             dataset = _train_split(dataset)
-        if isinstance(dataset, dict) and all(is_data_set(value) for value in dataset.values()):
+        if isinstance(dataset, dict) and all(map(sources.is_data_set, dataset.values())):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
         dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
         if self._users_rows or self.is_prepared(dataset):
@@ -551,10 +552,20 @@ class BaseTrainer(Adoptable, Trainer):
             if own_order or by_length:
                 what = sampler if own_order else "train_sampling_strategy='group_by_length'"
                 raise ValueError(f"a stream is read in its own order: {what} needs a data set that is loaded whole")
+            # In training without an end: `Trainer` counts the batches of a pass whose length it does not know, so that
+            # a run resumed in a later pass would begin the first one again.
+            strategies = (args.eval_strategy, args.save_strategy, args.logging_strategy)
+            if is_training and "epoch" in strategies:
+                say_once("a stream has no epochs: what is asked for once an epoch comes at the end; count in steps")
             batches = StreamBatches(
-                dataset, batch_size, ranks=args.world_size, rank=args.process_index, drop_last=drop_last
+                dataset,
+                batch_size,
+                ranks=args.world_size,
+                rank=args.process_index,
+                drop_last=drop_last,
+                forever=is_training,
             )
-            return DataLoader(_Stream(batches), batch_size=None, collate_fn=collate)
+            return DataLoader(BatchStream(batches), batch_size=None, collate_fn=collate)
         batches = RowBatches(
             len(dataset),
             batch_size,
@@ -991,16 +1002,12 @@ class BaseTrainer(Adoptable, Trainer):
         self._globalstep_last_logged = state["last_logged_step"]
 
 
-def is_data_set(value: Any) -> bool:
-    """Whether a dictionary's value is a data set (and not a column)."""
-    return isinstance(value, str | Path | Dataset) or (isinstance(value, list) and value and isinstance(value[0], dict))
-
-
 def _train_split(splits: dict[str, Any]) -> Any:
     """What to train on of a dictionary: its split `train`. A dictionary of columns is a data set by itself."""
-    if not all(is_data_set(value) for value in splits.values()):
+    if not all(map(sources.is_data_set, splits.values())):
         return splits
-    dataset = formats.load(splits, "train") if hasattr(splits, "num_columns") else splits.get("train")
+    whole = isinstance(splits, DatasetDict | IterableDatasetDict)
+    dataset = formats.load(splits, "train") if whole else splits.get("train")
     if dataset is None:
         raise ValueError(
             f"train_dataset is a dictionary of the data sets {', '.join(map(str, splits))}: pass one of them, or join "

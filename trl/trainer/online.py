@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields, say_once
-from trl.data import formats
-from trl.data.batches import RowBatches
+from trl.data import formats, sources
+from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import Tree
-from trl.data.prompts import PromptReport, prepare_prompts
+from trl.data.mixture import Mixture
+from trl.data.prompts import PromptReport, prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
 from trl.engine.score import causal_lm, evaluating, score
@@ -65,7 +66,7 @@ from trl.rollout.types import Completion, Request, Sampler, Sampling
 
 from . import overrides
 from .attributes import shows
-from .base import is_data_set
+from .base import BatchStream
 from .preference import ReferencedTrainer
 
 # Tokens of a forward pass. On a CPU the time of a step is flat from here on (within a tenth), and memory is not.
@@ -136,7 +137,7 @@ class OnlineTrainer(ReferencedTrainer):
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
         for dataset in (train_dataset, *(eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset])):
             if isinstance(columns := getattr(dataset, "column_names", None), list):
-                check_rewards(reward_funcs, {*columns, *renamed} - self.prepared_columns)
+                check_rewards(reward_funcs, {*columns, *renamed, *renamed.values()} - self.prepared_columns)
         if args is None:
             args = self.config_class(output_dir=f"{self.method.upper()}")
         # One ticket is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
@@ -244,17 +245,27 @@ class OnlineTrainer(ReferencedTrainer):
     # --- data -----------------------------------------------------------------------------------------------------
 
     def rows(self, dataset: Any, name: str) -> tuple[Dataset, PromptReport]:
-        if isinstance(dataset, IterableDataset):
-            raise ValueError("prompts are drawn from a whole data set here, not from a stream: load it whole")
         args = self.args
-        return prepare_prompts(
-            dataset,
-            self.processing_class,
-            max_prompt_length=args.max_prompt_length,
-            chat_template_kwargs=args.chat_template_kwargs,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
+        options: dict[str, Any] = {
+            "max_prompt_length": args.max_prompt_length,
+            "chat_template_kwargs": args.chat_template_kwargs,
+            "columns": args.columns,
+            "skip_bad_rows": args.skip_bad_rows,
+            "name": name,
+        }
+        stream = isinstance(dataset, IterableDataset) or (isinstance(dataset, Mixture) and dataset.streaming)
+        if stream and args.dynamic_sampling and name.startswith("train"):
+            raise ValueError(
+                "dynamic_sampling draws further prompts from the whole data set, which a stream does not have: load it "
+                "whole, or set dynamic_sampling=False"
+            )
+        if isinstance(dataset, Mixture):
+            return prepare_prompt_mixture(
+                dataset.parts, self.processing_class, num_proc=args.dataset_num_proc, **options
+            )
+        if stream:
+            return prepare_prompt_stream(dataset, self.processing_class, **options)
+        return prepare_prompts(dataset, self.processing_class, num_proc=args.dataset_num_proc, **options)
 
     def is_prepared(self, dataset: Any) -> bool:
         return False if not isinstance(dataset, Dataset) else super().is_prepared(dataset)
@@ -335,6 +346,10 @@ class OnlineTrainer(ReferencedTrainer):
         if not is_training:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         # Every rank gets the prompts of the round: the samples of one prompt may be drawn on several.
+        if isinstance(dataset, IterableDataset):
+            stream = StreamBatches(dataset, self.numbers.prompts, drop_last=args.dataloader_drop_last, forever=True)
+            tickets = Tickets(stream, self.numbers.parts * args.num_iterations)
+            return DataLoader(BatchStream(tickets), batch_size=None, collate_fn=self._collate)
         rounds = RowBatches(
             len(dataset),
             self.numbers.prompts,
@@ -846,7 +861,7 @@ def _std(values: Tensor) -> Tensor:
 def _opened(dataset: Any) -> Any:
     """A data set given by its rows or by a path, opened, so that its columns are known before the model is; each of a
     dictionary of them."""
-    if type(dataset) is dict and all(is_data_set(value) for value in dataset.values()):
+    if type(dataset) is dict and all(map(sources.is_data_set, dataset.values())):
         return {name: _opened(value) for name, value in dataset.items()}
     return formats.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
 

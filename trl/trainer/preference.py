@@ -77,6 +77,8 @@ class PreferenceTrainer(BaseTrainer):
         args = self.args
         options = {
             "kind": self.kind,
+            "columns": args.columns,
+            "skip_bad_rows": args.skip_bad_rows,
             "max_length": args.max_length or self.window(),
             "max_prompt_length": args.max_prompt_length,
             "max_completion_length": args.max_completion_length,

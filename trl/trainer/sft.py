@@ -130,6 +130,8 @@ class SFTTrainer(BaseTrainer):
         if packs and stream:
             raise ValueError("packing looks at all rows at once, which a stream does not have: load the data set whole")
         options = {
+            "columns": args.columns,
+            "skip_bad_rows": args.skip_bad_rows,
             "text_field": args.dataset_text_field,
             "formatting_func": self.formatting_func,
             # What a strategy splits must not be cut first.
