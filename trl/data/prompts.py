@@ -77,9 +77,10 @@ def prepare_prompts(
 
     Conversations go through the chat template, with `add_generation_prompt`, the row's `tools` and
     `chat_template_kwargs`; strings are tokenised as they are, and one that is written with a beginning of text gets no
-    second. Of conversations that end with the assistant's turn, that turn is left out. A prompt longer than `max_prompt_length` tokens loses its beginning. `columns` gives columns other
-    names, for the prompts and for what reward functions read. Raises `DataError`, which names the row, the field and
-    the remedy; `skip_bad_rows` leaves out rows that cannot be read, and counts them.
+    second. Of conversations that end with the assistant's turn, that turn is left out. A prompt longer than
+    `max_prompt_length` tokens loses its beginning. `columns` gives columns other names, for the prompts and for what
+    reward functions read. Raises `DataError`, which names the row, the field and the remedy; `skip_bad_rows` leaves out
+    rows that cannot be read, and counts them.
     """
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")

@@ -348,7 +348,7 @@ class OnlineTrainer(ReferencedTrainer):
         # Every rank gets the prompts of the round: the samples of one prompt may be drawn on several.
         if isinstance(dataset, IterableDataset):
             stream = StreamBatches(dataset, self.numbers.prompts, drop_last=args.dataloader_drop_last, forever=True)
-            tickets = Tickets(stream, self.numbers.parts * args.num_iterations)
+            tickets = StepSampler(stream, self.numbers.parts * args.num_iterations)
             return DataLoader(BatchStream(tickets), batch_size=None, collate_fn=self._collate)
         rounds = RowBatches(
             len(dataset),
