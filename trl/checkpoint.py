@@ -5,13 +5,16 @@ is called `checkpoint-N` is therefore complete; a run killed while saving leaves
 removes, and every earlier checkpoint as it was.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -103,30 +106,122 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in output_dir.iterdir() if _NAME.match(path.name)), key=_number)
 
 
-def resolve(output_dir: Path, resume: str | Path | bool) -> tuple[Path, list[str]]:
+def _number(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def step(folder: Path) -> int:
+    """The optimizer step of a checkpoint."""
+    state = folder / "trainer_state.json"
+    if state.exists():
+        return int(json.loads(state.read_text())["global_step"])
+    return int(manifest(folder).get("step", 0))
+
+
+def started(folder: Path) -> float:
+    """When the run of a checkpoint was begun, in seconds since 1970; 0 where the checkpoint does not say."""
+    try:
+        return float(manifest(folder).get("started", 0.0))
+    except ValueError:
+        return 0.0
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """What tells a prepared data set from others: its length, and the tokens of some rows. None for a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    rows = f"{len(dataset):,} rows"
+    names = sorted(name for name in dataset.column_names if name.endswith("_ids"))
+    if not names or not len(dataset) or dataset.format["type"] == "custom":
+        return rows
+    places = sorted({len(dataset) * index // 32 for index in range(32)})
+    some = json.dumps(dataset.select_columns(names).with_format(None)[places])
+    return f"{rows} ({hashlib.sha256(some.encode()).hexdigest()[:8]})"
+
+
+def differences(folder: Path, run: Mapping[str, str | None]) -> str:
+    """What a checkpoint's run differs in from this one; empty where nothing is known to differ."""
+    known = manifest(folder).get("run") or {}
+    return "; ".join(
+        f"{what}: {known[what]} there, {value} here"
+        for what, value in run.items()
+        if value is not None and known.get(what) not in (None, value)
+    )
+
+
+def earlier(output_dir: Path, run: Mapping[str, str | None]) -> list[str]:
+    """Sentences on what an earlier run left in the folder, for a run that starts from the beginning."""
+    found = [folder for folder in checkpoints(output_dir) if problem(folder) is None]
+    if found:
+        newest = max(found, key=lambda folder: (started(folder), step(folder)))
+        other = differences(newest, run)
+        how = (
+            f"it is of another run ({other}): another output_dir keeps the two apart"
+            if other
+            else "to go on from it, pass resume_from_checkpoint=True (--resume_from_checkpoint)"
+        )
+        return [f"{output_dir} holds {newest.name} of an earlier run, and this run starts from the beginning; {how}"]
+    result = [name for name in ("adapter_model.safetensors", "model.safetensors") if (output_dir / name).exists()]
+    return [f"{output_dir} holds {result[0]} of an earlier run: a result saved there takes its place"] if result else []
+
+
+_WEIGHTS = re.compile(r"^(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?$")
+_ADAPTER = re.compile(r"^adapter_(model\.(safetensors|bin)|config\.json)$")
+
+
+def set_aside(folder: Path, adapter: bool, base: str = "") -> list[str]:
+    """Move weights of the other kind out of the way of those that were just saved: a whole model's from beside an
+    adapter, an adapter's from beside a whole model. Who opens the folder would get one for the other. They are kept, in
+    the folder `earlier` within. The base model of the adapter (`base`) stays where it is. Returns what to say."""
+    stale = [path for path in folder.iterdir() if (_WEIGHTS if adapter else _ADAPTER).match(path.name)]
+    if not stale or (adapter and base and Path(base).resolve() == folder.resolve()):
+        return []
+    if adapter:  # what describes a whole model goes with it
+        stale += [path for name in ("config.json", "generation_config.json") if (path := folder / name).exists()]
+    aside = folder / "earlier"
+    aside.mkdir(exist_ok=True)
+    for path in stale:
+        os.replace(path, aside / path.name)
+    names = ", ".join(sorted(path.name for path in stale))
+    return [f"{names} in {folder} came from an earlier run: moved to {aside}"]
+
+
+def resolve(
+    output_dir: Path, resume: str | Path | bool, run: Mapping[str, str | None] | None = None
+) -> tuple[Path, list[str]]:
     """The checkpoint to resume from, checked, and sentences on those passed over.
 
-    `True` means the newest complete one of `output_dir`; a path must itself be complete.
+    `True` means the newest complete one of `output_dir`: of the run begun last, and of no other model, data set or
+    method than `run` says. A path must itself be complete; of another run it may be, which is said.
     """
+    run = run or {}
     if resume is not True:
         folder = Path(str(resume))
         if fault := problem(folder):
             others = ", ".join(path.name for path in checkpoints(folder.parent)) or "none"
             raise CheckpointError(f"cannot resume from {folder}: {fault}. Checkpoints beside it: {others}")
-        return folder, []
+        other = differences(folder, run)
+        return folder, [f"{folder.name} is of another run ({other})"] if other else []
     passed = []
-    for folder in reversed(checkpoints(output_dir)):
+    found = checkpoints(output_dir)
+    for folder in sorted(found, key=lambda path: (started(path), _number(path)), reverse=True):
         fault = problem(folder)
-        if fault is None:
+        if fault is None and not (other := differences(folder, run)):
+            later = [path.name for path in found if _number(path) > _number(folder) and started(path) < started(folder)]
+            if later:
+                passed.append(f"{', '.join(later)} of a run that was begun earlier: passed over")
             return folder, passed
-        passed.append(f"{folder.name} is damaged ({fault}): trying the one before it")
+        if fault is not None:
+            passed.append(f"{folder.name} is damaged ({fault}): trying the one before it")
+        else:
+            passed.append(f"{folder.name} is of another run ({other}): passed over")
+    why = f" ({'; '.join(passed)}). Name a checkpoint to go on from it all the same, or leave" if passed else "; leave"
     raise CheckpointError(
-        f"nothing to resume from: {output_dir} holds no complete checkpoint"
-        + (f" ({'; '.join(passed)})" if passed else "; leave resume_from_checkpoint out to start from the beginning")
+        f"nothing to resume from: {output_dir} holds no complete checkpoint of this run{why} resume_from_checkpoint "
+        "out to start from the beginning"
     )
 
 

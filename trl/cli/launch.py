@@ -5,6 +5,7 @@ The command that was typed reads its options first, so that a mistake in them is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,6 +76,8 @@ def relaunch(command: str, argv: Sequence[str], settings: Mapping[str, Any], val
                 written = path if path != name else None
             line = [*_accelerate(settings), *child]
         return _wait([sys.executable, *line], environment)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(str(values.get("output_dir", "trainer_output")))) from None
     finally:
         if written:
             os.unlink(written)
@@ -135,11 +138,40 @@ def _wait(line: Sequence[str], environment: Mapping[str, str]) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
-    except KeyboardInterrupt:  # the launcher has it too, and ends its processes
-        process.wait()
+    except KeyboardInterrupt:  # the launcher has it too, and gives its processes some time to end
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            _kill(process.pid)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _kill(pid: int) -> None:
+    """End a process and all that it started, at once."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        # The parent first, or it would start again what ends.
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def how_to_go_on(output_dir: str) -> str:
+    """The newest checkpoint of an interrupted run, and how it is resumed."""
+    from trl import checkpoint
+
+    found = [each for each in checkpoint.checkpoints(Path(output_dir)) if checkpoint.problem(each) is None]
+    if not found:
+        return f"{output_dir} holds no checkpoint yet: --save_steps says how often one is written."
+    newest = max(found, key=lambda each: (checkpoint.started(each), checkpoint.step(each)))
+    return (
+        f"The newest checkpoint is {newest}, of step {checkpoint.step(newest)}; the same command with "
+        "--resume_from_checkpoint goes on from there."
+    )
 
 
 # --- configurations by name -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is known, so that `trl --help` answer
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -84,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = import_module(COMMANDS[name].module).run
         return run(rest, name)
-    except KeyboardInterrupt:
-        print(f"\ntrl {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once what is still winding up
+        print(f"\ntrl {name}: interrupted{'. ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         return 130
     except UsageError as error:
         if debug:

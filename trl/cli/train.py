@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl.cli import UsageError, hide_library_notes, launch
@@ -147,12 +148,17 @@ def _run(argv: Sequence[str], command: str) -> int:
     script.dataset_streaming = mixture.streaming = script.dataset_streaming or mixture.streaming
     check_trackers(config)
 
-    from trl.models.adapters import lora_config
-    from trl.models.load import quantization_config
+    from trl import checkpoint
+    from trl.models.adapters import check_resumed, lora_config
+    from trl.models.load import adapter_base, quantization_config
 
     if "lora_task_type" not in values:
         # An adapter of a model that scores carries the scoring head.
         model.lora_task_type = getattr(trainer_class, "task_type", model.lora_task_type)
+    resume = _resume(config.resume_from_checkpoint)
+    adapter = lora_config(model)
+    if resume and (adapter is not None or adapter_base(model.model_name_or_path) is None):
+        check_resumed(checkpoint.resolve(Path(config.output_dir), resume)[0], adapter)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
     notices = _Notices()
     logging.getLogger("trl").addHandler(notices)
@@ -164,10 +170,13 @@ def _run(argv: Sequence[str], command: str) -> int:
         train_dataset=train_rows,
         eval_dataset=test_rows,
         quantization_config=quantization_config(model),
-        peft_config=lora_config(model),
+        peft_config=adapter,
         **judges,
     )
-    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(launch.how_to_go_on(config.output_dir)) from None
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.process_index == 0:
         print(closing(command, method.head, trainer.args.output_dir, script), flush=True)
@@ -192,6 +201,12 @@ def _check(values: Mapping[str, Any]) -> None:
     if (values.get("dataset_streaming") or values.get("streaming")) and values.get("max_steps", -1) <= 0:
         raise UsageError(
             "--max_steps is missing: a stream does not say how many rows it has, so that training ends there."
+        )
+    model, output = str(values["model_name_or_path"]), str(values.get("output_dir", "trainer_output"))
+    if values.get("use_peft") and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
+        raise UsageError(
+            f"--output_dir is the folder of the model itself, {model}: the adapter needs that model beneath it, so it "
+            "is saved in a folder of its own. Name another --output_dir."
         )
     if values.get("test_split_size") is not None:
         if not mixes:

@@ -112,13 +112,20 @@ class Itself(Reference):
 def choose(model: nn.Module, explicit: nn.Module | None = None, *, follows: bool = False) -> Reference:
     """The reference of a policy that is about to train: `explicit` where there is one, else the model as it is now.
 
-    A new adapter is switched off; a trained one gets a frozen twin; all other models are copied. `follows` says that
-    the reference will move towards the policy, for which it needs weights of its own.
+    A new adapter is switched off; a trained one gets a frozen twin; all other models are copied, and so is a model of
+    which more than the adapter trains. `follows` says that the reference will move towards the policy, for which it
+    needs weights of its own.
     """
     if explicit is not None:
         return Frozen(frozen(explicit), f"the model given ({type(causal_lm(explicit)).__name__})")
+    description = "a frozen copy of the model as it was at the start"
     if not adapters.has_adapter(model):
-        return Frozen(frozen(copy.deepcopy(model)), "a frozen copy of the model as it was at the start")
+        return Frozen(frozen(copy.deepcopy(model)), description)
+    beneath = adapters.trains_beneath(model)
+    if beneath:
+        more = f" and {len(beneath) - 1} more" if len(beneath) > 1 else ""
+        description += f", because weights beneath the adapter train: {beneath[0]}{more}"
+        return Frozen(frozen(copy.deepcopy(model)), description)
     return AdapterOff() if adapters.is_untouched(model) and not follows else Twin(model)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import json
 import logging
 import re
 import warnings
@@ -149,6 +150,47 @@ def restore_adapter(model: Any, folder: str | Path) -> bool:
     return True
 
 
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def active_config(model: Any) -> Any:
+    """The configuration of the adapter that trains, or None."""
+    if not has_adapter(model):
+        return None
+    return model.peft_config[_active(model)]
+
+
+_SHAPING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
+
+
+def check_resumed(folder: Path, config: Any) -> None:
+    """Raise where the adapter of a checkpoint is another one than that of the run (`config`; None: it has none)."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        whole = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*"))
+        if config is not None and whole:
+            raise ValueError(
+                f"{folder.name} holds a whole model, and this run trains an adapter: leave out peft_config "
+                "(--use_peft), or name a checkpoint of an adapter"
+            )
+        return
+    if config is None:
+        raise ValueError(
+            f"{folder.name} holds an adapter, and this run trains the whole model: pass the peft_config that it was "
+            "trained with (--use_peft), or name a checkpoint of the whole model"
+        )
+    saved, ours = json.loads(path.read_text()), config.to_dict()
+    for name in _SHAPING:
+        there, here = saved.get(name), ours.get(name)
+        here = getattr(here, "value", here)
+        if name in saved and there != here:
+            option = f"--{name if name.startswith(('lora', 'use')) else f'lora_{name}'}"
+            raise ValueError(
+                f"{folder.name} holds an adapter with {name}={there}, and this run asks for {name}={here}: resume with "
+                f"{name}={there} ({option} {there}), or start anew in another output_dir"
+            )
+
+
 # --- quantised weights --------------------------------------------------------------------------------------------
 
 
@@ -284,6 +326,19 @@ def is_untouched(model: Any) -> bool:
         for saved, original in zip(module.parameters(), layer.original_module.parameters(), strict=True)
     )
     return bool(added) and equal and not any(parameter.any() for parameter in added)
+
+
+def trains_beneath(model: Any) -> list[str]:
+    """Names of weights that train and are not the adapter's own, so that "adapter off" does not undo their training:
+    biases (`bias="all"`), or layers of the base that were woken up by hand."""
+    own = set()
+    for layer in _switches(model):
+        for name, parameter in layer.named_parameters():
+            if not {"base_layer", "original_module"} & set(name.split(".")):
+                own.add(parameter)
+    if getattr(model.peft_config[_active(model)], "is_prompt_learning", False):
+        own.update(model.prompt_encoder.parameters())
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in own]
 
 
 @contextlib.contextmanager

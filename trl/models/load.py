@@ -148,7 +148,7 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
         )
     model = _load(kind, base, kwargs)
     # An adapter trained with more tokens than the base knows brings its own, longer embeddings.
-    rows = _saved_rows(Path(folder))
+    rows = _saved_rows(Path(folder), model)
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         with torch.random.fork_rng(devices=[]):  # the new rows are overwritten at once
             model.resize_token_embeddings(rows, mean_resizing=False)
@@ -165,18 +165,28 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
     return model
 
 
-def _saved_rows(folder: Path) -> int | None:
-    """Rows of the embedding that an adapter folder holds in full, or None when it holds none."""
+def _saved_rows(folder: Path, model: Any) -> int | None:
+    """Rows of the embedding that an adapter folder was trained with, or None when it does not say."""
     from safetensors import safe_open
 
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is each for each in ends)]
     path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():
-            if key.endswith((".embed_tokens.weight", ".wte.weight", ".embed_in.weight", ".lm_head.weight")):
-                return file.get_slice(key).get_shape()[0]
-    return None
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                if not any(key.startswith(f"base_model.model.{name}.") for name in names):
+                    continue
+                # The layer itself, under whatever wraps it; or the matrix of an adapter on the embedding.
+                if key.endswith(".weight") and ".lora_" not in key:
+                    return file.get_slice(key).get_shape()[0]
+                if key.endswith(".lora_embedding_A"):
+                    return file.get_slice(key).get_shape()[1]
+    # Single tokens that were trained, by their ids: no more is known than that these had rows.
+    trained = json.loads((folder / "adapter_config.json").read_text()).get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    needed = 1 + max((index for each in lists for index in each), default=-1)
+    return needed if needed > model.get_input_embeddings().weight.shape[0] else None
 
 
 def _check_base(base: str, folder: str) -> None:

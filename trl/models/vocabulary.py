@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from trl.config import say_once
 
 from .load import ModelError, load_tokenizer
 
+_ROWS = 1000  # of a data set, read at once
 _TEMPLATE_FILES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
@@ -95,6 +97,95 @@ def grow_embeddings(model: Any, tokens: int, multiple_of: int | None = None) -> 
         mean = weight[:rows].float().mean(0)
         weight[rows:] = mean.to(weight.dtype)
     return True
+
+
+# --- tokens that have no row ----------------------------------------------------------------------------------------
+
+
+def check_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Raise on a special token of the tokenizer without a row in the embedding: the model would be saved with a number
+    that it cannot be opened with. A padding token of the model's own that has none is replaced by the tokenizer's."""
+    rows = _vocabulary_size(model)
+    target = getattr(tokenizer, "tokenizer", tokenizer)
+    if rows is None:
+        return
+    for what in ("pad_token", "eos_token", "bos_token"):
+        number = getattr(target, f"{what}_id", None)
+        if number is not None and number >= rows:
+            raise ModelError(_no_row(f"the tokenizer's {what}", getattr(target, what), number, rows, target))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    configs = [base.config, base.config.get_text_config(), getattr(base, "generation_config", None)]
+    for config in configs:
+        pad = getattr(config, "pad_token_id", None)
+        if pad is not None and pad >= rows:
+            say_once(f"the model's pad_token_id {pad} lies outside its vocabulary of {rows:,} tokens: it is replaced")
+            config.pad_token_id = getattr(target, "pad_token_id", None)
+
+
+def tokens_without_row(model: Any, tokenizer: Any) -> "TokensWithoutRow | None":
+    """What finds the tokens of a tokenizer that have no row in the embedding; None when all have one."""
+    rows, target = _vocabulary_size(model), getattr(tokenizer, "tokenizer", tokenizer)
+    return TokensWithoutRow(rows, target) if rows is not None and len(target) > rows else None
+
+
+class TokensWithoutRow:
+    """Raises on a token without a row in the embedding. Some tokenizers have such tokens that no text contains."""
+
+    def __init__(self, rows: int, tokenizer: Any) -> None:
+        self.rows, self.tokenizer = rows, tokenizer
+
+    def check(self, ids: Sequence[int], where: str) -> None:
+        number = max(ids, default=0)
+        if number >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(number)
+            raise ModelError(_no_row(where, token, number, self.rows, self.tokenizer))
+
+    def check_dataset(self, dataset: Any, name: str) -> None:
+        """The rows of a prepared data set; those of a stream are seen when they are read."""
+        if not isinstance(dataset, Dataset):
+            return
+        columns = [column for column in dataset.column_names if column.endswith("_ids")]
+        for start in range(0, len(dataset), _ROWS):
+            part = dataset[start : start + _ROWS]
+            numbers = part.get("row", range(start, start + _ROWS))
+            for column in columns:
+                for number, ids in zip(numbers, part[column], strict=False):
+                    self.check(ids, f"{name} row {number}")
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    # Not the weight's shape: sharded weights do not show it.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+
+
+def _no_row(where: str, token: str, number: int, rows: int, tokenizer: Any) -> str:
+    return (
+        f"{where}: {token!r} is token {number}, but the model's embedding has {rows:,} rows and the tokenizer "
+        f"{len(tokenizer):,} tokens. Call model.resize_token_embeddings(len(tokenizer)) and pass that model"
+    )
+
+
+# --- padding of models that score -----------------------------------------------------------------------------------
+
+_PADDING = ("pad", "reserved", "unused", "extra", "unk")  # in the order of preference
+_ENDING = ("end", "eot", "eom", "eos", "</s>")
+
+
+def padding_token(tokenizer: Any, ends: set[int], rows: int) -> str | None:
+    """A special token to pad with that no text ends in, or None. Of several the one that is made for such things."""
+    found = {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number not in ends and number < rows
+    }
+    able = [each for each in found.values() if not any(word in each.lower() for word in _ENDING)]
+    marked = [[each for each in able if word in each.lower()] for word in _PADDING]
+    return next((each for group in [*marked, able] for each in group), None)
+
+
+# --- tokens under an adapter ----------------------------------------------------------------------------------------
 
 
 def check_added_tokens(model: nn.Module, peft_config: Any, added: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
 
     _get_dataloader     the order of rows is a pure function of (seed, epoch), equal on all ranks, with nothing repeated
                         at the end of an epoch. Goes when accelerate shards without repeating rows.
+    _run_epoch          takes no step where all steps are done: max_steps=0, or a finished run that is resumed
     get_batch_samples   counts the trained items of the whole optimizer step on all ranks, and takes what statistics a
                         method needs of it, before its first backward pass
     compute_loss        divides by those counts: any split of the same rows gives the same gradient
@@ -28,6 +29,7 @@ import inspect
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,7 +43,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from trl import checkpoint
 from trl.config import Adoptable, BaseConfig, say_once
@@ -54,7 +56,7 @@ from trl.engine import linear
 from trl.engine.forest import Batch, computed, gridded, padded, relabelled, trained, unshared, with_labels
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
-from trl.models import adapters, load, low_bits, offload, vocabulary
+from trl.models import adapters, load, low_bits, offload, saving, vocabulary
 from trl.models.compiled import compile_tokenwise
 from trl.options import check_trackers, unused_by_trainer
 
@@ -87,6 +89,7 @@ class Collate:
     ) -> None:
         self.batch, self.users, self.share_prompt, self.labels, self.raw = batch, users, share_prompt, labels, raw
         self.attachment: Attachment | None = None  # known when the model is in place
+        self.tokens_without_row: vocabulary.TokensWithoutRow | None = None
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
         if self.users is not None and len(rows):
@@ -95,6 +98,10 @@ class Collate:
 
     def lay(self, trees: list[Tree]) -> Batch:
         assert self.attachment is not None
+        if self.tokens_without_row is not None:
+            for tree in trees:
+                for branch in (tree.root, *tree.branches):
+                    self.tokens_without_row.check(branch.ids, f"row {tree.row}")
         if self.labels:
             return with_labels(padded(trees, self.attachment.pad_id))
         return self.attachment.batch(trees if self.share_prompt else unshared(trees))
@@ -147,6 +154,9 @@ class _BeforeTraining(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._restore_between_logs()
         self.trainer._check_what_users_made(kwargs.get("train_dataloader"))
+        if state.global_step >= state.max_steps:
+            done = f"all {state.max_steps:,} steps are done already" if state.max_steps else "max_steps is 0"
+            say_once(f"nothing is trained: {done}. Raise max_steps or num_train_epochs to train on")
 
 
 class BaseTrainer(Adoptable, Trainer):
@@ -257,6 +267,7 @@ class BaseTrainer(Adoptable, Trainer):
 
         assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
         init_kwargs = dict(args.model_init_kwargs or {})
+        set_seed(args.seed)  # a new scoring head is drawn while the model loads
         if args.trust_remote_code and isinstance(model, str):
             init_kwargs["trust_remote_code"] = True
         if quantization_config is not None:
@@ -283,10 +294,14 @@ class BaseTrainer(Adoptable, Trainer):
             )
             vocabulary.check_added_tokens(model, peft_config, added)
         _special_tokens(self.processing_class, getattr(args, "eos_token", None), getattr(args, "pad_token", None))
+        vocabulary.check_special_tokens(model, self.processing_class)
+        self._without_row = vocabulary.tokens_without_row(model, self.processing_class)
+        set_seed(args.seed)  # the adapter is the same whether or not the model was loaded here
         model = adapters.for_training(model, self.adapter_config(peft_config))
         held = low_bits.hold_in_float32(model, getattr(args.optim, "value", args.optim), bool(args.bf16 or args.fp16))
         if held:
             say_once(held)
+        saving.mend_generation_config(model)
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -311,6 +326,7 @@ class BaseTrainer(Adoptable, Trainer):
             offload.understand_selective(causal_lm(model))
         self._check_order()
         self._collate = Collate(self.batch, data_collator, args.share_prompt, raw=self._users_rows)
+        self._collate.tokens_without_row = self._without_row
 
         super().__init__(
             model=model,
@@ -339,6 +355,8 @@ class BaseTrainer(Adoptable, Trainer):
         self._step_batches: list[Batch] = []  # of the optimizer step under way, to name a row that breaks it
         self._step_counts: dict[str, Tensor] = {}  # of its items, on all ranks
         self._between_logs: dict[str, Any] | None = None
+        self._run: dict[str, str | None] = {}  # what tells it from others, and when it was begun
+        self._started = 0.0
         self.ready()
         self._compile()
 
@@ -432,6 +450,8 @@ class BaseTrainer(Adoptable, Trainer):
             return dataset
         with self.args.main_process_first(desc="preparing the data"):
             rows, self.reports[name] = self.rows(dataset, name)
+        if self._without_row is not None:
+            self._without_row.check_dataset(rows, name)
         return rows
 
     @property
@@ -468,6 +488,7 @@ class BaseTrainer(Adoptable, Trainer):
         lines.append(f"model: {count:,} of {total:,} parameters train ({count / total:.2%}), in {', '.join(dtypes)}")
         if "bfloat16" in dtypes:
             lines.append(f"updates: in float32; {self._low_bits_of_weights()}")
+        lines += self._adapter_rate()
         if self.attachment.is_flat:
             lines.append("engine: flat rows, no padding, each prompt computed once")
         else:
@@ -489,7 +510,7 @@ class BaseTrainer(Adoptable, Trainer):
         if hasattr(self.train_dataset, "__len__") and not own_loader:
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps = self.args.max_steps
-            if steps <= 0:
+            if steps < 0:
                 steps = math.ceil(math.ceil(len(self.train_dataset) / (self.args.train_batch_size
                         * self.args.world_size)) / self.args.gradient_accumulation_steps
                         ) * self.args.num_train_epochs  # fmt: skip
@@ -508,6 +529,29 @@ class BaseTrainer(Adoptable, Trainer):
             return "FSDP holds the weights in float32"
         return "the lower halves of bfloat16 weights are kept beside them (2 bytes a weight), moments are float32"
 
+    def _adapter_rate(self) -> list[str]:
+        """A line of the report, where an adapter trains at a rate made for all weights.
+
+        An adapter's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without
+        Regret"); the range is 5 to 25 times this method's default, which is made for all weights.
+        """
+        full = self.config_class.__dataclass_fields__["learning_rate"].default
+        rate, low, high = self.args.learning_rate, min(5 * full, 1e-4), min(25 * full, 5e-4)
+        if not adapters.has_adapter(self.model) or rate >= low * (1 - 1e-6):
+            return []
+        return [f"  caution: learning_rate={rate:g} is low for an adapter, which learns well at {low:g} to {high:g}"]
+
+    def _identity(self) -> dict[str, str | None]:
+        """What tells this run from others in the same folder; None for what is not known."""
+        base = causal_lm(self.model)
+        name = getattr(base.config, "_name_or_path", "") if hasattr(base, "config") else ""
+        own = name and Path(self.args.output_dir).resolve() in (Path(name).resolve(), *Path(name).resolve().parents)
+        return {
+            "method": self.method,
+            "model": f"{Path(name).name} ({type(base).__name__})" if name and not own else None,
+            "data": checkpoint.fingerprint(self.train_dataset),
+        }
+
     def _print_report(self) -> None:
         if not self.is_world_process_zero():
             return
@@ -523,11 +567,20 @@ class BaseTrainer(Adoptable, Trainer):
         if self.train_dataset is None and not overrides.is_overridden(self, "get_train_dataloader"):
             raise ValueError("there is nothing to train on: pass train_dataset=")
         self.train_dataset = self._prepared(self.train_dataset, "train")  # another one may have been put there since
-        folder = None
+        self._run = self._identity()
+        output_dir, folder = Path(self.args.output_dir), None
         if resume_from_checkpoint:
-            folder, passed = checkpoint.resolve(Path(self.args.output_dir), resume_from_checkpoint)
+            folder, passed = checkpoint.resolve(output_dir, resume_from_checkpoint, self._run)
             for sentence in passed:
                 say_once(sentence)
+            adapters.check_resumed(folder, adapters.active_config(self.model))
+            say_once(f"resumed from {folder}: {checkpoint.step(folder)} steps are done")
+        elif self.is_world_process_zero():
+            for sentence in checkpoint.earlier(output_dir, self._run):
+                say_once(sentence)
+        self._started = checkpoint.started(folder) if folder else time.time()
+        saving.try_saving(self.model, self.processing_class, self.args)
+        set_seed(self.args.seed)  # dropout does not depend on what else drew since the trainer was made
         self._sums["train"].clear()
         self._tokens_seen = 0
         self._distinct = self._positions = 0
@@ -628,6 +681,13 @@ class BaseTrainer(Adoptable, Trainer):
     def _counted(self, batch: Batch) -> dict[str, Tensor]:
         found = {**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]}
         return {kind: torch.tensor(max(float(n), 1.0), device=self.args.device) for kind, n in found.items()}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` asks whether the steps are done only after it has taken one more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
                      num_items_in_batch: Tensor | int | None = None) -> Any:  # fmt: skip
@@ -822,7 +882,7 @@ class BaseTrainer(Adoptable, Trainer):
         sums = self._sums[mode]
         for name, (total, items) in metrics.items():
             before, count = sums.get(name, (0.0, 0.0))
-            sums[name] = (before + total.double(), count + items)
+            sums[name] = (before + total.to(sums_device(total.device)).double(), count + items)
 
     def _reduced(self, mode: str, **totals: int) -> dict[str, float]:
         """Means over all micro-batches and ranks since the last call, and the totals over ranks: one collective."""
@@ -864,6 +924,10 @@ class BaseTrainer(Adoptable, Trainer):
             knows_folder = any(each.name == "folder" or each.kind is each.VAR_KEYWORD for each in takes)
             # An override may have upstream's three arguments alone; it writes into the output folder.
             self.create_model_card(**({"folder": output_dir} if knows_folder else {}))
+            base = getattr(getattr(causal_lm(self.model), "config", None), "_name_or_path", "")
+            folder = Path(output_dir or self.args.output_dir)
+            for sentence in checkpoint.set_aside(folder, adapters.has_adapter(self.model), base):
+                say_once(sentence)
 
     def rows_of_a_step(self) -> int:
         """How many rows an optimizer step is taken on, on all ranks."""
@@ -945,7 +1009,8 @@ class BaseTrainer(Adoptable, Trainer):
             self.state.save_to_json(os.path.join(staging, "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint.publish(final, step=self.state.global_step, world_size=self.args.world_size)
+            facts = {"run": self._run, "started": self._started}
+            checkpoint.publish(final, step=self.state.global_step, world_size=self.args.world_size, **facts)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -988,7 +1053,7 @@ class BaseTrainer(Adoptable, Trainer):
         self._tokens_seen = state["tokens_seen"]
         self.load_method_state(state["method"])
         self._sums["train"].update(
-            {name: (total.to(self.args.device), items) for name, (total, items) in state["sums"].items()}
+            {name: (total.to(sums_device(self.args.device)), items) for name, (total, items) in state["sums"].items()}
         )
         self._between_logs = state
 
@@ -1029,6 +1094,11 @@ def _lengths(dataset: Dataset) -> np.ndarray:
             total[place : place + len(table)] += pc.list_value_length(table[name]).to_numpy().astype(np.int64)
         place += len(table)
     return total
+
+
+def sums_device(device: torch.device) -> torch.device:
+    """Where float64 sums of what is on a device are kept: Apple's GPUs have no float64, so there on the host."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> None:

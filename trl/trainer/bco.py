@@ -15,6 +15,7 @@ from trl.engine.forest import Batch
 from trl.engine.score import evaluating, score
 from trl.losses.tokens import Metric, mean
 
+from .base import sums_device
 from .kto import UnpairedTrainer, unpaired_batch
 
 
@@ -22,7 +23,7 @@ from .kto import UnpairedTrainer, unpaired_batch
 class BCOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
     """What can be set for `BCOTrainer`, beside all of `transformers.TrainingArguments`."""
 
-    learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
+    learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
     truncation_mode: str = field(
         default="keep_end",
@@ -108,7 +109,7 @@ class BCOTrainer(UnpairedTrainer):
         return batch
 
     def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=sums_device(self.args.device))
         for batch in batches:
             moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -118,7 +119,8 @@ class BCOTrainer(UnpairedTrainer):
                     with evaluating(model):
                         policy_S = self.sequence_logp(score(model, moved))
                     reward_S = self.args.beta * (policy_S - batch["ref_logp_S"].to(policy_S.device))
-                    sums += torch.stack([reward_S.double().sum(), sums.new_tensor(float(len(reward_S)))])
+                    total = reward_S.to(sums.device).double().sum()
+                    sums += torch.stack([total, sums.new_tensor(float(len(reward_S)))])
         if training:
             if self.args.world_size > 1:
                 torch.distributed.all_reduce(sums)

@@ -19,6 +19,7 @@ from trl.losses.tokens import Metric, mean
 from trl.losses.unpaired import LOSSES, kl_estimate
 
 from .attributes import shows
+from .base import sums_device
 from .preference import ReferencedTrainer, call, loss_functions, where
 
 WITHOUT_KL = ("apo_zero_unpaired",)
@@ -161,7 +162,7 @@ class KTOTrainer(UnpairedTrainer):
 
     def _estimate(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         """The reference point over all batches and ranks, scalar; the batches keep what the reference said of them."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=sums_device(self.args.device))
         for batch in batches:
             moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -171,7 +172,8 @@ class KTOTrainer(UnpairedTrainer):
                     ref_S = moved["ref_kl_logp_S"]
                 else:
                     batch["ref_logp_S"], ref_S = self.reference_values(moved, self.ask_reference(model)).unbind(1)
-            sums += torch.stack([(policy_S - ref_S).double().sum(), sums.new_tensor(float(len(policy_S)))])
+            total = (policy_S - ref_S).to(sums.device).double().sum()
+            sums += torch.stack([total, sums.new_tensor(float(len(policy_S)))])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
         return kl_estimate((sums[0] / sums[1].clamp(min=1)).float())

@@ -35,7 +35,7 @@ from trl.models import load
 from trl.rollout.generate import stop_ids
 
 from .attributes import shows
-from .base import BaseTrainer
+from .base import BaseTrainer, sums_device
 
 # Collators of upstream and transformers that do nothing but pad what is prepared here.
 PADDING_COLLATORS = (
@@ -439,7 +439,7 @@ class ReferencedTrainer(PreferenceTrainer):
                 "single process with the same settings (the numbers are kept on disk and found again), or leave it out"
             )
         size = args.precompute_ref_batch_size or args.train_batch_size
-        table = torch.zeros(len(rows), len(self.ref_columns), dtype=torch.float64, device=args.device)
+        table = torch.zeros(len(rows), len(self.ref_columns), dtype=torch.float64, device=sums_device(args.device))
         ask = self.ask_reference(self.model)
         together = size * args.world_size
         for start in range(0, len(rows), together):
@@ -449,7 +449,7 @@ class ReferencedTrainer(PreferenceTrainer):
                 values = self.reference_values(batch, ask)
             # Rows of equal prompts stand together in a batch, so that it has an order of its own.
             places_of = batch["row_S"].view(values.shape[0], -1)[:, 0]
-            table[places_of] = values.double()
+            table[places_of.to(table.device)] = values.to(table.device).double()
         if args.world_size > 1:
             torch.distributed.all_reduce(table)
         return table.float().cpu().numpy()

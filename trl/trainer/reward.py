@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -14,10 +15,12 @@ from trl.engine.scalar import scalars
 from trl.engine.score import causal_lm
 from trl.losses.reward import bradley_terry, centring
 from trl.losses.tokens import Metric, mean
-from trl.models import load
+from trl.models import load, vocabulary
 
 from .dpo import pair_batch
 from .preference import PreferenceTrainer
+
+ENDS_READ = 256  # rows that tell what texts end in
 
 
 @dataclass
@@ -109,8 +112,35 @@ class RewardTrainer(ScalarTrainer):
 
     def ready(self) -> None:
         super().ready()
+        self._pad_apart()
         # Who scores with this model later reads the end of turn too, even where it serves as padding.
         causal_lm(self.model).config.scores_end_of_turn = True
+
+    def _pad_apart(self) -> None:
+        """transformers scores a text at its last token that is not padding: with the end of text for padding, one token
+        before the one that is trained. So padding becomes a token in which no text ends."""
+        tokenizer, base = self.processing_class, causal_lm(self.model)
+        ends = {tokenizer.eos_token_id}
+        if isinstance(self.train_dataset, Dataset):
+            some = self.train_dataset[:ENDS_READ]
+            ends |= {ids[-1] for name in ("chosen_ids", "rejected_ids") for ids in some.get(name, ()) if ids}
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+            token = vocabulary.padding_token(tokenizer, ends, base.config.get_text_config().vocab_size)
+            if token is None:
+                say_once(
+                    f"{tokenizer.pad_token!r} is both padding and the end of a text, so that transformers reads the "
+                    "score of the saved model one token before its end. The tokenizer has no other token to pad with: "
+                    "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}), then "
+                    "model.resize_token_embeddings(len(tokenizer))"
+                )
+                return
+            say_once(
+                f"padding is {token!r} in the saved tokenizer and model: texts end in {tokenizer.pad_token!r}, and "
+                "transformers reads a score at the last token that is not padding"
+            )
+            tokenizer.pad_token = token
+        base.config.pad_token_id = base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.attachment.pad_id = tokenizer.pad_token_id
 
     @staticmethod
     def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
