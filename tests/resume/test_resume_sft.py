@@ -216,3 +216,85 @@ def test_publish_replaces_a_folder_of_the_same_name_and_repairs_a_kill_between_t
     checkpoint.begin(tmp_path / "checkpoint-4")
     assert (final / "model").read_text() == "new"
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+# --- which run a folder holds -------------------------------------------------------------------------------------
+
+
+def quick(tmp_path, model, tokenizer, rows=6, adapter=None, **settings):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **settings}
+    return sft(tmp_path, model, tokenizer, chat_rows(rows), adapter, per_device_train_batch_size=2, **settings)
+
+
+def test_no_step_is_taken_where_none_is_left(tmp_path, tokenizer, capsys):
+    trainer = quick(tmp_path, tiny(tokenizer), tokenizer, max_steps=0)
+    before = trainer.model.lm_head.weight.clone()
+    assert trainer.train().global_step == 0 and torch.equal(trainer.model.lm_head.weight, before)
+    assert "steps: 0" in capsys.readouterr().out
+    quick(tmp_path, tiny(tokenizer), tokenizer).train()
+    capsys.readouterr()
+    again = quick(tmp_path, tiny(tokenizer), tokenizer)
+    assert again.train(resume_from_checkpoint=True).global_step == 2
+    said = capsys.readouterr().out
+    assert f"trl: resumed from {tmp_path}/checkpoint-2: 2 steps are done" in said
+    assert "trl: nothing is trained: all 2 steps are done already" in said
+    # The weights are those of the finished run, to be saved.
+    saved = weights(tmp_path / "checkpoint-2")
+    assert torch.equal(again.model.lm_head.weight, saved["lm_head.weight"])
+
+
+def test_a_checkpoint_of_another_run_is_never_taken_in_silence(tmp_path, tokenizer, capsys):
+    quick(tmp_path, tiny(tokenizer), tokenizer).train()
+    capsys.readouterr()
+    other = quick(tmp_path, tiny(tokenizer), tokenizer, rows=5)
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint-2 is of another run \(data: 6 rows .* there, 5"):
+        other.train(resume_from_checkpoint=True)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # named, it is taken, and said
+    assert "checkpoint-1 is of another run (data: 6 rows" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_mentioned_and_the_latest_start_is_resumed(tmp_path, tokenizer, capsys):
+    quick(tmp_path, tiny(tokenizer), tokenizer, learning_rate=1e-3).train()
+    capsys.readouterr()
+    quick(tmp_path, tiny(tokenizer), tokenizer, max_steps=1).train()
+    said = capsys.readouterr().out
+    assert f"{tmp_path} holds checkpoint-2 of an earlier run, and this run starts from the beginning" in said
+    folder, sentences = checkpoint.resolve(tmp_path, True)
+    assert folder.name == "checkpoint-1"
+    assert sentences == ["checkpoint-2 of a run that was begun earlier: passed over"]
+
+
+def test_an_adapter_of_another_rank_is_a_sentence(tmp_path, tokenizer):
+    import peft
+
+    quick(tmp_path, tiny(tokenizer), tokenizer, adapter=lora(), max_steps=1).train()
+    another = peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.3, task_type="CAUSAL_LM")
+    trainer = quick(tmp_path, tiny(tokenizer), tokenizer, adapter=another)
+    with pytest.raises(ValueError, match=r"holds an adapter with r=4, and this run asks for r=8: .*--lora_r 4"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="holds an adapter, and this run trains the whole model"):
+        quick(tmp_path, tiny(tokenizer), tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_weights_of_the_other_kind_do_not_stay_beside_the_new_ones(tmp_path, tokenizer, capsys):
+    whole, adapter = quick(tmp_path, tiny(tokenizer), tokenizer), quick(tmp_path, tiny(tokenizer), tokenizer, 6, lora())
+    result = tmp_path / "result"
+    whole.save_model(str(result))
+    adapter.save_model(str(result))
+    names = {path.name for path in result.iterdir()}
+    assert "adapter_config.json" in names and not {"model.safetensors", "config.json"} & names
+    assert (result / "earlier" / "model.safetensors").exists()
+    assert "model.safetensors in" in capsys.readouterr().out
+    whole.save_model(str(result))
+    names = {path.name for path in result.iterdir()}
+    assert "model.safetensors" in names and "adapter_config.json" not in names
+
+
+def test_the_report_says_which_rate_suits_an_adapter(tmp_path, tokenizer):
+    def cautions(**settings):
+        trainer = quick(tmp_path, tiny(tokenizer), tokenizer, **settings)
+        return [line for line in trainer.report() if "for an adapter" in line]
+
+    low = "  caution: learning_rate=2e-05 is low for an adapter, which learns well at 0.0001 to 0.0005"
+    assert cautions(adapter=lora(), learning_rate=2e-5) == [low]
+    assert cautions(adapter=lora(), learning_rate=1e-4) == cautions(learning_rate=2e-5) == []

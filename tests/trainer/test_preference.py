@@ -127,6 +127,39 @@ def test_an_adapter_that_begins_as_part_of_the_weights_gets_a_twin(tmp_path, tok
     assert losses(trainer)[0] == pytest.approx(np.log(2), abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["lora, all biases", "lora, its biases", "a norm woken up", "tokens", "ia3", "dora"])
+def test_the_reference_stays_whatever_the_adapter_trains(tmp_path, tokenizer, kind):
+    import peft
+
+    config = {
+        "lora, all biases": lambda: lora(bias="all"),
+        "lora, its biases": lambda: lora(bias="lora_only"),
+        "a norm woken up": lora,
+        "tokens": lambda: lora(trainable_token_indices=list(range(1000))),
+        "ia3": lambda: peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+        "dora": lambda: lora(use_dora=True),
+    }[kind]()
+    model = tiny(tokenizer, attention_bias=True)
+    if kind == "a norm woken up":
+        model = peft.get_peft_model(model, config)
+        model.base_model.model.model.norm.weight.requires_grad_(True)
+        config = None
+    trainer = dpo(tmp_path, model, tokenizer, peft_config=config, learning_rate=5e-2)
+    copied = any("because weights beneath the adapter train" in line for line in trainer.report())
+    assert copied == (kind not in ("tokens", "ia3", "dora"))
+    batch, start_S = first_logps(trainer)
+    trainer.train()
+    stats = trainer.reference.score(trainer.model, batch)
+    ours_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+    torch.testing.assert_close(ours_S, start_S, atol=1e-4, rtol=1e-5)  # DoRA's new adapter rounds
+    _, moved_S = first_logps(trainer)
+    assert (moved_S - start_S).abs().max() > 1e-3
+
+
+def test_bco_has_the_rate_of_its_kind():
+    assert trl.BCOConfig("out", use_cpu=True).learning_rate == 5e-7
+
+
 def test_a_model_given_is_the_reference(tmp_path, tokenizer, folders):
     base, adapter = folders
     trainer = dpo(tmp_path, str(adapter), tokenizer, ref_model=str(base))

@@ -155,6 +155,10 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
     if kind is AutoModelForCausalLM:
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     config = peft.PeftConfig.from_pretrained(folder)
+    if config.task_type == "SEQ_CLS" and (Path(folder) / "tokenizer_config.json").exists():
+        # A score is read at the last token that is not padding, and the base may pad with what ends a text.
+        pad = load_tokenizer(folder).pad_token_id
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     say_once(f"the adapter in {folder} is of a language model: it is merged into the weights below the scoring head")
