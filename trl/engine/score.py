@@ -107,6 +107,12 @@ def score(
     }
     inputs = {key: batch[key] for key in _LAYOUT_KEYS if key in batch}
     outputs = model(**inputs, use_cache=False, **{_REQUEST: request})
+    if outputs["logp"].dtype != torch.float32:
+        raise ValueError(
+            f"the model's wrapper casts log-probs to {str(outputs['logp'].dtype).removeprefix('torch.')}, in which "
+            "sums over a sequence are off by whole nats: let it keep its outputs (FSDP2: a MixedPrecisionPolicy with "
+            "output_dtype=None)"
+        )
     found = {f"{name}_N": outputs[name] for name in extras}
     seq_N = batch["seq_N"].to(outputs["logp"].device)
     return TokenStats(outputs["logp"], seq_N, batch["row_S"].shape[0], aux=outputs.get("aux"), **found)

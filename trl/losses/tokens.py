@@ -10,14 +10,22 @@ from torch import Tensor
 
 
 class Metric(NamedTuple):
-    """A mean that can still be added to others: totals and counts of all micro-batches and ranks, divided once."""
+    """A number that can still be joined with those of other micro-batches and ranks: a mean, as a total and a count
+    that are divided once, or the smallest or largest of all values."""
 
-    total: Tensor  # scalar
+    total: Tensor  # scalar; of no items 0, as "min" inf, as "max" -inf
     items: Tensor | float
+    kind: str = "mean"  # or "min" or "max"
+
+
+def _summable(values: Tensor) -> Tensor:
+    """The values in fp32 at least: in half precision a sum of some hundred log-probs would be off by whole nats."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def seq_sum(values_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
-    """Sum over each sequence's tokens: [N] -> [S]. A sequence without trained tokens sums to zero."""
+    """Sum over each sequence's tokens, in fp32 at least: [N] -> [S]. A sequence without trained tokens sums to zero."""
+    values_N = _summable(values_N)
     return values_N.new_zeros(sequences).index_add(0, seq_N, values_N)
 
 
@@ -33,8 +41,19 @@ def seq_count(seq_N: Tensor, sequences: int) -> Tensor:
 
 def mean(values: Tensor) -> Metric:
     """The mean of all entries, as total and count."""
-    detached = values.detach()
-    return Metric(detached.sum(), float(detached.numel()))
+    return Metric(_summable(values.detach()).sum(), float(values.numel()))
+
+
+def smallest(values: Tensor) -> Metric:
+    """The smallest of all entries."""
+    values = _summable(values.detach())
+    return Metric(values.min() if len(values) else values.new_tensor(torch.inf), float(values.numel()), "min")
+
+
+def largest(values: Tensor) -> Metric:
+    """The largest of all entries."""
+    values = _summable(values.detach())
+    return Metric(values.max() if len(values) else values.new_tensor(-torch.inf), float(values.numel()), "max")
 
 
 def position(seq_N: Tensor, sequences: int) -> Tensor:

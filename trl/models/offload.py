@@ -2,38 +2,80 @@
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 # Smaller tensors cost more to move than they free.
 SMALLEST_OFFLOADED = 2**16
 
 
-def on_host(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def on_host(model: nn.Module) -> Iterator[None]:
     """Keep what the forward pass saves on the accelerator in pinned host memory until the backward pass reads it.
 
-    Parameters stay, and so does what is small or already on the host.
+    Parameters stay, and so does what is small, already on the host, or shared out among processes.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with _weights(model) as weights:
 
-    def pack(tensor: Tensor) -> Any:
-        stays = tensor.device.type == "cpu" or tensor.numel() < SMALLEST_OFFLOADED
-        if stays or tensor.untyped_storage().data_ptr() in weights:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        return tensor.device, host
+        def pack(tensor: Tensor) -> Any:
+            stays = isinstance(tensor, DTensor) or tensor.device.type == "cpu" or tensor.numel() < SMALLEST_OFFLOADED
+            if stays or tensor.untyped_storage().data_ptr() in weights:
+                return tensor
+            return _to_host(tensor)
 
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        device, host = packed
-        return host.to(device, non_blocking=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, _from_host):
+            yield
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return tensor.device, host
+
+
+def _from_host(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    device, host = packed
+    return host.to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def _weights(model: nn.Module) -> Iterator[set[int]]:
+    """Where the model's weights are in memory. Weights that FSDP2 shards are there from the time a module gathers them
+    until it lets them go; what is later put in their place is no weight."""
+    weights = _addresses(model)
+    gathered: dict[nn.Module, set[int]] = {}
+
+    def before(module: nn.Module, *_: Any) -> None:
+        gathered[module] = _addresses(module) - weights
+        weights.update(gathered[module])
+
+    def after(module: nn.Module, *_: Any) -> None:
+        weights.difference_update(gathered.pop(module, ()))
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Registered after FSDP's own, and so called after them.
+            hooks.append(module.register_forward_pre_hook(before))
+            hooks.append(module.register_forward_hook(after, always_call=True))
+    try:
+        yield weights
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _addresses(module: nn.Module) -> set[int]:
+    whole = (parameter for parameter in module.parameters() if not isinstance(parameter, DTensor))
+    return {parameter.untyped_storage().data_ptr() for parameter in whole}
 
 
 # Their outputs are kept: recomputing them is what checkpointing costs. Everything between is recomputed.

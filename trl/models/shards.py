@@ -1,9 +1,28 @@
 """Weights that processes share out among themselves, by FSDP."""
 
+import dataclasses
+from typing import Any
+
+import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+
+def keep_precision(plugin: Any) -> None:
+    """Let accelerate's FSDP plugin compute as its mixed precision says, but give out numbers as they are and add up
+    gradients in fp32.
+
+    Accelerate's policy casts whatever leaves the model to half precision: log-probs, whose sum over a few hundred
+    tokens is then off by whole nats.
+    """
+    policy = plugin.mixed_precision_policy
+    if plugin.fsdp_version == 2:
+        policy = dataclasses.replace(policy or MixedPrecisionPolicy(), output_dtype=None, reduce_dtype=torch.float32)
+    elif policy is not None:
+        policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
+    plugin.mixed_precision_policy = policy
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
     get_batch_samples   counts the trained items of the whole optimizer step on all ranks, and takes what statistics a
                         method needs of it, before its first backward pass
     compute_loss        divides by those counts: any split of the same rows gives the same gradient
+    _prepare_input      moves what a batch holds and casts nothing: sums of log-probs need fp32
     create_optimizer    steps in float32 on weights that are kept in bfloat16
     training_step       keeps saved activations on the host where that is asked for, and brings an overridden
                         `compute_loss` to the step's scale
@@ -58,10 +59,12 @@ from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, low_bits, offload, saving, vocabulary
 from trl.models.compiled import compile_tokenwise
+from trl.models.shards import keep_precision
 from trl.options import check_trackers, unused_by_trainer
 
 from . import overrides
 from .card import model_card
+from .metrics import Totals, gather_rows
 
 _RANK_STATE = "trl_state_{rank}.pt"
 _PART = "loss over "  # the means that add up to the loss of an evaluation
@@ -342,6 +345,8 @@ class BaseTrainer(Adoptable, Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if self.is_fsdp_enabled:
+            keep_precision(self.accelerator.state.fsdp_plugin)
         self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
         self.neftune_noise_alpha = None
@@ -349,7 +354,7 @@ class BaseTrainer(Adoptable, Trainer):
         self.attachment = self._collate.attachment = attach(model)
         self._collate.labels = overrides.reads_batches(self) is not None
 
-        self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
+        self._sums = {"train": Totals(), "eval": Totals()}
         self._tokens_seen = 0  # of this rank, over the whole run
         self._distinct = self._positions = 0  # tokens and computed positions of this call of `train`, on this rank
         self._step_batches: list[Batch] = []  # of the optimizer step under way, to name a row that breaks it
@@ -731,6 +736,10 @@ class BaseTrainer(Adoptable, Trainer):
         # DeepSpeed puts an optimizer over float32 copies of its own around this one.
         return optimizer if self.is_deepspeed_enabled else low_bits.updates_in_float32(optimizer)
 
+    def _prepare_input(self, data: Any) -> Any:
+        # Under DeepSpeed `Trainer` casts all numbers to the dtype of the weights, log-probs and advantages too.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         on_host = offload.on_host(model) if self.args.activation_offloading else nullcontext()
         with self._half_products(), on_host, overrides.completed(self):
@@ -765,6 +774,9 @@ class BaseTrainer(Adoptable, Trainer):
                 grid = {key: batch[key] for key in ("input_ids", "attention_mask")}
                 logits = model(**grid, use_cache=False).logits
                 self._refuse_to_keep(logits)
+                # Without the stand-in of an empty batch.
+                rows = batch["row_S"].shape[0]
+                labels, logits, inputs["input_ids"] = labels[:rows], logits[:rows], inputs["input_ids"][:rows]
         return loss, logits, labels
 
     def own_evaluation(self, model: nn.Module, batch: Batch, counts: dict[str, Tensor], items: int) -> Tensor:
@@ -830,6 +842,8 @@ class BaseTrainer(Adoptable, Trainer):
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
         self._sums["eval"].clear()
+        if self.compute_metrics is not None and self.args.world_size > 1 and not self.args.eval_use_gather_object:
+            self.gather_function = gather_rows  # that of accelerate takes as many rows of every rank
         self.before_evaluation(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self._reduced("eval", num_tokens=self._tokens_seen)  # seen in training so far, as upstream logs it
@@ -878,33 +892,12 @@ class BaseTrainer(Adoptable, Trainer):
     # --- metrics --------------------------------------------------------------------------------------------------
 
     def _add(self, mode: str, metrics: dict[str, Metric]) -> None:
-        """Totals stay on their device and counts on the host, if that is where they are: nothing waits here."""
-        sums = self._sums[mode]
-        for name, (total, items) in metrics.items():
-            before, count = sums.get(name, (0.0, 0.0))
-            sums[name] = (before + total.to(sums_device(total.device)).double(), count + items)
+        self._sums[mode].add(metrics)
 
     def _reduced(self, mode: str, **totals: int) -> dict[str, float]:
-        """Means over all micro-batches and ranks since the last call, and the totals over ranks: one collective."""
-        sums, device = self._sums[mode], self.args.device
-        names = sorted(sums)
-        # Totals ride along, with a count that nobody reads.
-        pairs = [*(sums[name] for name in names), *((float(value), 1.0) for value in totals.values())]
-        if not pairs:
-            return {}
-        table = torch.stack(
-            [torch.as_tensor(part, dtype=torch.float64, device=device) for pair in pairs for part in pair]
-        )
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(table)
-        values = table.view(-1, 2).tolist()
-        sums.clear()
-        means = {name: total / count for name, (total, count) in zip(names, values, strict=False) if count}
-        return {
-            **means,
-            **self.derived(means),
-            **{name: int(pair[0]) for name, pair in zip(totals, values[len(names) :], strict=True)},
-        }
+        """Metrics over all micro-batches and ranks since the last call, and the totals over ranks: one collective."""
+        found, together = self._sums[mode].reduced(self.args.device, self.args.world_size, **totals)
+        return {**found, **self.derived(found), **{name: int(value) for name, value in together.items()}}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a line of training
@@ -995,7 +988,7 @@ class BaseTrainer(Adoptable, Trainer):
             torch.save(
                 {
                     "tokens_seen": self._tokens_seen,
-                    "sums": self._sums["train"],
+                    "sums": self._sums["train"].state(),
                     "loss_since_log": self._tr_loss,
                     "last_logged_step": self._globalstep_last_logged,
                     "method": self.method_state(),
@@ -1052,9 +1045,7 @@ class BaseTrainer(Adoptable, Trainer):
             state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()
         self._tokens_seen = state["tokens_seen"]
         self.load_method_state(state["method"])
-        self._sums["train"].update(
-            {name: (total.to(sums_device(self.args.device)), items) for name, (total, items) in state["sums"].items()}
-        )
+        self._sums["train"].load(state["sums"], self.args.device)
         self._between_logs = state
 
     def _restore_between_logs(self) -> None:
@@ -1094,11 +1085,6 @@ def _lengths(dataset: Dataset) -> np.ndarray:
             total[place : place + len(table)] += pc.list_value_length(table[name]).to_numpy().astype(np.int64)
         place += len(table)
     return total
-
-
-def sums_device(device: torch.device) -> torch.device:
-    """Where float64 sums of what is on a device are kept: Apple's GPUs have no float64, so there on the host."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> None:

@@ -15,8 +15,8 @@ from trl.engine.forest import Batch
 from trl.engine.score import evaluating, score
 from trl.losses.tokens import Metric, mean
 
-from .base import sums_device
 from .kto import UnpairedTrainer, unpaired_batch
+from .metrics import sums_device
 
 
 @dataclass

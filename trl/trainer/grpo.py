@@ -25,7 +25,7 @@ from trl.losses.policy import (
     ratio,
     vespo_weight,
 )
-from trl.losses.tokens import Metric, mean, seq_mean
+from trl.losses.tokens import Metric, largest, mean, seq_mean, smallest
 from trl.rollout.rounds import TrainingTrace
 
 from .attributes import shows
@@ -352,8 +352,8 @@ class GRPOTrainer(OnlineTrainer):
             "clip_ratio/region_mean": mean(torch.maximum(low_N, high_N)),
         }
         if len(ratio_N):
-            found["clip_ratio/low_min"] = Metric(seq_mean(low_N, seq_N, sequences).min(), 1.0)
-            found["clip_ratio/high_max"] = Metric(seq_mean(high_N, seq_N, sequences).max(), 1.0)
+            found["clip_ratio/low_min"] = smallest(seq_mean(low_N, seq_N, sequences))
+            found["clip_ratio/high_max"] = largest(seq_mean(high_N, seq_N, sequences))
         return found
 
     def _gap(self, gap_N: Tensor, weight_N: Tensor, seq_N: Tensor, sequences: int) -> dict[str, Metric]:
@@ -365,9 +365,9 @@ class GRPOTrainer(OnlineTrainer):
         for name, values in (("sampling_logp_difference", far_N), ("importance_sampling_ratio", weight)):
             if len(values):
                 found[f"sampling/{name}/mean"] = mean(values)
-                found[f"sampling/{name}/max"] = Metric(values.max(), 1.0)
+                found[f"sampling/{name}/max"] = largest(values)
         if len(weight):
-            found["sampling/importance_sampling_ratio/min"] = Metric(weight.min(), 1.0)
+            found["sampling/importance_sampling_ratio/min"] = smallest(weight)
         return found
 
     # --- the entropy bonus ----------------------------------------------------------------------------------------

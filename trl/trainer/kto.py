@@ -19,7 +19,7 @@ from trl.losses.tokens import Metric, mean
 from trl.losses.unpaired import LOSSES, kl_estimate
 
 from .attributes import shows
-from .base import sums_device
+from .metrics import sums_device
 from .preference import ReferencedTrainer, call, loss_functions, where
 
 WITHOUT_KL = ("apo_zero_unpaired",)

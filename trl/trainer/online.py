@@ -38,7 +38,7 @@ from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
 from trl.engine.score import causal_lm, evaluating, score
 from trl.losses.advantages import total_reward, without_spread
-from trl.losses.tokens import Metric
+from trl.losses.tokens import Metric, largest, smallest
 from trl.models import offload
 from trl.models.shards import without_ddp
 from trl.rollout.continuous import ContinuousSampler
@@ -584,17 +584,26 @@ class OnlineTrainer(ReferencedTrainer):
         lengths = torch.tensor([float(each.length) for each in drawn])
         ended = torch.tensor([each.finished for each in drawn])
         for what, values in (("length", lengths), ("terminated_length", lengths[ended])):
-            values = values if len(values) else torch.zeros(1)  # 0 where no completion ended, as upstream logs it
-            numbers[f"completions/mean_{what}"] = values.mean()
-            items[f"completions/mean_{what}"] = len(values)
-            numbers[f"completions/min_{what}"] = values.min()
-            numbers[f"completions/max_{what}"] = values.max()
+            if len(values):
+                numbers[f"completions/mean_{what}"] = values.mean()
+                items[f"completions/mean_{what}"] = len(values)
+            # Equal on all ranks in training, where it does not matter how often they are looked at.
+            values = values.to(self.args.device)
+            self._add(mode, {f"completions/min_{what}": smallest(values), f"completions/max_{what}": largest(values)})
         numbers["completions/clipped_ratio"] = (~ended).float().mean()
         kl_S = self._kl(drawn)
         if kl_S is not None:
             numbers["kl"] = kl_S.sum() / lengths.sum().clamp(min=1)
             items["kl"] = float(lengths.sum())
         self._add(mode, {name: self._once(value, mode, items.get(name, len(drawn))) for name, value in numbers.items()})
+
+    def derived(self, means: dict[str, float]) -> dict[str, float]:
+        """Lengths of the completions that ended are 0 where none did, as upstream logs them."""
+        names = [f"completions/{what}_terminated_length" for what in ("mean", "min", "max")]
+        found = super().derived(means)
+        if "completions/mean_length" in means:
+            found |= {name: 0.0 for name in names if name not in means}
+        return found
 
     def _keep(self, mode: str, drawn: Sequence[ScoredTrace], advantages: Sequence[float]) -> None:
         """The table of completions, written by the first rank; every rank brings the texts that it has."""

@@ -32,10 +32,12 @@ from trl.engine.reference import Frozen, Itself, Reference, choose, frozen
 from trl.engine.score import causal_lm, evaluating
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import load
+from trl.models.shards import is_sharded
 from trl.rollout.generate import stop_ids
 
 from .attributes import shows
-from .base import BaseTrainer, sums_device
+from .base import BaseTrainer
+from .metrics import sums_device
 
 # Collators of upstream and transformers that do nothing but pad what is prepared here.
 PADDING_COLLATORS = (
@@ -351,6 +353,8 @@ class ReferencedTrainer(PreferenceTrainer):
     def method_state(self) -> dict[str, Any]:
         if not self.args.sync_ref_model or self.reference is None:
             return {}
+        if self.args.process_index and not is_sharded(self.model):
+            return {}  # a whole reference is the same on every rank
         return {"reference": {name: weight.detach().cpu() for name, weight in self.reference.weights().items()}}
 
     def load_method_state(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from trl.engine.forest import Batch
 from trl.engine.scalar import scalars
 from trl.engine.score import causal_lm
 from trl.losses.reward import bradley_terry, centring
-from trl.losses.tokens import Metric, mean
+from trl.losses.tokens import Metric, largest, mean, smallest
 from trl.models import load, vocabulary
 
 from .dpo import pair_batch
@@ -164,8 +164,7 @@ class RewardTrainer(ScalarTrainer):
             "accuracy": mean((chosen_P > rejected_P).float()),
             "margin": mean(chosen_P - rejected_P),
             "mean_reward": mean(rewards),
+            "min_reward": smallest(rewards),
+            "max_reward": largest(rewards),
         }
-        if len(rewards):
-            metrics["min_reward"] = Metric(rewards.min(), 1.0)
-            metrics["max_reward"] = Metric(rewards.max(), 1.0)
         return {"pairs": loss_P.sum()}, metrics

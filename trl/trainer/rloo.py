@@ -9,7 +9,7 @@ from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.advantages import leave_one_out, total_reward
 from trl.losses.policy import SEQUENCES, clip, ratio
-from trl.losses.tokens import Metric, mean, seq_sum
+from trl.losses.tokens import Metric, largest, mean, seq_sum, smallest
 from trl.rollout.rounds import TrainingTrace
 
 from .attributes import shows
@@ -87,10 +87,9 @@ class RLOOTrainer(OnlineTrainer):
             "clip_ratio/low_mean": mean(low_S),
             "clip_ratio/high_mean": mean(high_S),
             "clip_ratio/region_mean": mean(torch.maximum(low_S, high_S)),
+            "clip_ratio/low_min": smallest(low_S),
+            "clip_ratio/high_max": largest(high_S),
         }
-        if len(ratio_S):
-            metrics["clip_ratio/low_min"] = Metric(low_S.min(), 1.0)
-            metrics["clip_ratio/high_max"] = Metric(high_S.max(), 1.0)
         if stats.aux is not None:
             total = total + balance * stats.aux * stats.sequences
             metrics["aux_loss"] = mean(stats.aux)
