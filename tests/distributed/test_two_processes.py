@@ -1,4 +1,5 @@
-"""Two gloo processes: gradients equal one process, whatever the split; a rank that throws ends both."""
+"""Two gloo processes, or four where some have no rows: gradients equal one process, whatever the split; a rank that
+throws ends both."""
 
 import json
 import os
@@ -15,16 +16,17 @@ from tests.engine import families
 from tests.trainer import test_online, test_overrides
 from tests.trainer.helpers import first_gradient
 from trl.engine.score import attach, score
+from trl.losses.tokens import seq_sum
 from trl.rollout.generate import InProcessSampler
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def launch(mode, out, model, timeout=500, *further):
+def launch(mode, out, model, timeout=500, *further, ranks=2):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0",
          "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", worker.__file__, mode, str(out), model, *further],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
@@ -34,6 +36,13 @@ def assert_same(ours, theirs, what):
     assert ours.keys() == theirs.keys() and ours, what
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+def assert_near(ours, theirs, tolerance):
+    """Equal within so much of each gradient's size."""
+    assert ours.keys() == theirs.keys() and ours
+    for name, expected in theirs.items():
+        assert (ours[name] - expected).norm() <= tolerance * expected.norm() + 1e-6, name
 
 
 def test_ddp_equals_one_process(tmp_path, smol_path):
@@ -83,7 +92,7 @@ def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
             expected = first_gradient(alone)
             assert_same(torch.load(tmp_path / f"{name}-{adapter}.pt"), expected, f"{name} {adapter}")
             line = json.loads((tmp_path / f"{name}-{adapter}.json").read_text())
-            for metric in line.keys() - {"grad_norm", "min_reward", "max_reward", "total_flos"}:
+            for metric in line.keys() - {"grad_norm", "total_flos"}:
                 found = alone.state.log_history[0][metric]
                 assert line[metric] == pytest.approx(found, rel=1e-5, abs=1e-5), (name, metric)
     alone = worker.preferring("dpo", tmp_path / "alone", tokenizer, 5, True, precompute_ref_log_probs=True)
@@ -91,16 +100,27 @@ def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
     torch.testing.assert_close(torch.load(tmp_path / "reference.pt"), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_sharded_reference_equals_one_process(tmp_path, smol_path):
-    done = launch("sharded_preferences", tmp_path, smol_path)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sharded_reference_equals_one_process(tmp_path, smol_path, precision):
+    done = launch("sharded_preferences", tmp_path, smol_path, 240, precision)
     assert done.returncode == 0, done.stderr[-3000:]
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
     for adapter in (False, True):
-        alone = worker.preferring("dpo", tmp_path / "alone", tokenizer, 5, adapter, per_device_train_batch_size=5)
-        assert_same(torch.load(tmp_path / f"dpo-sharded-{adapter}.pt"), first_gradient(alone), f"dpo {adapter}")
+        half = precision == "bf16"
+        alone = worker.preferring(
+            "dpo", tmp_path / "alone", tokenizer, 5, adapter, per_device_train_batch_size=5, bf16=half
+        )
+        ours, theirs = torch.load(tmp_path / f"dpo-sharded-{adapter}.pt"), first_gradient(alone)
+        if half:
+            # One process has fp32 weights that autocast rounds; the sharded ones are bf16 all the way.
+            assert_near(ours, theirs, 0.2)
+        else:
+            assert_same(ours, theirs, f"dpo {adapter}")
         line = json.loads((tmp_path / f"dpo-sharded-{adapter}.json").read_text())
         for metric in ("loss", "rewards/margins", "logps/chosen", "entropy"):
-            assert line[metric] == pytest.approx(alone.state.log_history[0][metric], rel=1e-5, abs=1e-5), metric
+            expected = pytest.approx(alone.state.log_history[0][metric], **({"rel": 1e-3, "abs": 1e-3} if half else
+                                     {"rel": 1e-5, "abs": 1e-5}))  # fmt: skip
+            assert line[metric] == expected, metric
         for rank in range(2):
             assert "resume with as many processes" in (tmp_path / f"refused-{adapter}-{rank}.txt").read_text()
 
@@ -118,18 +138,84 @@ def test_online_methods_equal_one_process(tmp_path, smol_path):
             assert found[metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-6), (name, metric)
 
 
-def test_fsdp2_equals_one_process(tmp_path, smol_path):
-    done = launch("fsdp", tmp_path, smol_path)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fsdp2_equals_one_process(tmp_path, smol_path, precision):
+    """In bf16 too, log-probs are those of one process with weights in bf16, also when 300 are added up; and gradients
+    are the mean of those of the ranks, which is taken in fp32."""
+    done = launch("fsdp", tmp_path, smol_path, 240, precision)
     assert done.returncode == 0, done.stderr[-3000:]
-    for adapter, checkpointing, head_apart, tied in worker.FSDP_CASES:
+    for case in worker.FSDP_CASES:
+        adapter, _, _, tied = case
+        name = "-".join(map(str, case))
         model = worker.fsdp_model(adapter, tied)
+        if precision == "bf16":
+            model.bfloat16()
         attachment = attach(model)
-        batch = attachment.batch(families.forest())
-        (-score(model, batch).logp_N.sum() / batch["target_N"].shape[0]).backward()
-        name = f"fsdp-{adapter}-{checkpointing}-{head_apart}-{tied}"
-        ours = torch.load(tmp_path / f"{name}.pt")
+        batches = [attachment.batch(worker.fsdp_trees(rank)) for rank in range(2)]
+        items = sum(batch["target_N"].shape[0] for batch in batches)
+        expected = {}
+        for rank, batch in enumerate(batches):
+            stats = score(model, batch)
+            theirs, ours = stats.logp_N.detach(), torch.load(tmp_path / f"logp-{name}-{rank}.pt")
+            assert ours.dtype == theirs.dtype == torch.float32
+            sums = [seq_sum(logp_N, stats.seq_N, stats.sequences) for logp_N in (ours, theirs)]
+            torch.testing.assert_close(*sums, atol=1e-3, rtol=1e-5)
+            model.zero_grad()
+            (-stats.logp_N.sum() * 2 / items).backward()
+            for parameter, gradient in families.gradients(model).items():
+                expected[parameter] = expected.get(parameter, 0.0) + gradient.float() / 2
         # Where gradients are checkpointed the frozen embedding is made to ask for one of its output, not its weight.
-        assert_same(ours, families.gradients(model), name)
+        assert_same(torch.load(tmp_path / f"fsdp-{name}.pt"), expected, name)
+
+
+def test_more_ranks_than_rows(tmp_path, smol_path):
+    """Ranks without rows have other metrics than the rest, or none: whatever is logged is that of one process."""
+    done = launch("few_rows", tmp_path, smol_path, 240, *worker.JUDGED, ranks=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_names(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    for name in worker.JUDGED:
+        for rows in (1, 3):
+            alone = worker.few(name, tmp_path / "alone", tokenizer, rows, 1)
+            alone.train()
+            found = json.loads((tmp_path / f"{name}-{rows}.json").read_text())
+            assert len(found) == 4  # a line of training and one of evaluation for each of two steps
+            for line, expected in zip(found, worker.lines(alone), strict=True):
+                assert line.keys() == expected.keys(), (name, rows)
+                for metric, value in expected.items():
+                    if metric != "total_flos":
+                        assert line[metric] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, rows, metric)
+
+
+def check_names(path):
+    every = [json.loads((path / f"names-{rank}.json").read_text()) for rank in range(4)]
+    assert all(found == every[0][0] for found, _ in every)
+    *found, refusal = every[0][0]
+    for line, (metrics, sums) in enumerate(found):
+        assert sums == {"tokens": 6.0}
+        # Rank r has r + 1 times the number r, twice; the last rank once.
+        assert metrics.pop("all") == pytest.approx((2 * (0 + 1 * 2 + 2 * 3) + 3 * 4) / (2 * (1 + 2 + 3) + 4))
+        assert metrics.pop("odd") == pytest.approx((2 * 10 + 30) / (2 * 2 + 2))
+        ends = {"low": 4.0, "high": -7.0} if line != 1 else {}
+        assert metrics == ends | {0: {"early": 1.0}, 1: {}, 2: {"late": 1.0}}[line]
+    # One collective a line, and another where a name is new.
+    assert all(gathered[:2] == [2, 1] and gathered[2] == 2 for _, gathered in every)
+    assert "the metric mixed is given as mean and as min" in refusal
+
+
+def test_metrics_of_the_users_own_get_the_rows_of_all_ranks(tmp_path, smol_path):
+    """Whatever each rank has; and a whole reference that follows is kept in the checkpoint once."""
+    done = launch("predictions", tmp_path, smol_path, 240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [json.loads((tmp_path / f"predictions-{rank}.json").read_text()) for rank in range(2)]
+    expected = worker.predicting(tmp_path / "alone", AutoTokenizer.from_pretrained(smol_path), 5).evaluate()
+    for *evaluations, resumes_alike, _ in both:
+        for found in evaluations:
+            assert found["eval_rows"] == found["eval_inputs"] == 10
+            for metric in ("right", "logit", "tokens", "loss"):
+                assert found[f"eval_{metric}"] == pytest.approx(expected[f"eval_{metric}"], rel=1e-5), metric
+        assert resumes_alike
+    assert [kept for *_, kept in both] == [["reference"], []]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
@@ -176,7 +262,7 @@ def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path,
 def test_deepspeed_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch, stage):
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    done = launch("deepspeed", tmp_path, smol_path, 240, stage)
+    done = launch("deepspeed", tmp_path, smol_path, 240, stage, "fp32")
     assert done.returncode == 0, done.stderr[-3000:]
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
     for name in ("grpo", "dpo"):
@@ -187,6 +273,17 @@ def test_deepspeed_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypat
             for metric in ("loss", "grad_norm", "entropy", "num_tokens"):
                 # DeepSpeed's norm has a small number added.
                 assert line[metric] == pytest.approx(expected[metric], rel=2e-4, abs=1e-5), (name, metric)
+
+
+def test_deepspeed_in_bf16_keeps_log_probs_in_fp32(tmp_path, smol_path, monkeypatch):
+    """What the rewards were taken against is what the rows say, to the last digit that is logged."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    done = launch("deepspeed", tmp_path, smol_path, 240, "2", "bf16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = json.loads((tmp_path / "half.json").read_text())
+    for side, expected in (("chosen", worker.CHOSEN), ("rejected", worker.REJECTED)):
+        assert line[f"logps/{side}"] - line[f"rewards/{side}"] / 0.1 == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_rank_that_throws_ends_both_with_its_message(tmp_path, smol_path):

@@ -14,24 +14,31 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
+import trl
 from tests.engine import families
 from tests.trainer import test_online, test_overrides
 from tests.trainer.helpers import (
+    DEFAULTS,
     chat_rows,
     first_gradient,
     labelled_rows,
     pair_rows,
     preference,
     sft,
+    step_rows,
     tiny,
     tiny_scorer,
 )
+from trl.data.collate import Branch, Tree
 from trl.engine.score import attach, score
+from trl.losses.tokens import Metric, largest, mean, smallest
+from trl.models import offload
 from trl.models.adapters import TWIN
-from trl.models.shards import local_weights
+from trl.models.shards import keep_precision, local_weights
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.generate import InProcessSampler
 from trl.rollout.types import Request, Sampling
+from trl.trainer.metrics import Totals
 
 
 def lora(dropout=0.0):
@@ -119,9 +126,10 @@ def preferences(out, tokenizer):
 
 
 class Cpu:
-    """What accelerate's sharding asks of an accelerator. (Accelerate itself shards on accelerators alone.)"""
+    """What accelerate's sharding asks of an accelerator, after our trainers have seen to its precision. (Accelerate
+    itself shards on accelerators alone.)"""
 
-    def __init__(self):
+    def __init__(self, half=False):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=True,
@@ -129,19 +137,24 @@ class Cpu:
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             cpu_ram_efficient_loading=False,
         )
+        if half:
+            plugin.set_mixed_precision("bf16")
+        keep_precision(plugin)
         self.state = types.SimpleNamespace(fsdp_plugin=plugin)
-        self.mixed_precision, self.device, self.is_main_process = "no", torch.device("cpu"), dist.get_rank() == 0
+        self.mixed_precision = "bf16" if half else "no"
+        self.device, self.is_main_process = torch.device("cpu"), dist.get_rank() == 0
 
 
 def sharded_preferences(out, tokenizer):
     """The policy and its reference, a model of its own or a twin of the adapter, sharded as accelerate does it."""
+    half = sys.argv[4] == "bf16"
     for adapter in (False, True):
         run = preferring(
             "dpo", out / "run", tokenizer, 5, adapter, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            sync_ref_model=True, ref_model_sync_steps=100,
+            sync_ref_model=True, ref_model_sync_steps=100, bf16=half,
         )  # fmt: skip
         for model in (run.model,) if adapter else (run.reference.model, run.model):
-            fsdp2_prepare_model(Cpu(), model)
+            fsdp2_prepare_model(Cpu(half), model)
         run.accelerator.prepare_model = lambda model, **_: model
         gradient = {name: each.full_tensor() for name, each in first_gradient(run).items()}
         if dist.get_rank() == 0:
@@ -203,8 +216,9 @@ def online(out, tokenizer):
             (out / f"{name}.json").write_text(json.dumps(line))
 
 
-def sharded_gradient(adapter, checkpointing, head_apart, tied, out):
-    """FSDP2 by hand: each layer sharded, then the root; two trees for the first rank, two for the second."""
+def sharded(adapter, checkpointing, head_apart, tied, half):
+    """FSDP2 by hand: each layer sharded, then the root; two trees for the first rank, the others for the second. The
+    gradient, and the log-probs of this rank."""
     model = fsdp_model(adapter, tied)
     attachment = attach(model)
     assert attachment.is_flat, attachment.reason
@@ -212,21 +226,42 @@ def sharded_gradient(adapter, checkpointing, head_apart, tied, out):
     base = model.get_base_model() if adapter else model
     if checkpointing:
         families.checkpoint_layers(base, reentrant=False)
+    options = {"mesh": mesh, "mp_policy": Cpu(half).state.fsdp_plugin.mixed_precision_policy}
     for layer in base.model.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, **options)
     if head_apart:
-        fully_shard(base.lm_head, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(base.lm_head, **options)
+    fully_shard(model, **options)
     model.train()
-    trees = families.forest()
-    mine = attachment.batch(trees[:2] if dist.get_rank() == 0 else trees[2:])
+    mine = attachment.batch(fsdp_trees(dist.get_rank()))
     items = torch.tensor(float(mine["target_N"].shape[0]))
     dist.all_reduce(items)
-    loss = -score(model, mine).logp_N.sum() * 2 / items
-    loss.backward()
-    return {
+    if not checkpointing:
+        assert_weights_are_known(model, mine)
+    with offload.on_host(model):
+        logp_N = score(model, mine).logp_N
+        (-logp_N.sum() * 2 / items).backward()
+    gradient = {
         name: parameter.grad.full_tensor() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
+    return gradient, logp_N.detach()
+
+
+def assert_weights_are_known(model, batch):
+    """Of what a forward pass saves, the gathered weights are told from the rest, so that they are not moved."""
+    saved = []
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    with offload._weights(model) as weights:
+
+        def note(tensor):
+            saved.append((tuple(tensor.shape), tensor.untyped_storage().data_ptr() in weights))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            score(model, batch)
+    known = [is_known for shape, is_known in saved if len(shape) == 2 and sizes.issuperset(shape)]
+    assert len(known) > 10 and all(known), saved
+    assert sum(not is_known for _, is_known in saved) > 10
 
 
 def fsdp_model(adapter, tied):
@@ -234,11 +269,20 @@ def fsdp_model(adapter, tied):
     return adapted(model) if adapter else model
 
 
+def fsdp_trees(rank):
+    """The second rank has a sequence of 300 tokens, too."""
+    trees = families.forest()
+    ids = [3 + 7 * place % 90 for place in range(300)]
+    return trees[:2] if rank == 0 else [*trees[2:], Tree(Branch(ids, [True] * 300), row=4)]
+
+
 def fsdp(out, _):
-    for adapter, checkpointing, head_apart, tied in FSDP_CASES:
-        gradient = sharded_gradient(adapter, checkpointing, head_apart, tied, out)
+    for case in FSDP_CASES:
+        gradient, logp_N = sharded(*case, half=sys.argv[4] == "bf16")
+        name = "-".join(map(str, case))
+        torch.save(logp_N, out / f"logp-{name}-{dist.get_rank()}.pt")
         if dist.get_rank() == 0:
-            torch.save(gradient, out / f"fsdp-{adapter}-{checkpointing}-{head_apart}-{tied}.pt")
+            torch.save(gradient, out / f"fsdp-{name}.pt")
         dist.barrier()
 
 
@@ -252,14 +296,16 @@ FSDP_CASES = [
 ]
 
 
-def deepspeed_settings(stage):
+def deepspeed_settings(stage, half=False):
     config = {
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
     }
-    return {"deepspeed": config, "use_cpu": False}  # else accelerate leaves DeepSpeed out
+    if half:
+        config["bf16"] = {"enabled": True}
+    return {"deepspeed": config, "bf16": half, "use_cpu": False}  # else accelerate leaves DeepSpeed out
 
 
 def deepspeed_runs(name, path, tokenizer, batch, **settings):
@@ -271,11 +317,23 @@ def deepspeed_runs(name, path, tokenizer, batch, **settings):
     return preference("DPO", path, tiny(tokenizer), tokenizer, pair_rows(8), **settings)
 
 
+CHOSEN, REJECTED = -123.4567, -234.5678  # which bf16 does not hold
+
+
 def deepspeed(out, tokenizer):
     import deepspeed as library
 
     library.init_distributed("gloo")
-    stage = int(sys.argv[4])
+    stage, half = int(sys.argv[4]), sys.argv[5] == "bf16"
+    if half:
+        data = [{**row, "ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED} for row in pair_rows(8)]
+        run = preference("DPO", out / "run", tiny(tokenizer), tokenizer, data, max_steps=1, beta=0.1,
+                         per_device_train_batch_size=4, **deepspeed_settings(stage, half))  # fmt: skip
+        run.train()
+        assert next(run.model_wrapped.module.parameters()).dtype == torch.bfloat16
+        if dist.get_rank() == 0:
+            (out / "half.json").write_text(json.dumps(run.state.log_history[:1]))
+        return
     for name in ("grpo", "dpo"):
         run = deepspeed_runs(name, out / "run", tokenizer, 2, **deepspeed_settings(stage))
         run.train()
@@ -363,6 +421,126 @@ def shared_requests():
     return [(many, one), (one, many), ([], many), ([], [])]
 
 
+def few(name, path, tokenizer, rows, ranks):
+    """Two steps and evaluations on one row or three, each step a line of the log."""
+    batch = rows if ranks == 1 else 1
+    settings = {"max_steps": 2, "per_device_eval_batch_size": batch, "eval_strategy": "steps", "eval_steps": 1}
+    if name in ("GRPO", "RLOO"):
+        return test_online.make(
+            path, tokenizer, name, rows=test_online.PROMPTS[:rows], eval_rows=test_online.PROMPTS[:rows],
+            shuffle_dataset=False, num_generations=2, gradient_accumulation_steps=1, beta=0.1,
+            per_device_train_batch_size=4 // ranks, **settings,
+        )  # fmt: skip
+    settings["per_device_train_batch_size"] = batch
+    kinds = {"SFT": chat_rows, "KTO": labelled_rows, "BCO": labelled_rows, "PRM": step_rows}
+    data = kinds.get(name, pair_rows)(4)[:rows]
+    if name == "SFT":
+        return sft(path, tiny(tokenizer), tokenizer, data, eval_rows=data, **settings)
+    scores = name in ("Reward", "PRM")
+    model = tiny_scorer(tokenizer, per_token=name == "PRM") if scores else tiny(tokenizer)
+    return preference(name, path, model, tokenizer, data, eval_rows=data, **settings)
+
+
+JUDGED = ("SFT", "DPO", "KTO", "BCO", "ORPO", "CPO", "Reward", "PRM")
+DRAWN = ("GRPO", "RLOO")
+
+
+def lines(run):
+    """What a run logged, without times."""
+    apart = ("runtime", "second", "preparation_time")
+    return [
+        {key: value for key, value in line.items() if not key.endswith(apart)}
+        for line in run.state.log_history
+        if "train_runtime" not in line
+    ]
+
+
+def few_rows(out, tokenizer):
+    """More ranks than rows: some have nothing."""
+    names(out)
+    for name in sys.argv[4:]:
+        for rows in (1, 3):
+            run = few(name, out / "run", tokenizer, rows, dist.get_world_size())
+            run.train()
+            if dist.get_rank() == 0:
+                (out / f"{name}-{rows}.json").write_text(json.dumps(lines(run)))
+
+
+def names(out):
+    """Metrics that some ranks have and others do not, over three log lines."""
+    rank, device, totals, found = dist.get_rank(), torch.device("cpu"), Totals(), []
+    gathered = []
+    original = torch.distributed.all_gather
+
+    def counted(*args, **kwargs):
+        gathered[-1] += 1
+        return original(*args, **kwargs)
+
+    torch.distributed.all_gather = counted
+    for line in range(3):
+        own = {"all": mean(torch.tensor([float(rank)] * (rank + 1)))}
+        if rank % 2:
+            own["odd"] = Metric(torch.tensor(10.0 * rank), 2.0)
+        if rank == 3 and line != 1:
+            own |= {"low": smallest(torch.tensor([4.0, 9.0])), "high": largest(torch.tensor([-7.0, -8.0]))}
+        if rank == 0 and line != 1:
+            own |= {"low": smallest(torch.tensor([5.0])), "late" if line else "early": mean(torch.ones(1))}
+        totals.add(own)
+        if rank < 3:
+            totals.add(own)
+        gathered.append(0)
+        found.append(totals.reduced(device, dist.get_world_size(), tokens=rank))
+    torch.distributed.all_gather = original
+    # One kind on one rank, another on the rest.
+    totals.add({"mixed": mean(torch.ones(1)) if rank else smallest(torch.ones(1))})
+    try:
+        totals.reduced(device, dist.get_world_size())
+    except ValueError as error:
+        found.append(str(error))
+    (out / f"names-{rank}.json").write_text(json.dumps([found, gathered]))
+
+
+def predictions(out, tokenizer):
+    """Five rows: of batches of two, one rank's last has none; of batches of three, one's has a row less."""
+    found = []
+    for batch in (2, 3):
+        run = predicting(out / "run", tokenizer, batch)
+        found.append(run.evaluate())
+    rank = dist.get_rank()
+    run.train()
+    resumed = predicting(out / "again", tokenizer, 3)
+    resumed.train(resume_from_checkpoint=str(out / "run" / "checkpoint-1"))
+    ours, theirs = resumed.reference.weights(), run.reference.weights()
+    found.append(all(torch.equal(ours[name], weight) for name, weight in theirs.items()))
+    state = torch.load(out / "run" / "checkpoint-1" / f"trl_state_{rank}.pt", weights_only=True)
+    found.append(sorted(state["method"]))
+    (out / f"predictions-{rank}.json").write_text(json.dumps(found))
+
+
+def predicting(path, tokenizer, batch):
+    """DPO with metrics of the user's own, and a reference that follows."""
+
+    def metrics(prediction):
+        chosen, shift = prediction.label_ids[:, 1:], prediction.predictions["best"][:, :-1]
+        best = prediction.predictions["logit"][:, :-1]
+        at = chosen != -100
+        return {"right": float((shift == chosen)[at].mean()), "logit": float(best[at].mean()), "rows": len(chosen),
+                "tokens": int(at.sum()), "inputs": len(prediction.inputs)}  # fmt: skip
+
+    def best(logits, labels):
+        return {"best": logits.argmax(-1), "logit": logits.amax(-1)}
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "include_for_metrics": ["inputs"]}
+    config = trl.DPOConfig(
+        **{**DEFAULTS, **settings}, output_dir=str(path), per_device_eval_batch_size=batch,
+        per_device_train_batch_size=batch, sync_ref_model=True, ref_model_sync_steps=1,
+    )  # fmt: skip
+    return trl.DPOTrainer(
+        tiny(tokenizer), None, config, train_dataset=pair_rows(5), eval_dataset=pair_rows(5),
+        processing_class=tokenizer, compute_metrics=metrics, preprocess_logits_for_metrics=best,
+    )  # fmt: skip
+
+
 def throws(out, tokenizer):
     run = trainer(out / "run", tokenizer, 8, False, False, per_device_train_batch_size=2)
     if dist.get_rank() == 1:
@@ -424,10 +602,11 @@ if __name__ == "__main__":
     mode, out, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if mode in ("fsdp", "shares"):
+    if mode in ("fsdp", "shares", "few_rows"):
         dist.init_process_group("gloo")
     modes = {"ddp": ddp, "online": online, "preferences": preferences, "fsdp": fsdp, "throws": throws}
-    modes = {**modes, "resumes": resumes, "samples": samples, "shares": shares}
+    modes = {**modes, "resumes": resumes, "samples": samples, "shares": shares, "few_rows": few_rows}
+    modes["predictions"] = predictions
     modes["own_losses"] = own_losses
     {**modes, "sharded_preferences": sharded_preferences, "deepspeed": deepspeed}[mode](out, tokenizer)
     if dist.is_initialized():

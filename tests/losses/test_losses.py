@@ -5,7 +5,7 @@ import math
 import torch
 
 from trl.losses.sft import LOSSES, dft, nll
-from trl.losses.tokens import mean, position, seq_count, seq_mean, seq_sum
+from trl.losses.tokens import largest, mean, position, seq_count, seq_mean, seq_sum, smallest
 
 
 def test_sums_and_means_over_ragged_sequences():
@@ -19,6 +19,20 @@ def test_reductions_do_not_depend_on_the_order_of_tokens():
     values_N, seq_N = torch.rand(20, generator=generator), torch.randint(0, 4, (20,), generator=generator)
     order = torch.randperm(20, generator=generator)
     torch.testing.assert_close(seq_sum(values_N[order], seq_N[order], 4), seq_sum(values_N, seq_N, 4))
+
+
+def test_half_precision_is_summed_in_full_precision():
+    """In bf16 a sum of 300 times -1.0078125 would stop at -256."""
+    values_N, seq_N = torch.full((300,), -1.0078125, dtype=torch.bfloat16), torch.zeros(300, dtype=torch.long)
+    assert seq_sum(values_N, seq_N, 1).tolist() == [-302.34375] and seq_mean(values_N, seq_N, 1).item() == -1.0078125
+    assert mean(values_N).total.item() == -302.34375
+    assert seq_sum(values_N.double(), seq_N, 1).dtype == torch.float64
+
+
+def test_smallest_and_largest():
+    assert smallest(torch.tensor([2.0, -1.0, 3.0])) == (-1.0, 3.0, "min")
+    assert largest(torch.tensor([2.0, -1.0, 3.0])) == (3.0, 3.0, "max")
+    assert smallest(torch.zeros(0)) == (torch.inf, 0.0, "min") and largest(torch.zeros(0)) == (-torch.inf, 0.0, "max")
 
 
 def test_an_empty_batch_sums_to_zero():

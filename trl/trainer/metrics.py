@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import gather, gather_object, recursively_apply
+from accelerate.utils import gather, recursively_apply
 from torch import Tensor
 
 from trl.losses.tokens import Metric
@@ -54,7 +54,9 @@ class Totals:
         table = _gathered([*first, *self._rows(own, names)], device, ranks)
         if table[:, 0, 0].any():
             if ranks > 1:
-                unknown = sorted(set(gather_object(unknown)))
+                every: list[Any] = [None] * ranks
+                torch.distributed.all_gather_object(every, unknown)
+                unknown = sorted(set().union(*every))
             for name, kind in unknown:
                 _check_kinds(name, {kind, self.agreed.setdefault(name, kind)})
             new = [name for name, _ in unknown]

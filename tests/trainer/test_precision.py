@@ -1,0 +1,74 @@
+"""Log-probs and what is made of them stay in fp32, whatever shares out the weights."""
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoTokenizer, Trainer
+
+from tests.engine import families
+from tests.trainer.helpers import chat_rows, sft, tiny
+from trl.engine.score import attach, score
+from trl.models.shards import keep_precision
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smol2_path):
+    return AutoTokenizer.from_pretrained(smol2_path)
+
+
+def plugin(version, precision):
+    found = FullyShardedDataParallelPlugin(fsdp_version=version)
+    if precision is not None:
+        found.set_mixed_precision(precision)
+    return found
+
+
+def test_accelerates_policy_casts_no_outputs_and_adds_up_in_fp32():
+    second = plugin(2, "bf16")
+    assert second.mixed_precision_policy.output_dtype == torch.bfloat16  # what is mended
+    keep_precision(second)
+    assert second.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
+    without = plugin(2, None)
+    keep_precision(without)
+    assert without.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
+    first = plugin(1, "bf16")
+    keep_precision(first)
+    policy = first.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_trainer_sees_to_the_policy(tmp_path, tokenizer, monkeypatch):
+    original = Trainer.create_accelerator_and_postprocess
+
+    def with_fsdp(self):
+        original(self)
+        # Accelerate itself shards on accelerators alone.
+        self.accelerator.state.fsdp_plugin = plugin(2, "bf16")
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_fsdp)
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(2))
+    try:
+        assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy.output_dtype is None
+    finally:
+        trainer.accelerator.state.fsdp_plugin = None
+
+
+def test_deepspeed_gets_batches_as_they_are(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(2))
+    trainer.is_deepspeed_enabled = True
+    batch = {"ref_logp_S": torch.tensor([-123.4567]), "step": {"chosen_logp_P": torch.zeros(1)}, "ids": [torch.ones(1)],
+             "input_ids": torch.tensor([[1]]), "weights": torch.ones(1, dtype=torch.bfloat16), "tokens": 1}  # fmt: skip
+    moved = trainer._prepare_inputs(batch)
+    assert torch.equal(moved["ref_logp_S"], batch["ref_logp_S"]) and moved["ref_logp_S"].dtype == torch.float32
+    assert moved["step"]["chosen_logp_P"].dtype == moved["ids"][0].dtype == torch.float32
+    assert moved["weights"].dtype == torch.bfloat16 and moved["input_ids"].dtype == torch.int64 and moved["tokens"] == 1
+
+
+def test_log_probs_that_were_cast_are_refused():
+    model = families.build("llama")
+    attachment = attach(model)
+    model.register_forward_hook(lambda module, args, output: {k: each.bfloat16() for k, each in output.items()})
+    with pytest.raises(ValueError, match="casts log-probs to bfloat16.*output_dtype=None"):
+        score(model, attachment.batch(families.forest()))
