@@ -139,6 +139,11 @@ def test_every_field_of_our_own_is_read_or_has_a_row() -> None:
             {"label_smoothing_factor": 0.1},
             "label_smoothing_factor=0.1 has no effect here: it smooths the loss of SFT alone",
         ),
+        (
+            "CPO",
+            {"loss_type": "alphapo", "cpo_alpha": 0.5},
+            "cpo_alpha=0.5 has no effect with loss_type=alphapo, which sets it to 0",
+        ),
         ("CPO", {"simpo_gamma": 1.0}, "simpo_gamma=1.0 has no effect with loss_type=sigmoid, only with simpo"),
         ("GRPO", {"max_refills": 3}, "max_refills=3 has no effect without dynamic_sampling"),
         ("GRPO", {"sync_ref_model": True}, "sync_ref_model=True has no effect without beta"),

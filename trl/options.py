@@ -268,7 +268,8 @@ def check_trackers(config: Any) -> None:
     from transformers import integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    for name in config.report_to or ():
+    names = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    for name in set(names) - {"none", "all"}:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"report_to={name!r} is not one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
         package = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}.get(name, name)

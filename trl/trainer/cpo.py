@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trl.config import BaseConfig, PreferenceFields, RouterFields
+from trl.config import BaseConfig, PreferenceFields, RouterFields, say_once
 from trl.data.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
@@ -42,6 +42,8 @@ class CPOConfig(PreferenceFields, RouterFields, BaseConfig):
 
     def __post_init__(self) -> None:
         if self.loss_type == "alphapo":
+            if self.cpo_alpha not in (0.0, 1.0):
+                say_once(f"cpo_alpha={self.cpo_alpha!r} has no effect with loss_type=alphapo, which sets it to 0")
             self.loss_type = "simpo"
             self.cpo_alpha = 0.0
         if self.loss_type == "kto_pair":
