@@ -424,7 +424,8 @@ def test_the_hooks_are_not_ours_and_their_replacements_are():
         )
         ours = [part for part in cls.__mro__ if part.__module__.split(".")[0] == "trl"]
         for hook, (replacements, _) in hooks.items():
-            assert not any(hook in vars(part) for part in ours), (name, hook)
+            # A public one may be there to be called; what the trainer calls is another.
+            assert hook == "compute_ref_log_probs" or not any(hook in vars(part) for part in ours), (name, hook)
             known = {word for part in cls.__mro__ for word in (*vars(part), *vars(part).get("__annotations__", ()))}
             assert set(replacements) <= known, (name, hook)
 
@@ -470,7 +471,7 @@ def test_a_method_of_ones_own_gets_a_card(tmp_path, tokenizer):
         method = "mine"
 
     made(Mine, tmp_path, tokenizer).save_model(str(tmp_path / "out"))
-    assert "`mine`, a method of its own" in (tmp_path / "out" / "README.md").read_text()
+    assert "the method `mine`" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own look at its inputs
