@@ -22,7 +22,8 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
     _save_checkpoint    written aside, synced, renamed; keeps what `Trainer` forgets between logs
     save_model          leaves the reference's adapter out, and writes the model card beside the weights
     _load_from_checkpoint   also an adapter that transformers put into the model itself
-    train               resolves the checkpoint to resume from, and prints the report before step 1
+    train               resolves the checkpoint to resume from, prints the report before step 1, and has a model
+                        wrapped that was evaluated before
 """
 
 import copy
@@ -593,7 +594,20 @@ class BaseTrainer(Adoptable, Trainer):
         if folder is not None:
             self._load_between_logs(folder)
         self._print_report()
+        self._forget_evaluation()
         return super().train(str(folder) if folder else None, *args, **kwargs)
+
+    def _forget_evaluation(self) -> None:
+        """Let accelerate wrap a model that an evaluation has prepared.
+
+        An evaluation before training prepares the model without DistributedDataParallel and marks it as prepared, so
+        that it would never be wrapped: each process would train on its own gradients. Goes when accelerate (1.15) keeps
+        the two apart.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size > 1 and not sharded and self.model_wrapped is self.model:
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models = [each for each in self.accelerator._models if each is not self.model]
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:  # fmt: skip
