@@ -13,7 +13,7 @@ from . import broken, chat
 from .encode import RECIPE, bos_doubled
 from .formats import DataError, is_talk, messages_of, part_to_column, place, text_of, without_none
 from .report import show
-from .sources import as_shown, from_rows
+from .sources import ORIGIN, as_shown, from_rows
 
 # Where the prompt is: the first of these columns that the data have.
 COLUMNS = ("prompt", "messages", "conversations", "question", "problem", "instruction", "query", "input", "text")
@@ -84,10 +84,11 @@ def prepare_prompts(
     """
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")
-    dataset = as_shown(_renamed(dataset, columns, name)).with_format(None)
+    origin = getattr(dataset, ORIGIN, (None, 0))
+    dataset = _renamed(as_shown(dataset), columns, name).with_format(None)
+    setattr(dataset, ORIGIN, origin)
     read = _reader(dataset, tokenizer, max_prompt_length, chat_template_kwargs, name)
     column, talk = read.column, read.talk
-    # Without a batch of rows that cannot be read, in which no column would show its type.
     prepared, bad = broken.mapped(read, dataset, skip=skip_bad_rows, num_proc=num_proc, desc=f"Tokenising {name}")
     lengths, doubled = np.array(prepared["_length"]), sum(prepared["_bos_doubled"])
     prepared = prepared.remove_columns(COUNTERS)
@@ -124,7 +125,8 @@ def prepare_prompt_stream(
 ) -> tuple[datasets.IterableDataset, PromptReport]:
     """`prepare_prompts` for a stream: prompts are tokenised as they are asked for. The report is of the first `look_at`
     rows."""
-    head = from_rows(list(as_shown(stream).take(look_at)))
+    stream = as_shown(stream)
+    head = from_rows(list(stream.take(look_at)))
     if len(head) == 0:
         raise DataError(f"{name}: the stream has no rows.")
     options: dict[str, Any] = {"max_prompt_length": max_prompt_length, "chat_template_kwargs": chat_template_kwargs}
@@ -132,7 +134,7 @@ def prepare_prompt_stream(
         head, tokenizer, columns=columns, skip_bad_rows=skip_bad_rows, name=name, **options
     )
     report.looked_at = len(head)
-    stream = as_shown(_renamed(stream, columns, name, head.column_names))
+    stream = _renamed(stream, columns, name, head.column_names)
     read = _reader(_renamed(head, columns, name), tokenizer, max_prompt_length, chat_template_kwargs, name)
     prepared = stream.map(
         _Whole(read, skip_bad_rows),
