@@ -6,7 +6,7 @@ of their gradient. Peak memory does not depend on the number of tokens.
 `N` trained tokens, `C` tokens of a chunk, `V` vocabulary, `H` hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from trl.models.shards import gathered_by_its_call
 
 # Logits computed at once: about what keeps a matrix product busy, and no more memory than that.
 CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
@@ -257,6 +259,9 @@ def plain_linear(head: Any) -> nn.Linear | None:
         disabled = getattr(head, "disable_adapters", False)
         chosen = [name for name in active if name in head.modules_to_save]
         head = head.modules_to_save[chosen[0]] if chosen and not disabled else head.original_module
+    if gathered_by_its_call(head):
+        # The hooks are those that gather the weight, and have done so by now (see `token_stats`).
+        return head if type(head).forward is nn.Linear.forward else None
     if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
         return None
     return head
@@ -278,7 +283,31 @@ def token_stats(
     `hidden_NH` is what predicts the tokens `target_N`. Any head works: a plain linear layer by its weight, anything
     else (LoRA or DoRA on the head, quantised or offloaded weights) by calling it on chunks, recomputed in the backward
     pass.
+
+    A head whose own hooks gather its weights (ZeRO-3, FSDP2 around the head) is called once, and the chunks run within
+    that call: hooks fire once in the forward and once in the backward pass, whatever the number of tokens. Ranks gather
+    together, so they must gather equally often.
     """
+    if not gathered_by_its_call(head):
+        return _token_stats(head, head, hidden_NH, target_N, readout, vocabulary)
+    forward = head.forward
+
+    def chunks(hidden_NH: Tensor) -> list[Tensor]:
+        return _token_stats(head, forward, hidden_NH, target_N, readout, vocabulary)
+
+    before = vars(head).get("forward")
+    head.forward = chunks  # type: ignore[method-assign]
+    try:
+        return head(hidden_NH)
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def _token_stats(head: nn.Module, call: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor,
+                 readout: Readout, vocabulary: int) -> list[Tensor]:  # fmt: skip
     linear = plain_linear(head)
     if linear is not None:
         hidden_NH = hidden_NH.to(linear.weight.device)
@@ -293,7 +322,7 @@ def token_stats(
         return list(_LinearHead.apply(hidden_NH, weight_VH, linear.bias, target_N, readout, dtype))
 
     def chunk(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
-        raw_CV = head(hidden_CH)
+        raw_CV = call(hidden_CH)
         return _Logits.apply(raw_CV, target_C.to(raw_CV.device), readout)
 
     target_N = target_N.to(hidden_NH.device)

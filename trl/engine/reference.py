@@ -5,7 +5,6 @@ model, because an adapter's base and its frozen twin live in there, and sharded 
 """
 
 import contextlib
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.models import adapters
-from trl.models.shards import local_weights
+from trl.models.shards import deep_copy, local_weights
 
 from .forest import Batch
 from .head import TokenStats
@@ -120,12 +119,12 @@ def choose(model: nn.Module, explicit: nn.Module | None = None, *, follows: bool
         return Frozen(frozen(explicit), f"the model given ({type(causal_lm(explicit)).__name__})")
     description = "a frozen copy of the model as it was at the start"
     if not adapters.has_adapter(model):
-        return Frozen(frozen(copy.deepcopy(model)), description)
+        return Frozen(frozen(deep_copy(model)), description)
     beneath = adapters.trains_beneath(model)
     if beneath:
         more = f" and {len(beneath) - 1} more" if len(beneath) > 1 else ""
         description += f", because weights beneath the adapter train: {beneath[0]}{more}"
-        return Frozen(frozen(copy.deepcopy(model)), description)
+        return Frozen(frozen(deep_copy(model)), description)
     return AdapterOff() if adapters.is_untouched(model) and not follows else Twin(model)
 
 
@@ -141,7 +140,7 @@ def create_reference_model(model: nn.Module, num_shared_layers: int | None = Non
     """A frozen copy of a model, as upstream names it. Trainers make their own where they need one."""
     if num_shared_layers is not None or pattern is not None:
         raise ValueError("num_shared_layers: sharing layers is not supported; an adapter needs no second model at all")
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    return deep_copy(model).requires_grad_(False).eval()
 
 
 def peft_model(model: nn.Module) -> Any:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from trl.data.collate import Branch, Tree
+from trl.models import shards
 
 from . import attention
 from .forest import Batch, flat, padded
@@ -137,8 +138,11 @@ def attach(model: nn.Module) -> Attachment:
     config = base.config.get_text_config()
     attachment = Attachment(True, None, _readout(config), pad_id=getattr(config, "pad_token_id", None) or 0)
     base._trl_attachment = attachment
+    head = base.get_output_embeddings()
+    if head is not None and next(head.children(), None) is not None and shards.zero_3_is_planned():
+        shards.gather_as_one(head)  # an adapter's parts, which `token_stats` calls for each chunk
 
-    with _probing(model):
+    with _probing(model), shards.gathered(model):
         reason = _chunked_reason(config) or _prompt_learning_reason(model)
         if reason is None:
             for each in configs:

@@ -22,6 +22,7 @@ from transformers import (
 from trl.config import say_once
 
 from .adapters import require_peft
+from .shards import whole_shape
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
@@ -149,7 +150,7 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
     model = _load(kind, base, kwargs)
     # An adapter trained with more tokens than the base knows brings its own, longer embeddings.
     rows = _saved_rows(Path(folder), model)
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+    if rows is not None and rows != whole_shape(model.get_input_embeddings().weight)[0]:
         with torch.random.fork_rng(devices=[]):  # the new rows are overwritten at once
             model.resize_token_embeddings(rows, mean_resizing=False)
     if kind is AutoModelForCausalLM:

@@ -1,6 +1,9 @@
-"""Weights that processes share out among themselves, by FSDP."""
+"""Weights that processes share out among themselves, by FSDP or by DeepSpeed's ZeRO-3."""
 
+import contextlib
+import copy
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,8 +30,10 @@ def keep_precision(plugin: Any) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether weights are gathered by all ranks together."""
-    return any(isinstance(each, FullyShardedDataParallel) for each in model.modules()) or any(
-        isinstance(each, DTensor) for each in model.parameters()
+    return (
+        any(isinstance(each, FullyShardedDataParallel) for each in model.modules())
+        or any(isinstance(each, DTensor) for each in model.parameters())
+        or is_partitioned(model)
     )
 
 
@@ -38,11 +43,165 @@ def without_ddp(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut the weights up: this process holds a part of each, and none of them whole."""
+    return any(_is_part(each) for each in model.parameters())
+
+
+def _is_part(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a weight, whoever holds it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def local_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights by name; of those that FSDP2 shards, this process's part. Memory is shared."""
+    """The model's weights by name; of those that are sharded, this process's part. Memory is shared."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # what a forward pass without a backward pass leaves gathered is a copy
-    return {
-        name: weight.to_local() if isinstance(weight, DTensor) else weight for name, weight in model.named_parameters()
-    }
+    return {name: _local(weight) for name, weight in model.named_parameters()}
+
+
+def _local(weight: Any) -> Tensor:
+    if isinstance(weight, DTensor):
+        return weight.to_local()
+    if _is_part(weight):
+        if weight.ds_status.name == "AVAILABLE":
+            weight.partition()  # what ZeRO-3 keeps gathered (small weights) is a copy
+        return weight.ds_tensor
+    return weight
+
+
+# --- DeepSpeed's ZeRO-3 -------------------------------------------------------------------------------------------
+
+
+def zero_3_is_planned() -> bool:
+    """Whether this process trains with ZeRO-3. transformers then cuts up each model as it loads it."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+@contextlib.contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Models that are loaded within stay whole, also under ZeRO-3: each rank calls them as often as it needs."""
+    from transformers.integrations import deepspeed as integration
+
+    before = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = before
+
+
+def whole(parameters: Iterable[Tensor], *, written: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Within, those of the weights that ZeRO-3 has cut up are whole; all ranks enter together. What is `written` to
+    them is kept: the first rank's values."""
+    parts = [each for each in parameters if _is_part(each)]
+    if not parts:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if written else None)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Forward passes of a model that ZeRO-3 has cut up, before DeepSpeed's own hooks are on it.
+
+    The layers are gathered one at a time, the rest (embeddings, norms, head) for as long as the context lasts. All
+    ranks must call the model equally often. Nothing happens to any other model.
+    """
+    if not is_partitioned(model) or any("ds_inflight_param_registry" in vars(each) for each in model.modules()):
+        yield
+        return
+    layers, rest = _layers(model)
+    held: list[Any] = []
+
+    def enter(layer: nn.Module, *_: Any) -> None:
+        held.append(whole(each for each in layer.parameters() if id(each) not in outside))
+        held[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        held.pop().__exit__(None, None, None)
+
+    outside = {id(each) for each in rest}
+    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
+    hooks += [layer.register_forward_hook(leave, always_call=True) for layer in layers]
+    try:
+        with whole(rest):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """The members of the outermost lists of modules, and the parameters that lie outside all of them."""
+    layers: list[nn.Module] = []
+    rest: dict[int, nn.Parameter] = {}
+
+    def walk(module: nn.Module) -> None:
+        rest.update((id(each), each) for each in module.parameters(recurse=False))
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                layers.extend(child)
+            else:
+                walk(child)
+
+    walk(model)
+    return layers, list(rest.values())
+
+
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the model's `state_dict`, in the order of the names; each weight is whole while it is out."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in sorted(model.state_dict().items()):
+        weight = parameters.get(name)
+        if weight is not None and _is_part(weight):
+            with whole([weight]):
+                yield name, weight.detach()
+        else:
+            yield name, tensor
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy with weights of its own; those that ZeRO-3 has cut up are cut up in the copy as well."""
+    new: dict[int, Any] = {}
+    for weight in model.parameters():
+        if not _is_part(weight):
+            continue
+        with whole([weight]):
+            new[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        weight.convert_to_zero_parameters(param_list=[new[id(weight)]])  # type: ignore[operator]
+    return copy.deepcopy(model, new)
+
+
+def inference_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings for a model that is called and not trained, made of those of the model that trains.
+
+    `auto` stands for what is known when the training begins; the rest of the settings do not need it.
+    """
+    kept = {name: settings[name] for name in ("zero_optimization", "bf16", "fp16") if name in settings}
+    kept = {name: {key: value for key, value in part.items() if value != "auto"} for name, part in kept.items()}
+    kept["zero_optimization"].pop("offload_optimizer", None)
+    return {**kept, "train_micro_batch_size_per_gpu": 1}
+
+
+def gathered_by_its_call(module: nn.Module) -> bool:
+    """Whether hooks on this very module gather its weights when it is called."""
+    return isinstance(module, FSDPModule) or is_partitioned(module)
+
+
+def gather_as_one(module: nn.Module) -> None:
+    """Have ZeRO-3 gather all the weights within a module when it is called, and not again when its parts are.
+
+    Takes effect if it comes before DeepSpeed puts its hooks on the model.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trl.config import say_once
 
 from .load import ModelError, load_tokenizer
+from .shards import whole, whole_shape
 
 _ROWS = 1000  # of a data set, read at once
 _TEMPLATE_FILES = (".jinja", ".jinja2", ".j2", ".txt")
@@ -71,7 +72,7 @@ def clone_chat_template(
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = target.eos_token_id
     if grow_embeddings(model, len(target), resize_to_multiple_of):
-        rows = model.get_input_embeddings().weight.shape[0]
+        rows = whole_shape(model.get_input_embeddings().weight)[0]
         known, index = target.get_vocab(), 0
         fillers: list[str] = []
         while len(target) + len(fillers) < rows:
@@ -88,14 +89,16 @@ def grow_embeddings(model: Any, tokens: int, multiple_of: int | None = None) -> 
     New rows of the embeddings and of an untied head are the mean of the old ones: no random numbers are drawn, so that
     every run and every process gets the same. Tied weights stay tied, and the configuration knows the new size.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = whole_shape(model.get_input_embeddings().weight)[0]
     if tokens <= rows:
         return False
     with torch.random.fork_rng(devices=[]):
         model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple_of, mean_resizing=False)
-    for weight in _rows(model):
-        mean = weight[:rows].float().mean(0)
-        weight[rows:] = mean.to(weight.dtype)
+    weights = _rows(model)
+    with torch.no_grad(), whole(weights, written=True):
+        for weight in weights:
+            mean = weight[:rows].float().mean(0)
+            weight[rows:] = mean.to(weight.dtype)
     return True
 
 
@@ -223,7 +226,7 @@ def _rows(model: Any) -> list[Tensor]:
             weight = getattr(module, name, None)
             if isinstance(weight, Tensor) and all(weight is not each for each in found):
                 found.append(weight)
-    return [weight.data for weight in found]
+    return found
 
 
 def _add(tokenizer: Any, tokens: list[Any], special: bool) -> list[int]:

@@ -15,7 +15,7 @@ from trl.data.chat import chat_template
 from trl.data.collate import Branch, Tree
 from trl.engine.scalar import scalars
 from trl.engine.score import Attachment, attach, causal_lm, evaluating
-from trl.models import load
+from trl.models import load, shards
 from trl.rewards.calls import Answer, Call, Log
 from trl.rewards.shapes import text_of
 
@@ -72,6 +72,7 @@ class ModelJudge(_Judge):
         self.base = causal_lm(model)
         self.config = self.base.config
         self.name = model_name(self.config, self.base)
+        _check_whole(model, self.name)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         text_config = self.config.get_text_config()
@@ -219,6 +220,7 @@ class PipelineJudge(_Judge):
         super().__init__(pipeline.tokenizer, **kwargs)
         self.pipeline = pipeline
         self.name = model_name(pipeline.model.config, pipeline.model)
+        _check_whole(pipeline.model, self.name)
         if pipeline.task != "text-classification":
             raise ValueError(
                 f"the pipeline of {self.name} is for {pipeline.task!r}: a reward comes from a text-classification one, "
@@ -258,6 +260,14 @@ def model_name(config: Any, model: Any) -> str:
     return str(getattr(config, "_name_or_path", "") or type(model).__name__).rstrip("/").split("/")[-1]
 
 
+def _check_whole(model: nn.Module, name: str) -> None:
+    if shards.is_partitioned(model):
+        raise ValueError(
+            f"the reward model {name} was loaded under ZeRO-3, which cut its weights up, and the processes do not call "
+            "it equally often: give its name or path (it is then loaded whole), or load it before the config is made"
+        )
+
+
 def is_pipeline(function: Any) -> bool:
     return isinstance(function, Pipeline)
 
@@ -286,7 +296,8 @@ def load_judge(name: str, device: Any, model_kwargs: dict[str, Any]) -> tuple[nn
             raise load.ModelError(
                 f"{name} is an adapter of task type {kind} and has no scoring head: train one with RewardTrainer"
             )
-    model = load.load_scorer(name, num_labels=labels, **kwargs)
+    with shards.loaded_whole():  # each process calls it as often as it needs
+        model = load.load_scorer(name, num_labels=labels, **kwargs)
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     if device is not None and not getattr(model, "hf_device_map", None):

@@ -58,7 +58,7 @@ from trl.engine import linear
 from trl.engine.forest import Batch, computed, gridded, padded, relabelled, trained, unshared, with_labels
 from trl.engine.score import Attachment, attach, causal_lm, score
 from trl.losses.tokens import Metric, seq_sum
-from trl.models import adapters, load, low_bits, offload, saving, vocabulary
+from trl.models import adapters, load, low_bits, offload, saving, shards, vocabulary
 from trl.models.compiled import compile_tokenwise
 from trl.models.shards import keep_precision
 from trl.options import check_trackers, unused_by_trainer
@@ -263,12 +263,6 @@ class BaseTrainer(Adoptable, Trainer):
             )
             args._n_gpu = 1
 
-        if getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) == 3:
-            raise ValueError(
-                "DeepSpeed ZeRO-3 is not supported: ranks would gather the head's weights different numbers of times "
-                "and wait for each other. Use FSDP2, which shards weights as well, or ZeRO-2"
-            )
-
         assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
         init_kwargs = dict(args.model_init_kwargs or {})
         set_seed(args.seed)  # a new scoring head is drawn while the model loads
@@ -348,6 +342,10 @@ class BaseTrainer(Adoptable, Trainer):
         )
         if self.is_fsdp_enabled:
             keep_precision(self.accelerator.state.fsdp_plugin)
+        if shards.zero_3_is_planned():
+            # A checkpoint without it holds parts that no `from_pretrained` opens.
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            settings["stage3_gather_16bit_weights_on_model_save"] = True
         self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
         self.neftune_noise_alpha = None

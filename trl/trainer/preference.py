@@ -31,7 +31,7 @@ from trl.engine.head import TokenStats
 from trl.engine.reference import Frozen, Itself, Reference, choose, frozen
 from trl.engine.score import causal_lm, evaluating
 from trl.losses.tokens import Metric, seq_sum
-from trl.models import load
+from trl.models import load, shards
 from trl.models.shards import is_sharded
 from trl.rollout.generate import stop_ids
 
@@ -106,9 +106,10 @@ class PreferenceTrainer(BaseTrainer):
     def _write_answers(self, dataset: Any) -> None:
         """What the model answers to a few prompts of the data, as JSON lines in the output folder."""
         prompts = [row["prompt_ids"] for row in islice(dataset, ANSWERED)]
-        if not self.is_world_process_zero() or not prompts:
+        writes, model = self.is_world_process_zero(), self.accelerator.unwrap_model(self.model)
+        # Sharded weights are gathered by all ranks: each of them answers, and the first one writes.
+        if not prompts or not (writes or shards.is_sharded(model)):
             return
-        model = self.accelerator.unwrap_model(self.model)
         tokenizer = self.processing_class
         width = max(map(len, prompts))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -123,6 +124,8 @@ class PreferenceTrainer(BaseTrainer):
                 pad_token_id=pad,
                 eos_token_id=sorted(stop_ids(model, tokenizer)) or None,
             )
+        if not writes:
+            return
         answers = tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
         path = Path(self.args.output_dir) / "answers" / f"step-{self.state.global_step}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,11 +285,17 @@ class ReferencedTrainer(PreferenceTrainer):
     def _placed(self, model: Any) -> Any:
         """The model on this process's device. FSDP places what it shards; before, a whole model might not fit there."""
         quantised = getattr(causal_lm(model), "is_quantized", False)
-        stays = quantised or self.is_fsdp_enabled or getattr(model, "hf_device_map", None)
+        sharded = self.is_fsdp_enabled or shards.zero_3_is_planned()
+        stays = quantised or sharded or getattr(model, "hf_device_map", None)
         return model if stays else model.to(self.args.device)
 
     def _prepared_model(self, model: Any) -> Any:
         """A model of its own, sharded as the policy will be."""
+        if shards.zero_3_is_planned():
+            import deepspeed
+
+            settings = shards.inference_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            return deepspeed.initialize(model=model, config=settings)[0]
         if not self.is_fsdp_enabled:
             return self._placed(model)
         if self.accelerator.is_fsdp2:
@@ -408,7 +417,7 @@ class ReferencedTrainer(PreferenceTrainer):
         precision = self.args.bf16, self.args.fp16
         about = (type(base).__name__, base.config.to_json_string(), precision, transformers.__version__, type(self))
         digest.update(repr((*about, self.ref_columns, self.reference_options())).encode())
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in shards.whole_weights(model):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -446,14 +455,16 @@ class ReferencedTrainer(PreferenceTrainer):
         table = torch.zeros(len(rows), len(self.ref_columns), dtype=torch.float64, device=sums_device(args.device))
         ask = self.ask_reference(self.model)
         together = size * args.world_size
-        for start in range(0, len(rows), together):
-            places = range(len(rows))[start : start + together][args.process_index :: args.world_size]
-            batch = self._prepare_inputs(self._collate([{**rows[place], "row": place} for place in places]))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                values = self.reference_values(batch, ask)
-            # Rows of equal prompts stand together in a batch, so that it has an order of its own.
-            places_of = batch["row_S"].view(values.shape[0], -1)[:, 0]
-            table[places_of.to(table.device)] = values.to(table.device).double()
+        model = self.reference.model if isinstance(self.reference, Frozen) else self.model
+        with shards.gathered(model):
+            for start in range(0, len(rows), together):
+                places = range(len(rows))[start : start + together][args.process_index :: args.world_size]
+                batch = self._prepare_inputs(self._collate([{**rows[place], "row": place} for place in places]))
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    values = self.reference_values(batch, ask)
+                # Rows of equal prompts stand together in a batch, so that it has an order of its own.
+                places_of = batch["row_S"].view(values.shape[0], -1)[:, 0]
+                table[places_of.to(table.device)] = values.to(table.device).double()
         if args.world_size > 1:
             torch.distributed.all_reduce(table)
         return table.float().cpu().numpy()
