@@ -23,11 +23,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def launch(mode, out, model, timeout=500, *further, ranks=2):
+def launch(mode, out, model, timeout=500, *further, ranks=2, script=worker.__file__):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0",
-         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", worker.__file__, mode, str(out), model, *further],
+         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", script, mode, str(out), model, *further],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

@@ -290,15 +290,18 @@ def token_stats(
     """
     if not gathered_by_its_call(head):
         return _token_stats(head, head, hidden_NH, target_N, readout, vocabulary)
+    if torch.is_grad_enabled() and not hidden_NH.requires_grad:
+        # Nothing below trains. The hooks of a trained head wait for the gradient of its input all the same.
+        hidden_NH = hidden_NH.detach().requires_grad_(any(each.requires_grad for each in head.parameters()))
     forward = head.forward
 
-    def chunks(hidden_NH: Tensor) -> list[Tensor]:
-        return _token_stats(head, forward, hidden_NH, target_N, readout, vocabulary)
+    def chunks(hidden_NH: Tensor) -> tuple[Tensor, ...]:  # hooks on gradients look into a tuple, not into a list
+        return tuple(_token_stats(head, forward, hidden_NH, target_N, readout, vocabulary))
 
     before = vars(head).get("forward")
-    head.forward = chunks  # type: ignore[method-assign]
+    head.forward = chunks
     try:
-        return head(hidden_NH)
+        return list(head(hidden_NH))
     finally:
         if before is None:
             del head.forward

@@ -158,7 +158,7 @@ def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the model's `state_dict`, in the order of the names; each weight is whole while it is out."""
+    """Names and tensors of the model's `state_dict`, in the order of names; each weight is whole while it is out."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in sorted(model.state_dict().items()):
         weight = parameters.get(name)

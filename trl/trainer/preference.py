@@ -462,9 +462,10 @@ class ReferencedTrainer(PreferenceTrainer):
                 batch = self._prepare_inputs(self._collate([{**rows[place], "row": place} for place in places]))
                 with torch.no_grad(), self.compute_loss_context_manager():
                     values = self.reference_values(batch, ask)
-                # Rows of equal prompts stand together in a batch, so that it has an order of its own.
-                places_of = batch["row_S"].view(values.shape[0], -1)[:, 0]
-                table[places_of.to(table.device)] = values.to(table.device).double()
+                if places:  # else this rank's part of the last batch is empty
+                    # Rows of equal prompts stand together in a batch, so that it has an order of its own.
+                    places_of = batch["row_S"].view(values.shape[0], -1)[:, 0]
+                    table[places_of.to(table.device)] = values.to(table.device).double()
         if args.world_size > 1:
             torch.distributed.all_reduce(table)
         return table.float().cpu().numpy()
