@@ -34,10 +34,10 @@ def settings():
     return found
 
 
-def lora(*targets):
+def lora(*targets, **further):
     import peft
 
-    return peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
+    return peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **further)
 
 
 def make(name, out, path, tokenizer, batch, **further):
@@ -55,10 +55,13 @@ def make(name, out, path, tokenizer, batch, **further):
         return sft(path, base, tokenizer, chat_rows(5), lora("q_proj", "lm_head"), **further)
     if name == "lora-head":
         return sft(path, base, tokenizer, chat_rows(5), lora("lm_head"), **further)
+    if name == "lora-saved":
+        saved = lora("q_proj", modules_to_save=["lm_head"])
+        return sft(path, base, tokenizer, chat_rows(5), saved, **further)
     if name == "dpo":
         return preference("DPO", path, base, tokenizer, pair_rows(5), **SYNCED, **further)
     if name == "dpo-twin":
-        return preference("DPO", path, base, tokenizer, pair_rows(5), peft_config=lora("q_proj", "lm_head"), **further)
+        return preference("DPO", path, base, tokenizer, pair_rows(5), peft_config=lora("q_proj", "v_proj"), **further)
     if name == "dpo-before":
         return preference("DPO", path, base, tokenizer, pair_rows(5), precompute_ref_log_probs=True, **further)
     if name == "reward":
@@ -72,6 +75,7 @@ def make(name, out, path, tokenizer, batch, **further):
 
 
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+PARTS = ("lora", "lora-head")  # heads that are more than one layer
 RESUMED = ("sft", "dpo", "grpo")
 METRICS = ("loss", "grad_norm", "entropy", "num_tokens", "reward", "rewards/margins")
 

@@ -285,18 +285,17 @@ def token_stats(
     pass.
 
     A head whose own hooks gather its weights (ZeRO-3, FSDP2 around the head) is called once, and the chunks run within
-    that call: hooks fire once in the forward and once in the backward pass, whatever the number of tokens. Ranks gather
-    together, so they must gather equally often.
+    that call: the hooks fire once in the forward and once in the backward pass, whatever the number of tokens. Ranks
+    gather together, so they must gather equally often.
     """
+    linear = plain_linear(head)
+    head = head if linear is None else linear
     if not gathered_by_its_call(head):
-        return _token_stats(head, head, hidden_NH, target_N, readout, vocabulary)
-    if torch.is_grad_enabled() and not hidden_NH.requires_grad:
-        # Nothing below trains. The hooks of a trained head wait for the gradient of its input all the same.
-        hidden_NH = hidden_NH.detach().requires_grad_(any(each.requires_grad for each in head.parameters()))
+        return _token_stats(head, linear, hidden_NH, target_N, readout, vocabulary)
     forward = head.forward
 
     def chunks(hidden_NH: Tensor) -> tuple[Tensor, ...]:  # hooks on gradients look into a tuple, not into a list
-        return tuple(_token_stats(head, forward, hidden_NH, target_N, readout, vocabulary))
+        return tuple(_token_stats(forward, linear, hidden_NH, target_N, readout, vocabulary))
 
     before = vars(head).get("forward")
     head.forward = chunks
@@ -309,9 +308,8 @@ def token_stats(
             head.forward = before
 
 
-def _token_stats(head: nn.Module, call: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor,
+def _token_stats(head: Callable[[Tensor], Tensor], linear: nn.Linear | None, hidden_NH: Tensor, target_N: Tensor,
                  readout: Readout, vocabulary: int) -> list[Tensor]:  # fmt: skip
-    linear = plain_linear(head)
     if linear is not None:
         hidden_NH = hidden_NH.to(linear.weight.device)
         target_N = target_N.to(hidden_NH.device)
@@ -325,7 +323,7 @@ def _token_stats(head: nn.Module, call: Callable[[Tensor], Tensor], hidden_NH: T
         return list(_LinearHead.apply(hidden_NH, weight_VH, linear.bias, target_N, readout, dtype))
 
     def chunk(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
-        raw_CV = call(hidden_CH)
+        raw_CV = head(hidden_CH)
         return _Logits.apply(raw_CV, target_C.to(raw_CV.device), readout)
 
     target_N = target_N.to(hidden_NH.device)

@@ -24,7 +24,7 @@ from trl.models import shards
 
 from . import attention
 from .forest import Batch, flat, padded
-from .head import EXTRAS, Readout, TokenStats, _Logits, token_stats
+from .head import EXTRAS, Readout, TokenStats, _Logits, plain_linear, token_stats
 
 _REQUEST = "trl_request"
 _SCALAR_HEAD = "score"  # what transformers calls the head of decoders that classify
@@ -138,9 +138,6 @@ def attach(model: nn.Module) -> Attachment:
     config = base.config.get_text_config()
     attachment = Attachment(True, None, _readout(config), pad_id=getattr(config, "pad_token_id", None) or 0)
     base._trl_attachment = attachment
-    head = base.get_output_embeddings()
-    if head is not None and next(head.children(), None) is not None and shards.zero_3_is_planned():
-        shards.gather_as_one(head)  # an adapter's parts, which `token_stats` calls for each chunk
 
     with _probing(model), shards.gathered(model):
         reason = _chunked_reason(config) or _prompt_learning_reason(model)
@@ -154,7 +151,7 @@ def attach(model: nn.Module) -> Attachment:
                 each._attn_implementation = own
             attachment.is_flat, attachment.reason = False, reason
         if scalar_head(base) is None:
-            attachment.head_reason = _head_failure(model, base, attachment)
+            attachment.head_reason = _head_failure(model, base, attachment) or _parts_reason(base)
         elif not hasattr(base, _SCALAR_HEAD):
             attachment.head_reason = f"{type(base).__name__} scores by more than one layer on its last hidden state"
     _agree(attachment, base, configs)
@@ -433,6 +430,15 @@ def _head_failure(model: nn.Module, base: Any, attachment: Attachment) -> str | 
         return "its logits are not a linear head on the last hidden states"
     except Exception as error:
         return f"its last hidden states cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+
+
+def _parts_reason(base: Any) -> str | None:
+    """Why chunks of the head cannot be one call of it, in one sentence, or None."""
+    head = base.get_output_embeddings()
+    if shards.zero_3_is_planned() and plain_linear(head) is None and next(head.children(), None) is not None:
+        # Each part has hooks of its own, and ranks with more tokens would call them more often.
+        return "its head is made of parts (an adapter's), which ZeRO-3 gathers one by one at each call"
+    return None
 
 
 def _agree(attachment: Attachment, base: Any, configs: list[Any]) -> None:

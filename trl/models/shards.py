@@ -195,13 +195,3 @@ def inference_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def gathered_by_its_call(module: nn.Module) -> bool:
     """Whether hooks on this very module gather its weights when it is called."""
     return isinstance(module, FSDPModule) or is_partitioned(module)
-
-
-def gather_as_one(module: nn.Module) -> None:
-    """Have ZeRO-3 gather all the weights within a module when it is called, and not again when its parts are.
-
-    Takes effect if it comes before DeepSpeed puts its hooks on the model.
-    """
-    from deepspeed.utils import set_z3_leaf_module
-
-    set_z3_leaf_module(module, True)
