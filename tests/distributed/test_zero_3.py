@@ -15,7 +15,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 @pytest.mark.parametrize(
     "cases",
-    [("sft", "tied", "reward"), ("dpo", "dpo-before"), ("grpo",), ("lora", "lora-head", "lora-saved", "dpo-twin")],
+    [
+        ("sft", "tied", "whole", "bf16", "reward"),
+        ("dpo", "dpo-before"),
+        ("grpo",),
+        ("lora", "lora-head", "lora-saved", "dpo-twin"),
+    ],
     ids=",".join,
 )
 def test_zero_3_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch, cases):
@@ -33,23 +38,24 @@ def test_zero_3_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch,
         alone.train()
         ours, expected = found[name], zero_3.lines(alone)
         assert ours["flat"] and (ours["head"] is None) == (name not in zero_3.PARTS), name
-        assert len(expected) == 3 and len(ours["lines"]) == 3
+        assert len(expected) == len(ours["lines"]) == (4 if name == "dpo" else 3)
+        near = 1e-4 if name != "bf16" else 2e-2  # the same products, rounded elsewhere
         for line, other in zip(ours["lines"], expected, strict=True):
             # DeepSpeed's norm has a small number added.
-            assert line == pytest.approx(other, rel=1e-4, abs=1e-5), name
+            assert line == pytest.approx(other, rel=near, abs=1e-5), name
         if "resumed" in ours:
             assert ours["resumed"] == ours["lines"], name
         alone.save_model(str(tmp_path / "alone-saved"))
         weights, others = (_saved(tmp_path / folder) for folder in (f"{name}-saved", "alone-saved"))
         assert weights.keys() == others.keys(), name
         for key, weight in others.items():
-            torch.testing.assert_close(weights[key], weight, atol=1e-4, rtol=1e-4, msg=f"{name} {key}")
+            torch.testing.assert_close(weights[key].float(), weight, atol=near, rtol=near, msg=f"{name} {key}")
         assert any((weight.detach() != before[key]).any() for key, weight in alone.model.named_parameters())
         if (tmp_path / f"{name}-saved" / "model.safetensors").exists():
             kind = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
             opened = kind.from_pretrained(tmp_path / f"{name}-saved")
             for mine, other in zip(opened.parameters(), alone.model.parameters(), strict=True):
-                torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(mine.float(), other, atol=near, rtol=near)
 
 
 def _saved(folder):

@@ -320,10 +320,17 @@ def deepspeed_runs(name, path, tokenizer, batch, **settings):
 CHOSEN, REJECTED = -123.4567, -234.5678  # which bf16 does not hold
 
 
-def deepspeed(out, tokenizer):
+def start_deepspeed():
+    """Without its kernel for processes on CPUs, which would be compiled first: that takes minutes, and a process that is
+    killed meanwhile leaves a lock for which all later ones wait."""
     import deepspeed as library
 
+    library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     library.init_distributed("gloo")
+
+
+def deepspeed(out, tokenizer):
+    start_deepspeed()
     stage, half = int(sys.argv[4]), sys.argv[5] == "bf16"
     if half:
         data = [{**row, "ref_chosen_logps": CHOSEN, "ref_rejected_logps": REJECTED} for row in pair_rows(8)]

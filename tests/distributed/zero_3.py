@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from tests.distributed.worker import deepspeed_settings
+from tests.distributed.worker import deepspeed_settings, start_deepspeed
 from tests.trainer import test_online
 from tests.trainer.helpers import chat_rows, pair_rows, preference, sft, tiny, tiny_scorer
 from trl.engine import head
@@ -48,6 +48,10 @@ def make(name, out, path, tokenizer, batch, **further):
         **further,
     }
     base = str(out / "base")
+    if name == "whole":  # an instance, not cut up as it was loaded
+        return sft(path, tiny(tokenizer), tokenizer, chat_rows(5), **further)
+    if name == "bf16":
+        return sft(path, base, tokenizer, chat_rows(5), bf16=True, **further)
     if name in ("sft", "tied"):
         model = str(out / ("tied" if name == "tied" else "base"))
         return sft(path, model, tokenizer, chat_rows(5), gradient_checkpointing=name == "tied", **further)
@@ -59,7 +63,7 @@ def make(name, out, path, tokenizer, batch, **further):
         saved = lora("q_proj", modules_to_save=["lm_head"])
         return sft(path, base, tokenizer, chat_rows(5), saved, **further)
     if name == "dpo":
-        return preference("DPO", path, base, tokenizer, pair_rows(5), **SYNCED, **further)
+        return preference("DPO", path, base, tokenizer, pair_rows(5), eval_rows=pair_rows(3), **SYNCED, **further)
     if name == "dpo-twin":
         return preference("DPO", path, base, tokenizer, pair_rows(5), peft_config=lora("q_proj", "v_proj"), **further)
     if name == "dpo-before":
@@ -74,20 +78,22 @@ def make(name, out, path, tokenizer, batch, **further):
     return run
 
 
-SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+SYNCED = {
+    **{"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    **{"eval_strategy": "steps", "eval_steps": 2, "generate_during_eval": True, "max_completion_length": 8},
+}
 PARTS = ("lora", "lora-head")  # heads that are more than one layer
 RESUMED = ("sft", "dpo", "grpo")
-METRICS = ("loss", "grad_norm", "entropy", "num_tokens", "reward", "rewards/margins")
+METRICS = ("loss", "eval_loss", "grad_norm", "entropy", "num_tokens", "reward", "rewards/margins")
 
 
 def lines(run):
-    return [{key: line[key] for key in METRICS if key in line} for line in run.state.log_history if "loss" in line]
+    found = [{key: line[key] for key in METRICS if key in line} for line in run.state.log_history]
+    return [line for line in found if line]
 
 
 def main(cases, out, tokenizer):
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
+    start_deepspeed()
     head.CHUNK_ELEMENTS["cpu"] = 7 * len(tokenizer)  # tokens of a chunk: the ranks have different numbers of chunks
     found = {}
     for name in cases:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .shards import is_partitioned
+
 LOW_BITS = "low_bits"  # the key of the lower halves in an optimizer's state
 CHUNK = 2**26  # weights joined at once, so that no second copy of the model ever exists
 # Packages whose optimizers treat every weight by itself: they may see the weights a few at a time.
@@ -163,7 +165,7 @@ def hold_in_float32(model: nn.Module, optim: str, autocast: bool) -> str | None:
     wanted = (torch.float16, torch.bfloat16) if outside else (torch.float16,)
     found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()
                     if p.requires_grad and p.dtype in wanted})  # fmt: skip
-    if not found:
+    if not found or is_partitioned(model):  # ZeRO-3 keeps float32 copies of what it has cut up
         return None
     # Of a quantised model only the adapter trains, whose layers take the dtype of its weights themselves.
     if autocast or getattr(model, "is_quantized", False):

@@ -343,6 +343,11 @@ class BaseTrainer(Adoptable, Trainer):
         if self.is_fsdp_enabled:
             keep_precision(self.accelerator.state.fsdp_plugin)
         if shards.zero_3_is_planned():
+            if args.activation_offloading:
+                raise ValueError(
+                    "activation_offloading keeps what the forward pass saves, gathered weights too, so that nothing of "
+                    "ZeRO-3's sharding is left: use gradient_checkpointing in its place"
+                )
             # A checkpoint without it holds parts that no `from_pretrained` opens.
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             settings["stage3_gather_16bit_weights_on_model_save"] = True
