@@ -1,5 +1,6 @@
 """What users override or hand in: it takes effect, at the right scale, or is refused with what to do instead."""
 
+import copy
 from types import MethodType
 
 import pytest
@@ -186,9 +187,10 @@ def test_other_methods_evaluate_through_an_overridden_loss(tmp_path, tokenizer, 
     scores = method in ("Reward", "PRM")
 
     def trainer():
-        model = tiny_scorer(tokenizer, per_token=method == "PRM") if scores else tiny(tokenizer)
+        own = copy.deepcopy(tokenizer)  # RewardTrainer gives it another padding token
+        model = tiny_scorer(own, per_token=method == "PRM") if scores else tiny(own)
         return preference(
-            method, tmp_path, model, tokenizer, rows, eval_rows=rows, max_steps=1, per_device_train_batch_size=2,
+            method, tmp_path, model, own, rows, eval_rows=rows, max_steps=1, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, per_device_eval_batch_size=2,
         )  # fmt: skip
 
