@@ -259,9 +259,7 @@ class TrlParser(Parser):
 
     def __init__(self, dataclass_types: type | Sequence[type], prog: str | None = None, description: str = "") -> None:
         classes = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-        super().__init__(
-            classes, prog=prog or Path(sys.argv[0]).name, description=description, in_file=("datasets",)
-        )
+        super().__init__(classes, prog=prog or Path(sys.argv[0]).name, description=description)
 
     def parse_args_and_config(
         self,
