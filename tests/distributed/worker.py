@@ -321,8 +321,8 @@ CHOSEN, REJECTED = -123.4567, -234.5678  # which bf16 does not hold
 
 
 def start_deepspeed():
-    """Without its kernel for processes on CPUs, which would be compiled first: that takes minutes, and a process that is
-    killed meanwhile leaves a lock for which all later ones wait."""
+    """Without its kernel for processes on CPUs, which would be compiled first: that takes minutes, and a process that
+    is killed meanwhile leaves a lock for which all later ones wait."""
     import deepspeed as library
 
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
