@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from tests.trainer.helpers import chat_rows, pair_rows, preference, sft, tiny, tiny_scorer
+from trl.engine.reference import choose
 from trl.models.low_bits import LOW_BITS, join
 
 STEPS = 8
@@ -118,3 +119,24 @@ def test_float16_weights_are_held_in_float32(tmp_path, tokenizer, capsys):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     trainer.train()
     assert "float16 weights that train are held in float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_reference_in_bfloat16_follows_in_steps_that_bfloat16_would_drop(tokenizer, adapted):
+    torch.manual_seed(0)
+    model = tiny(tokenizer).bfloat16()
+    if adapted:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        for p in model.parameters():
+            p.data = p.data.bfloat16()
+    reference = choose(model, follows=True)
+    weights = {name: each for name, each in reference.weights().items() if not name.endswith(LOW_BITS)}
+    name = next(each for each in weights if "q_proj" in each)
+    start = weights[name].float()
+    policy = dict(model.named_parameters())[name.replace(".reference", ".default")]
+    policy.data = policy.data * 1.5
+    for _ in range(10):
+        reference.follow(model, 0.001)
+    kept = reference.weights()
+    expected = policy.float() + (start - policy.float()) * 0.999**10
+    torch.testing.assert_close(join(kept[name], kept[f"{name}.{LOW_BITS}"]), expected, rtol=1e-5, atol=1e-8)

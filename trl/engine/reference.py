@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.models import adapters
+from trl.models.low_bits import LOW_BITS, join, split
 from trl.models.shards import deep_copy, local_weights
 
 from .forest import Batch
@@ -24,6 +25,9 @@ class Reference(ABC):
     """A frozen policy to compare with."""
 
     description: str
+
+    def __init__(self) -> None:
+        self._low: dict[str, Tensor] = {}  # lower halves of bfloat16 weights that follow the policy
 
     @abstractmethod
     def _ready(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
@@ -37,33 +41,54 @@ class Reference(ABC):
     def follow(self, policy: nn.Module, share: float) -> None:
         """Move the reference towards the policy: `share` of the policy, the rest of itself.
 
-        TR-DPO's soft update (Gorbatovski et al. 2024, arXiv:2404.09656, equation 6).
+        TR-DPO's soft update (Gorbatovski et al. 2024, arXiv:2404.09656, equation 6). A bfloat16 weight would drop the
+        moves that are smaller than 1/256 of it, so the reference keeps its lower half (`models.low_bits`).
         """
-        raise ValueError(f"the reference is {self.description}, which cannot follow the policy")
+        theirs = self._policy_weights(policy)
+        weights = self.weights()
+        with torch.no_grad():
+            for name, weight in self._own_weights().items():
+                low, target = weights.get(f"{name}.{LOW_BITS}"), theirs[name].to(weight.device)
+                if low is None:
+                    weight.lerp_(target.to(weight.dtype), share)
+                else:
+                    high, rest = split(join(weight, low).lerp_(target.float(), share))
+                    weight.copy_(high)
+                    low.copy_(rest)
 
     def weights(self) -> dict[str, Tensor]:
-        """What `follow` has changed, by name: part of a checkpoint."""
+        """What `follow` changes, by name: part of a checkpoint."""
+        own = self._own_weights()
+        for name, weight in own.items():
+            if weight.dtype == torch.bfloat16 and name not in self._low:
+                self._low[name] = torch.zeros_like(weight, dtype=torch.int16)
+        return {**own, **{f"{name}.{LOW_BITS}": low for name, low in self._low.items()}}
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """The weights that are the reference's alone."""
         return {}
+
+    def _policy_weights(self, policy: nn.Module) -> dict[str, Tensor]:
+        """The policy's weights, by the names of the reference's."""
+        raise ValueError(f"the reference is {self.description}, which cannot follow the policy")
 
 
 class Frozen(Reference):
     """A model of its own."""
 
     def __init__(self, model: nn.Module, description: str) -> None:
+        super().__init__()
         self.model, self.description = model, description
 
     @contextlib.contextmanager
     def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self.model
 
-    def follow(self, policy: nn.Module, share: float) -> None:
-        theirs = local_weights(causal_lm(policy))
-        with torch.no_grad():
-            for name, weight in self.weights().items():
-                weight.lerp_(theirs[name].to(weight.device, weight.dtype), share)
-
-    def weights(self) -> dict[str, Tensor]:
+    def _own_weights(self) -> dict[str, Tensor]:
         return local_weights(causal_lm(self.model))
+
+    def _policy_weights(self, policy: nn.Module) -> dict[str, Tensor]:
+        return local_weights(causal_lm(policy))
 
 
 class AdapterOff(Reference):
@@ -83,6 +108,7 @@ class Twin(Reference):
     description = "a frozen copy of the adapter as it was at the start"
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.model = model
         adapters.add_twin(model)
 
@@ -91,11 +117,11 @@ class Twin(Reference):
         with adapters.as_twin(self.model):
             yield policy
 
-    def follow(self, policy: nn.Module, share: float) -> None:
-        adapters.follow(self.model, share)
-
-    def weights(self) -> dict[str, Tensor]:
+    def _own_weights(self) -> dict[str, Tensor]:
         return adapters.twin_weights(self.model)
+
+    def _policy_weights(self, policy: nn.Module) -> dict[str, Tensor]:
+        return adapters.adapter_of_twin(self.model)
 
 
 class Itself(Reference):

@@ -430,8 +430,8 @@ def _leave_twin_out(model: nn.Module, state: dict[str, Any], prefix: str, about:
         del state[key]
 
 
-def follow(model: nn.Module, share: float) -> None:
-    """Move the twin towards the adapter: `share` of the adapter, the rest of the twin."""
-    with torch.no_grad():
-        for ours, twin in _twins(local_weights(model), _active(model)):
-            twin.lerp_(ours.to(twin.dtype), share)
+def adapter_of_twin(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By the names of `twin_weights`, the weights of the adapter that the twin is a copy of."""
+    weights = local_weights(model)
+    places = {id(twin): ours for ours, twin in _twins(weights, _active(model))}
+    return {key: places[id(weight)] for key, weight in weights.items() if id(weight) in places}

@@ -711,7 +711,7 @@ class OnlineTrainer(ReferencedTrainer):
         # The loss is that of the whole step already; DeepSpeed would divide it by the accumulation it was set up for.
         unscaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         saved = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
-        with saved, overrides.completed(self):
+        with self._half_products(), saved, overrides.completed(self):
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 self.accelerator.sync_gradients = last  # DeepSpeed's engine steps where it is told so
