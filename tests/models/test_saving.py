@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.trainer.helpers import DEFAULTS, chat_rows, pair_rows, sft, tiny, tiny_scorer
 from trl import RewardConfig, RewardTrainer
+from trl.losses.tokens import Metric
 from trl.models import load, saving, vocabulary
 
 
@@ -77,9 +78,15 @@ def test_a_padding_token_of_the_model_outside_its_vocabulary_is_replaced(tokeniz
     assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     "settings",
-    [{"target_modules": ["q_proj", "embed_tokens"]}, {"trainable_token_indices": [49152]}, {}],
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"trainable_token_indices": [49152]},
+        {},
+    ],
     ids=["lora", "tokens", "frozen"],
 )
 def test_an_adapter_with_new_tokens_opens(tokenizer: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -124,3 +131,18 @@ def test_a_reward_model_scores_in_transformers_as_here(tokenizer: Any, tmp_path:
         scores = again.eval()(**batch).logits
     assert scores.mean().item() == pytest.approx(trainer.evaluate()["eval_mean_reward"], abs=1e-5)
     assert opened.pad_token_id not in {ids[-1] for ids in rows}
+
+
+def test_sums_of_an_apple_gpu_are_kept_on_the_host(tokenizer: Any, tmp_path: Path) -> None:
+    class OnApple:
+        """A total on a device without float64."""
+
+        device = torch.device("mps")
+
+        def to(self, device: torch.device) -> torch.Tensor:
+            assert device.type == "cpu"
+            return torch.tensor(3.0)
+
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(2))
+    trainer._add("train", {"score": Metric(OnApple(), 2.0)})  # type: ignore[arg-type]
+    assert trainer._reduced("train")["score"] == 1.5
