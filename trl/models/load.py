@@ -191,7 +191,8 @@ def _saved_rows(folder: Path, model: Any) -> int | None:
     trained = json.loads((folder / "adapter_config.json").read_text()).get("trainable_token_indices") or []
     lists = trained.values() if isinstance(trained, dict) else [trained]
     needed = 1 + max((index for each in lists for index in each), default=-1)
-    return needed if needed > model.get_input_embeddings().weight.shape[0] else None
+    # Not the weight's shape: sharded weights do not show it.
+    return needed if needed > model.config.get_text_config().vocab_size else None
 
 
 def _check_base(base: str, folder: str) -> None:
