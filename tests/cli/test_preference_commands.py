@@ -132,7 +132,8 @@ def test_an_adapter_of_a_reward_model_opens_with_its_head(
     assert answer.returncode == 0, answer.stderr
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     assert "task_type" not in answer.stdout, "a command needs no such advice"
-    assert 'AutoPeftModelForSequenceClassification.from_pretrained("out", num_labels=1)' in answer.stdout
+    # Padding is no end of a text, so that transformers reads the score where it was trained.
+    assert 'Classification.from_pretrained("out", num_labels=1, pad_token_id=1)' in answer.stdout
     from peft import AutoPeftModelForSequenceClassification
     from safetensors.torch import load_file
 

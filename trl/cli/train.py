@@ -179,7 +179,8 @@ def _run(argv: Sequence[str], command: str) -> int:
         raise KeyboardInterrupt(launch.how_to_go_on(config.output_dir)) from None
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.process_index == 0:
-        print(closing(command, method.head, trainer.args.output_dir, script), flush=True)
+        pad = trainer.processing_class.pad_token_id
+        print(closing(command, method.head, trainer.args.output_dir, script, pad), flush=True)
     return 0
 
 
@@ -294,12 +295,13 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     return train, test
 
 
-def closing(command: str, head: str, output_dir: str, script: Any) -> str:
+def closing(command: str, head: str, output_dir: str, script: Any, pad: int | None = None) -> str:
     """Where the result is, and what can be done with it."""
     adapter = os.path.exists(os.path.join(output_dir, "adapter_config.json"))
     package, opener = ("peft", f"AutoPeftModelFor{head}") if adapter else ("transformers", f"AutoModelFor{head}")
-    # The folder of an adapter does not say how many numbers its head gives; transformers would guess two.
-    more = ", num_labels=1" if adapter and head == "SequenceClassification" else ""
+    # The folder of an adapter does not say how many numbers its head gives (transformers would guess two), nor with
+    # what texts are padded: a score is read at the last token that is not padding.
+    more = f", num_labels=1, pad_token_id={pad}" if adapter and head == "SequenceClassification" else ""
     again = f"trl {command} --model_name_or_path {output_dir} --dataset_name {script.dataset_name or '...'}"
     if getattr(script, "reward_funcs", None):
         again += f" --reward_funcs {shlex.join(script.reward_funcs)}"

@@ -158,6 +158,8 @@ def model_card(
     package = "peft" if adapter else "transformers"
     # The folder of an adapter does not say how many numbers its head gives; transformers would guess two.
     more = ", num_labels=1" if adapter and head == "SequenceClassification" else ""
+    # Nor with what it pads: a score is read at the last token that is not padding.
+    padding = "\nmodel.config.pad_token_id = tokenizer.pad_token_id" if more else ""
     thing = "A LoRA adapter for" if adapter else "A model fine-tuned from"
     return _CARD.format(
         header=yaml.safe_dump(
@@ -166,7 +168,8 @@ def model_card(
         name=name,
         what=f"{thing} `{base or 'a model built in code'}`, trained by {words}.",
         use=f"from {package} import {opener}\nfrom transformers import AutoTokenizer\n\n"
-        f'model = {opener}.from_pretrained("{name}"{more})\ntokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {opener}.from_pretrained("{name}"{more})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"){padding}',
         training="\n".join(f"- {line}" for line in data),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         version=__version__,
