@@ -25,6 +25,12 @@ def check(ours, theirs, what):
             assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (what, expected["step"], name)
 
 
+def table(path):
+    """The first round as it is written for reading by eye."""
+    lines = (path / "completions" / "completions_00000.jsonl").read_text().splitlines()
+    return [(row["prompt"], row["completion"], row["reward"]) for row in map(json.loads, lines)]
+
+
 def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
     alone = {}
@@ -43,10 +49,10 @@ def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
     for name, expected in alone.items():
         whole, resumed = json.loads((tmp_path / f"{name}.json").read_text())
         check(whole, expected, name)
-        # Resumed by as many ranks it is the uninterrupted run, bit for bit.
-        assert [line for line in resumed if "loss" in line] == [line for line in whole if "loss" in line], name
-        table = (tmp_path / f"ranks-{name}" / "completions" / "train-000000.jsonl").read_text()
-        assert table == (tmp_path / f"alone-{name}" / "completions" / "train-000000.jsonl").read_text()
+        # Resumed by as many ranks it is the uninterrupted run but for rounding: DDP adds gradients up in another order
+        # in its first step.
+        check(resumed, whole, name)
+        assert table(tmp_path / f"ranks-{name}") == table(tmp_path / f"alone-{name}")
     other = json.loads((tmp_path / "other.json").read_text())
     check([line for line in other if line["step"] > 3], [line for line in alone["RLOO-3"] if line["step"] > 3], "other")
     # The round is in the checkpoint once: its numbers with the first rank, the tokens with their holders.
@@ -55,6 +61,7 @@ def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
         for rank in range(4)
     ]
     assert ["round" in state for state in states] == [True, False, False, False]
-    [step] = [states[0]["round"]["sizes"]]
-    lengths = states[0]["round"]["table"][states[0]["round"]["table"][:, 4] >= 0, 2].sum()
-    assert sum(len(state["round_tokens"]["words"]) for state in states) == 3 * lengths and len(step) == 1
+    numbers = states[0]["round"]["table"]
+    lengths = numbers[numbers[:, 4] >= 0, 2].sum()  # of those that a rank holds
+    assert len(states[0]["round"]["sizes"]) == 1 and lengths > 0
+    assert sum(len(state["round_tokens"]["words"]) for state in states) == 3 * lengths
