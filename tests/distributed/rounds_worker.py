@@ -22,7 +22,7 @@ def make(path, tokenizer, method, prompts, ranks):
         path, tokenizer, method, rows=rows, eval_rows=rows, per_device_train_batch_size=4 // ranks,
         gradient_accumulation_steps=1, num_generations=2, steps_per_generation=2, num_iterations=2, beta=0.05,
         max_steps=6, eval_strategy="steps", eval_steps=3, max_tokens_per_micro_batch=20, save_strategy="steps",
-        save_steps=3, log_completions=True, num_completions_to_print=0,
+        save_steps=3, log_completions=True, num_completions_to_print=1,
     )  # fmt: skip
 
 
