@@ -149,7 +149,8 @@ def test_fsdp2_equals_one_process(tmp_path, smol_path, precision):
         name = "-".join(map(str, case))
         model = worker.fsdp_model(adapter, tied)
         if precision == "bf16":
-            model.bfloat16()
+            for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
+                parameter.data = parameter.data.bfloat16()
         attachment = attach(model)
         batches = [attachment.batch(worker.fsdp_trees(rank)) for rank in range(2)]
         items = sum(batch["target_N"].shape[0] for batch in batches)

@@ -439,6 +439,8 @@ def few(name, path, tokenizer, rows, ranks):
             per_device_train_batch_size=4 // ranks, **settings,
         )  # fmt: skip
     settings["per_device_train_batch_size"] = batch
+    if name == "KTO" and rows == 1:
+        settings["loss_type"] = "apo_zero_unpaired"  # the other compares with rows of other prompts
     kinds = {"SFT": chat_rows, "KTO": labelled_rows, "BCO": labelled_rows, "PRM": step_rows}
     data = kinds.get(name, pair_rows)(4)[:rows]
     if name == "SFT":
