@@ -456,7 +456,7 @@ DRAWN = ("GRPO", "RLOO")
 
 def lines(run):
     """What a run logged, without times."""
-    apart = ("runtime", "second", "preparation_time")
+    apart = ("runtime", "second", "preparation_time", "step_time")
     return [
         {key: value for key, value in line.items() if not key.endswith(apart)}
         for line in run.state.log_history
