@@ -1,5 +1,6 @@
 """Rows, models and a run of a few steps, for every trainer's tests."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +141,8 @@ def preference(
     """A trainer of judged completions: `method` is the beginning of its name, as in DPO."""
     config = getattr(trl, f"{method}Config")(**{**DEFAULTS, "output_dir": str(tmp_path), **settings})
     further = {} if ref_model is None else {"ref_model": ref_model}
+    if method == "Reward":
+        tokenizer = copy.deepcopy(tokenizer)  # its padding may change, and with it the next tiny model
     return getattr(trl, f"{method}Trainer")(
         model=model,
         args=config,
