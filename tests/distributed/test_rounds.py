@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def check(ours, theirs, what):
-    assert len(ours) == len(theirs) > 6, what
+    assert len(ours) == len(theirs) >= 6, what
     for line, expected in zip(ours, theirs, strict=True):
         assert line.keys() == expected.keys(), what
         for name, value in expected.items():
@@ -29,6 +29,11 @@ def table(path):
     """The first round as it is written for reading by eye."""
     lines = (path / "completions" / "completions_00000.jsonl").read_text().splitlines()
     return [(row["prompt"], row["completion"], row["reward"]) for row in map(json.loads, lines)]
+
+
+def steps(lines):
+    """Without the summary at the end, which is of the steps of one call."""
+    return [line for line in lines if "train_loss" not in line]
 
 
 def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
@@ -51,10 +56,10 @@ def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
         check(whole, expected, name)
         # Resumed by as many ranks it is the uninterrupted run but for rounding: DDP adds gradients up in another order
         # in its first step.
-        check(resumed, whole, name)
+        check(steps(resumed), steps(whole), name)
         assert table(tmp_path / f"ranks-{name}") == table(tmp_path / f"alone-{name}")
     other = json.loads((tmp_path / "other.json").read_text())
-    check([line for line in other if line["step"] > 3], [line for line in alone["RLOO-3"] if line["step"] > 3], "other")
+    check(*([line for line in steps(each) if line["step"] > 3] for each in (other, alone["RLOO-3"])), "other")
     # The round is in the checkpoint once: its numbers with the first rank, the tokens with their holders.
     states = [
         torch.load(tmp_path / "ranks-RLOO-3" / "checkpoint-3" / f"trl_state_{rank}.pt", weights_only=True)["method"]
