@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def check(ours, theirs, what):
-    assert len(ours) == len(theirs) >= 6, what
+    assert len(ours) == len(theirs) > 0, what
     for line, expected in zip(ours, theirs, strict=True):
         assert line.keys() == expected.keys(), what
         for name, value in expected.items():
