@@ -1008,7 +1008,7 @@ def instead(name: str) -> str | None:
 
 
 def absence(module: str, name: str) -> str:
-    """Why a module has no such name, and what there is instead."""
+    """Say why a module lacks the name, and name the replacement."""
     from difflib import get_close_matches
 
     opening = f"module {module!r} has no attribute {name!r}"

@@ -231,7 +231,7 @@ eval_steps: 3
     assert (report["train"]["rows_read"], report["eval"]["rows_read"]) == (12, 4)
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3]
-    # The same, typed: rows set aside for an evaluation that is not asked for are said.
+    # The same as options: a notice names the rows set aside, because no evaluation is asked for.
     typed = ("sft", "--model_name_or_path", tiny_path, "--output_dir", "typed", *FEW)
     sums = {"path": "sums.jsonl", "columns": {"prompt": "question", "completion": "answer"}, "fraction": 0.8}
     answer = trl_command(*typed, "--datasets", rows_file, json.dumps(sums), "--test_split_size", 0.25)
