@@ -81,9 +81,7 @@ def trainer_of(method: str, options: argparse.Namespace, folder: str) -> Any:
         **common, per_device_train_batch_size=8, steps_per_generation=2, num_generations=8, max_completion_length=16,
         learning_rate=1e-5, beta=0.04,
     )  # fmt: skip
-    return trl.GRPOTrainer(
-        model, shortness, args, train_dataset=[{"prompt": prompt} for prompt, _, _ in rows], **rest
-    )
+    return trl.GRPOTrainer(model, shortness, args, train_dataset=[{"prompt": prompt} for prompt, _, _ in rows], **rest)
 
 
 def losses(method: str, options: argparse.Namespace) -> list[list[str]]:
@@ -112,7 +110,9 @@ def main() -> None:
     known = json.loads(options.against.read_text(encoding="utf-8")) if options.against else found
     differ = False
     for method, lines in found.items():
-        first = next((step for step, pair in enumerate(zip(lines, known[method], strict=True)) if pair[0] != pair[1]), None)
+        first = next(
+            (step for step, pair in enumerate(zip(lines, known[method], strict=True)) if pair[0] != pair[1]), None
+        )
         differ |= first is not None
         verdict = "equal" if first is None else f"differ from step {first + 1} on"
         ends = f"{float.fromhex(lines[0][0]):.4f} -> {float.fromhex(lines[-1][0]):.4f}"

@@ -9,7 +9,7 @@ import pytest
 
 import trl
 from tests.trainer.helpers import chat_rows
-from trl import ModelConfig, config, options
+from trl import ModelConfig, notices, options
 from trl.losses import policy, preference, reference_free
 
 METHODS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "BCO", "Reward", "PRM", "GRPO", "RLOO")
@@ -18,7 +18,7 @@ CONFIGS = [getattr(trl, f"{name}Config") for name in METHODS]
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(config, "_said", set())
+    monkeypatch.setattr(notices, "_printed", set())
     monkeypatch.chdir(tmp_path)
 
 

@@ -4,68 +4,143 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import compat
-
-__version__ = "2.0.0.dev0"
+from .methods import METHODS
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .callbacks import SyncRefModelCallback
-    from .cli.parser import TrlParser
-    from .compat import FDivergenceType
-    from .config import ModelConfig, ScriptArguments
-    from .data.completion_only import DataCollatorForCompletionOnlyLM
-    from .data.convert import (
-        apply_chat_template,
-        extract_prompt,
-        is_conversational,
-        is_conversational_from_value,
-        maybe_apply_chat_template,
-        maybe_convert_to_chatml,
-        maybe_extract_prompt,
-        maybe_unpair_preference_dataset,
-        unpair_preference_dataset,
+    from .callbacks import (
+        SyncRefModelCallback as SyncRefModelCallback,
     )
-    from .data.mixture import DatasetMixtureConfig, get_dataset
-    from .data.packing import pack_dataset
-    from .engine.reference import create_reference_model
-    from .models.adapters import get_peft_config
-    from .models.load import get_quantization_config
-    from .models.vocabulary import clone_chat_template
-    from .trainer.bco import BCOConfig, BCOTrainer
-    from .trainer.cpo import CPOConfig, CPOTrainer
-    from .trainer.dpo import DPOConfig, DPOTrainer
-    from .trainer.grpo import GRPOConfig, GRPOTrainer
-    from .trainer.kto import KTOConfig, KTOTrainer
-    from .trainer.orpo import ORPOConfig, ORPOTrainer
-    from .trainer.prm import PRMConfig, PRMTrainer
-    from .trainer.reward import RewardConfig, RewardTrainer
-    from .trainer.rloo import RLOOConfig, RLOOTrainer
-    from .trainer.sft import SFTConfig, SFTTrainer
+    from .cli.parser import (
+        TrlParser as TrlParser,
+    )
+    from .compat import (
+        FDivergenceType as FDivergenceType,
+    )
+    from .config import (
+        ModelConfig as ModelConfig,
+    )
+    from .config import (
+        ScriptArguments as ScriptArguments,
+    )
+    from .data.completion_only import (
+        DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM,
+    )
+    from .data.convert import (
+        apply_chat_template as apply_chat_template,
+    )
+    from .data.convert import (
+        extract_prompt as extract_prompt,
+    )
+    from .data.convert import (
+        is_conversational as is_conversational,
+    )
+    from .data.convert import (
+        is_conversational_from_value as is_conversational_from_value,
+    )
+    from .data.convert import (
+        maybe_apply_chat_template as maybe_apply_chat_template,
+    )
+    from .data.convert import (
+        maybe_convert_to_chatml as maybe_convert_to_chatml,
+    )
+    from .data.convert import (
+        maybe_extract_prompt as maybe_extract_prompt,
+    )
+    from .data.convert import (
+        maybe_unpair_preference_dataset as maybe_unpair_preference_dataset,
+    )
+    from .data.convert import (
+        unpair_preference_dataset as unpair_preference_dataset,
+    )
+    from .data.mixture import (
+        DatasetMixtureConfig as DatasetMixtureConfig,
+    )
+    from .data.mixture import (
+        get_dataset as get_dataset,
+    )
+    from .data.packing import (
+        pack_dataset as pack_dataset,
+    )
+    from .engine.reference import (
+        create_reference_model as create_reference_model,
+    )
+    from .models.adapters import (
+        get_peft_config as get_peft_config,
+    )
+    from .models.load import (
+        get_quantization_config as get_quantization_config,
+    )
+    from .models.vocabulary import (
+        clone_chat_template as clone_chat_template,
+    )
+    from .trainer.bco import (
+        BCOConfig as BCOConfig,
+    )
+    from .trainer.bco import (
+        BCOTrainer as BCOTrainer,
+    )
+    from .trainer.cpo import (
+        CPOConfig as CPOConfig,
+    )
+    from .trainer.cpo import (
+        CPOTrainer as CPOTrainer,
+    )
+    from .trainer.dpo import (
+        DPOConfig as DPOConfig,
+    )
+    from .trainer.dpo import (
+        DPOTrainer as DPOTrainer,
+    )
+    from .trainer.grpo import (
+        GRPOConfig as GRPOConfig,
+    )
+    from .trainer.grpo import (
+        GRPOTrainer as GRPOTrainer,
+    )
+    from .trainer.kto import (
+        KTOConfig as KTOConfig,
+    )
+    from .trainer.kto import (
+        KTOTrainer as KTOTrainer,
+    )
+    from .trainer.orpo import (
+        ORPOConfig as ORPOConfig,
+    )
+    from .trainer.orpo import (
+        ORPOTrainer as ORPOTrainer,
+    )
+    from .trainer.prm import (
+        PRMConfig as PRMConfig,
+    )
+    from .trainer.prm import (
+        PRMTrainer as PRMTrainer,
+    )
+    from .trainer.reward import (
+        RewardConfig as RewardConfig,
+    )
+    from .trainer.reward import (
+        RewardTrainer as RewardTrainer,
+    )
+    from .trainer.rloo import (
+        RLOOConfig as RLOOConfig,
+    )
+    from .trainer.rloo import (
+        RLOOTrainer as RLOOTrainer,
+    )
+    from .trainer.sft import (
+        SFTConfig as SFTConfig,
+    )
+    from .trainer.sft import (
+        SFTTrainer as SFTTrainer,
+    )
 
-_home = {
-    "BCOConfig": "trl.trainer.bco",
-    "BCOTrainer": "trl.trainer.bco",
-    "CPOConfig": "trl.trainer.cpo",
-    "CPOTrainer": "trl.trainer.cpo",
-    "DPOConfig": "trl.trainer.dpo",
-    "DPOTrainer": "trl.trainer.dpo",
+_HOMES = {
+    **{f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")},
     "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat",
-    "GRPOConfig": "trl.trainer.grpo",
-    "GRPOTrainer": "trl.trainer.grpo",
-    "KTOConfig": "trl.trainer.kto",
-    "KTOTrainer": "trl.trainer.kto",
     "ModelConfig": "trl.config",
-    "ORPOConfig": "trl.trainer.orpo",
-    "ORPOTrainer": "trl.trainer.orpo",
-    "PRMConfig": "trl.trainer.prm",
-    "PRMTrainer": "trl.trainer.prm",
-    "RLOOConfig": "trl.trainer.rloo",
-    "RLOOTrainer": "trl.trainer.rloo",
-    "RewardConfig": "trl.trainer.reward",
-    "RewardTrainer": "trl.trainer.reward",
-    "SFTConfig": "trl.trainer.sft",
-    "SFTTrainer": "trl.trainer.sft",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
     "TrlParser": "trl.cli.parser",
@@ -85,60 +160,16 @@ _home = {
     "pack_dataset": "trl.data.packing",
     "unpair_preference_dataset": "trl.data.convert",
 }
-
-__all__ = [
-    "BCOConfig",
-    "BCOTrainer",
-    "CPOConfig",
-    "CPOTrainer",
-    "DPOConfig",
-    "DPOTrainer",
-    "DataCollatorForCompletionOnlyLM",
-    "DatasetMixtureConfig",
-    "FDivergenceType",
-    "GRPOConfig",
-    "GRPOTrainer",
-    "KTOConfig",
-    "KTOTrainer",
-    "ModelConfig",
-    "ORPOConfig",
-    "ORPOTrainer",
-    "PRMConfig",
-    "PRMTrainer",
-    "RLOOConfig",
-    "RLOOTrainer",
-    "RewardConfig",
-    "RewardTrainer",
-    "SFTConfig",
-    "SFTTrainer",
-    "ScriptArguments",
-    "SyncRefModelCallback",
-    "TrlParser",
-    "__version__",
-    "apply_chat_template",
-    "clone_chat_template",
-    "create_reference_model",
-    "extract_prompt",
-    "get_dataset",
-    "get_peft_config",
-    "get_quantization_config",
-    "is_conversational",
-    "is_conversational_from_value",
-    "maybe_apply_chat_template",
-    "maybe_convert_to_chatml",
-    "maybe_extract_prompt",
-    "maybe_unpair_preference_dataset",
-    "pack_dataset",
-    "unpair_preference_dataset",
-]
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _home:
+    home = _HOMES.get(name)
+    if home is None:
         if today := compat.renamed(name):
             return getattr(import_module("trl"), today)
         raise AttributeError(compat.absence("trl", name))
-    value = getattr(import_module(_home[name]), name)
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -22,6 +22,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from trl.methods import METHODS
+
 # --- what a row can say ---------------------------------------------------------------------------------------------
 
 
@@ -646,20 +648,17 @@ HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
 # either. What is public in `trl` is found in each of them, and what is public in `trl.rewards` in its own.
 PATHS = {
     "trl.trainer": "",
-    **{
-        f"trl.trainer.{method}_{part}": ""
-        for method in ("sft", "dpo", "kto", "orpo", "cpo", "bco", "reward", "prm", "grpo", "rloo")
-        for part in ("trainer", "config")
-    },
+    **{f"trl.trainer.{method}_{part}": "" for method in METHODS for part in ("trainer", "config")},
     "trl.trainer.model_config": "",
     **{f"trl.trainer.{part}": "" for part in ("utils", "callbacks", "base_config", "base_trainer")},
     **{f"trl.{part}": "" for part in ("data_utils", "chat_template_utils", "models", "models.utils", "import_utils")},
     "trl.experimental": "",
     "trl.experimental.utils": "",
-    **{f"trl.experimental.{method}": "" for method in ("kto", "orpo", "cpo", "bco", "prm")},
+    **{f"trl.experimental.{method}": "" for method, row in METHODS.items() if row.experimental},
     **{
         f"trl.experimental.{method}.{method}_{part}": ""
-        for method in ("kto", "orpo", "cpo", "bco", "prm")
+        for method, row in METHODS.items()
+        if row.experimental
         for part in ("trainer", "config")
     },
     **{f"trl.rewards.{part}_rewards": "" for part in ("accuracy", "format", "other")},
@@ -762,9 +761,9 @@ def _hint(cls: type, word: str, accepted: Iterable[str], rows: Mapping[str, Row]
 
 
 def _say(sentence: str) -> None:
-    from trl.config import say_once
+    from trl.notices import notify_once
 
-    say_once(sentence)
+    notify_once(sentence)
 
 
 # --- classes --------------------------------------------------------------------------------------------------------

@@ -11,16 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from trl import options
-
-_said: set[str] = set()
-
-
-def say_once(sentence: str) -> None:
-    """A notice that the user should see once a process, whatever constructs it."""
-    if sentence not in _said:
-        _said.add(sentence)
-        print(f"trl: {sentence}", flush=True)
-
+from trl.notices import notify_once
 
 adopt: Callable[[type], None] | None = None  # `trl.compat` puts here what teaches a class its older words
 
@@ -142,12 +133,14 @@ class ModelConfig(Adoptable):
         ]
         asked = [f"{name}={getattr(self, name)!r}" for name in of_adapter]
         if asked and self.use_peft is None:
-            say_once(f"{', '.join(asked)}: an adapter is trained, as with use_peft=True (use_peft=False: all weights)")
+            notify_once(
+                f"{', '.join(asked)}: an adapter is trained, as with use_peft=True (use_peft=False: all weights)"
+            )
         elif asked and not self.use_peft:
-            say_once(f"{', '.join(asked)} has no effect with use_peft=False")
+            notify_once(f"{', '.join(asked)} has no effect with use_peft=False")
         self.use_peft = bool(asked) if self.use_peft is None else self.use_peft
         for sentence in options.unused(self):
-            say_once(sentence)
+            notify_once(sentence)
 
 
 @dataclass
@@ -202,7 +195,7 @@ class BaseConfig(Adoptable, TrainingArguments):
             self.bf16 = accelerator and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         elif self.bf16 and not accelerator and not self.use_cpu:
             self.use_cpu = True
-            say_once("no accelerator here: bf16=True runs on the CPU, in bfloat16 autocast")
+            notify_once("no accelerator here: bf16=True runs on the CPU, in bfloat16 autocast")
         options.check(self)
         # transformers calls it activation checkpointing from 5.2x on, and keeps the old name as an alias that warns.
         if hasattr(self, "activation_checkpointing"):
@@ -211,7 +204,7 @@ class BaseConfig(Adoptable, TrainingArguments):
                     setattr(self, f"activation_checkpointing{theirs}", getattr(self, f"gradient_checkpointing{ours}"))
         super().__post_init__()
         for sentence in options.unused(self):
-            say_once(sentence)
+            notify_once(sentence)
         self.logging_nan_inf_filter = False  # it would hide from the check what it looks for
 
 
@@ -260,8 +253,10 @@ class SequenceFields:
 def _names(columns: str) -> dict[str, str]:
     """`a=b,c=d`, or an object in JSON, as a dictionary."""
     try:
-        found = json.loads(columns) if columns.lstrip().startswith("{") else dict(
-            pair.split("=") for pair in columns.replace(",", " ").split()
+        found = (
+            json.loads(columns)
+            if columns.lstrip().startswith("{")
+            else dict(pair.split("=") for pair in columns.replace(",", " ").split())
         )
     except ValueError as error:
         raise ValueError(

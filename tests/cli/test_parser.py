@@ -254,9 +254,9 @@ def test_help_of_a_training_command_fits_two_screens(command: str) -> None:
     ],
 )
 def test_older_words(argv: str, field: str, expected: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from trl.config import _said
+    from trl.notices import _printed
 
-    _said.clear()
+    _printed.clear()
     config = sft_parser().parse(argv.split())[-1]
     assert getattr(config, field) == expected
     asks_for_nothing = argv.startswith(("--adafactor false", "--no_adafactor"))

@@ -76,9 +76,7 @@ def names():
             name for name, value in vars(module).items() if getattr(value, "__module__", None) == path
         ]
         found[path] = sorted(
-            name
-            for name in listed
-            if not name.startswith("_") and not inspect.ismodule(getattr(module, name, None))
+            name for name in listed if not name.startswith("_") and not inspect.ismodule(getattr(module, name, None))
         )
     found["trl"] = sorted(name for name in trl.__all__ if not inspect.ismodule(getattr(trl, name, None)))
     return dict(sorted(found.items()))
@@ -162,9 +160,7 @@ def record():
 def record_older():
     table = json.loads(PLACE.read_text(encoding="utf-8"))
     for method, home in OLDER.items():
-        table["parameters"][f"{method}Trainer"] = parameters(
-            getattr(importlib.import_module(home), f"{method}Trainer")
-        )
+        table["parameters"][f"{method}Trainer"] = parameters(getattr(importlib.import_module(home), f"{method}Trainer"))
     return table
 
 

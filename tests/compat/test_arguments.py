@@ -19,7 +19,7 @@ from trl import (
     RewardConfig,
     RLOOConfig,
     compat,
-    config,
+    notices,
 )
 from trl.config import BaseConfig, ModelConfig, ScriptArguments
 from trl.trainer.sft import SFTConfig
@@ -96,7 +96,7 @@ REMOVED = {
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "_said", set())
+    monkeypatch.setattr(notices, "_printed", set())
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.delenv("WANDB_DISABLED", raising=False)
     monkeypatch.chdir(tmp_path)

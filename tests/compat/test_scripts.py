@@ -21,7 +21,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
     compat,
-    config,
+    notices,
 )
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
@@ -35,7 +35,7 @@ def tokenizer(smol_path):
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "_said", set())
+    monkeypatch.setattr(notices, "_printed", set())
     monkeypatch.setattr(compat, "_flag_is_open", True)
     monkeypatch.setattr(sys, "argv", ["sft_train.py"])
     monkeypatch.delenv("WANDB_DISABLED", raising=False)

@@ -121,9 +121,7 @@ def test_blocks_of_reasoning_and_calls() -> None:
     ],
 )
 def test_marks_of_messages(flags: list[Any], found: list[bool] | None) -> None:
-    talk = [
-        message if flag is None else {**message, "train": flag} for message, flag in zip(TALK, flags, strict=True)
-    ]
+    talk = [message if flag is None else {**message, "train": flag} for message, flag in zip(TALK, flags, strict=True)]
     assert pop_flags(talk, "row 0: `m`") == found
     assert all("train" not in message for message in talk)
 

@@ -17,7 +17,7 @@ from transformers import (
     pipeline,
 )
 
-from trl import config
+from trl import notices
 from trl.rollout import reward_models
 from trl.rollout.score import RewardError, RewardFunctions
 
@@ -29,7 +29,7 @@ TEXTS = ["Paris.", "It is Lyon, I think.", "", "4"]
 @pytest.fixture(autouse=True)
 def said(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     sentences: set[str] = set()
-    monkeypatch.setattr(config, "_said", sentences)
+    monkeypatch.setattr(notices, "_printed", sentences)
     return sentences
 
 

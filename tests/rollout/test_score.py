@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from trl import config
+from trl import notices
 from trl.rewards.shapes import Messages, Text, text_of
 from trl.rollout import score
 from trl.rollout.score import RewardError, RewardFunctions
@@ -41,9 +41,9 @@ def chat(values: list[str], role: str) -> list[list[dict[str, str]]]:
 
 @pytest.fixture(autouse=True)
 def said(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """What `say_once` said in this test."""
+    """What `notify_once` said in this test."""
     sentences: set[str] = set()
-    monkeypatch.setattr(config, "_said", sentences)
+    monkeypatch.setattr(notices, "_printed", sentences)
     return sentences
 
 

@@ -157,9 +157,7 @@ def test_compute_loss_func_is_the_loss_of_evaluation_too(tmp_path, tokenizer, me
     settings = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     settings["per_device_eval_batch_size"] = 4
     plain = made(SFTTrainer, tmp_path, tokenizer, eval_rows=chat_rows(6), settings=settings)
-    trainer = made(
-        SFTTrainer, tmp_path, tokenizer, eval_rows=chat_rows(6), settings=settings, compute_loss_func=own
-    )
+    trainer = made(SFTTrainer, tmp_path, tokenizer, eval_rows=chat_rows(6), settings=settings, compute_loss_func=own)
     expected = 42 if mean else 2 * plain.evaluate()["eval_loss"]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     expected = 42 if mean else 2 * trained_loss(plain)
@@ -297,9 +295,7 @@ def test_standard_collators_take_effect(tmp_path, tokenizer):
         for name in ("target_N", "seq_N", "row_S"):
             assert torch.equal(batch[name], expected[name]), (collator, name)
         assert any("says which tokens are trained" in line for line in trainer.report())
-    trainer = made(
-        SFTTrainer, tmp_path, tokenizer, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    )
+    trainer = made(SFTTrainer, tmp_path, tokenizer, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
     row = trainer.train_dataset[0]
     target = trainer.data_collator([row])["target_N"].tolist()
     assert target == [token for token in row["input_ids"][1:] if token != tokenizer.pad_token_id]
@@ -421,9 +417,7 @@ def test_hooks_of_upstream_are_refused_and_ours_named(tmp_path, tokenizer):
 
 def test_the_hooks_are_not_ours_and_their_replacements_are():
     for name, hooks in HOOKS.items():
-        cls = getattr(trl, name, None) or next(
-            part for part in GRPOTrainer.__mro__ if part.__name__ == name
-        )
+        cls = getattr(trl, name, None) or next(part for part in GRPOTrainer.__mro__ if part.__name__ == name)
         ours = [part for part in cls.__mro__ if part.__module__.split(".")[0] == "trl"]
         for hook, (replacements, _) in hooks.items():
             # A public one may be there to be called; what the trainer calls is another.

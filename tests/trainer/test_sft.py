@@ -154,7 +154,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, tokenizer):
 def test_data_parallel_is_never_entered(tmp_path, tokenizer, monkeypatch, capsys):
     config = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     config._n_gpu = 2
-    monkeypatch.setattr("trl.config._said", set())
+    monkeypatch.setattr("trl.notices._printed", set())
     trainer = SFTTrainer(tiny(tokenizer), config, train_dataset=chat_rows(2), processing_class=tokenizer)
     assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == config.per_device_train_batch_size
     assert "accelerate launch" in capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_data_parallel_is_never_entered(tmp_path, tokenizer, monkeypatch, capsys
 def test_bf16_runs_on_the_cpu_and_is_said_once(tmp_path, tokenizer, monkeypatch, capsys):
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator here")
-    monkeypatch.setattr("trl.config._said", set())
+    monkeypatch.setattr("trl.notices._printed", set())
     first, second = (SFTConfig(output_dir=str(tmp_path), bf16=True, report_to="none", max_steps=2) for _ in range(2))
     assert capsys.readouterr().out.count("bf16=True runs on the CPU") == 1
     assert first.use_cpu and second.mixed_precision == "bf16"

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from trl import __version__
 from trl.cli import UsageError, nearest
 from trl.compat import instead
+from trl.methods import METHODS
+from trl.version import __version__
 
 
 class Command(NamedTuple):
@@ -24,18 +25,9 @@ class Command(NamedTuple):
 
 # Each module has `run(argv, command) -> int`.
 COMMANDS = {
-    "sft": Command("trl.cli.train", "supervised fine-tuning: texts, chats, prompts with completions"),
-    "dpo": Command("trl.cli.train", "preferences: pairs of a better and a worse completion"),
-    "kto": Command("trl.cli.train", "preferences: completions labelled good or bad"),
-    "orpo": Command("trl.cli.train", "fine-tuning and preferences at once, without a reference model"),
-    "cpo": Command("trl.cli.train", "pairs without a reference model: CPO, SimPO, AlphaPO"),
-    "bco": Command("trl.cli.train", "completions labelled good or bad, as a binary classifier"),
-    "grpo": Command("trl.cli.train", "the model's own completions, judged by reward functions, compared in groups"),
-    "rloo": Command("trl.cli.train", "the same by REINFORCE, each completion against the mean of the others"),
-    "reward": Command("trl.cli.train", "a reward model, from pairs"),
-    "prm": Command("trl.cli.train", "a process reward model, from labelled steps"),
-    "demo": Command("trl.cli.demo", "train a small real model here and now, offline, and see what it learned"),
-    "env": Command("trl.cli.env", "versions and devices, to paste into a report of a problem"),
+    **{name: Command("trl.cli.train", f"{row.title}: {row.summary}") for name, row in METHODS.items()},
+    "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and see what it learned"),
+    "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
 }
 
 

@@ -8,37 +8,11 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trl.cli import UsageError, hide_library_notes, launch
 from trl.cli.parser import Parser, set_environment
-
-
-class Method(NamedTuple):
-    name: str  # of its trainer and its configuration
-    summary: str
-    head: str = "CausalLM"  # what transformers calls the kind of model that comes out
-    judged: bool = False  # by reward functions, as it goes
-
-
-METHODS = {
-    "sft": Method("SFT", "Supervised fine-tuning: trains a model to continue as the rows do."),
-    "dpo": Method(
-        "DPO", "Direct preference optimisation and its family: trains on pairs of a better and a worse completion."
-    ),
-    "kto": Method("KTO", "Kahneman-Tversky optimisation: trains on completions that are labelled good or bad."),
-    "orpo": Method("ORPO", "Odds-ratio preference optimisation: fine-tunes and prefers at once, without a reference."),
-    "cpo": Method("CPO", "Contrastive preference optimisation, SimPO and AlphaPO: pairs without a reference."),
-    "bco": Method("BCO", "Binary classifier optimisation: trains on completions that are labelled good or bad."),
-    "reward": Method(
-        "Reward", "Reward model: trains a score that tells the better of two completions.", "SequenceClassification"
-    ),
-    "grpo": Method(
-        "GRPO", "Group-relative policy optimisation: trains on completions that reward functions judge.", judged=True
-    ),
-    "rloo": Method("RLOO", "REINFORCE leave-one-out: trains on completions that reward functions judge.", judged=True),
-    "prm": Method("PRM", "Process reward model: trains a label for each step of a solution.", "TokenClassification"),
-}
+from trl.methods import METHODS
 
 # What `--help` shows: the options people use, by what they are about. A sentence here stands for the field's own.
 COMMON = {
@@ -135,7 +109,7 @@ def _run(argv: Sequence[str], command: str) -> int:
             *(DatasetMixtureConfig, trl.ModelConfig, config_class),
         ],
         prog=f"trl {command}",
-        description=method.summary,
+        description=f"{method.title[0].upper()}{method.title[1:]}: trains on {method.summary}.",
         common=COMMON,
         notes=NOTES,
         foreign=launch.options,
@@ -255,15 +229,15 @@ def loading_arguments(model: Any) -> dict[str, Any]:
 
 def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
     """What is trained on, and what is evaluated on: None when nothing asks for evaluation."""
-    from trl.config import say_once
     from trl.data.formats import load
     from trl.data.mixture import load_mixture
+    from trl.notices import notify_once
 
     evaluates = config.eval_strategy != "no" or config.do_eval
     if not evaluates and script.dataset_test_split != "test":
-        say_once(f"dataset_test_split={script.dataset_test_split!r} has no effect without eval_strategy")
+        notify_once(f"dataset_test_split={script.dataset_test_split!r} has no effect without eval_strategy")
     if not evaluates and mixture is not None and mixture.test_split_size is not None:
-        say_once(
+        notify_once(
             f"test_split_size={mixture.test_split_size} sets rows aside, and without eval_strategy nothing reads them"
         )
     if mixture is not None:

@@ -130,9 +130,7 @@ def prepare_prompt_stream(
     if len(head) == 0:
         raise DataError(f"{name}: the stream has no rows.")
     options: dict[str, Any] = {"max_prompt_length": max_prompt_length, "chat_template_kwargs": chat_template_kwargs}
-    _, report = prepare_prompts(
-        head, tokenizer, columns=columns, skip_bad_rows=skip_bad_rows, name=name, **options
-    )
+    _, report = prepare_prompts(head, tokenizer, columns=columns, skip_bad_rows=skip_bad_rows, name=name, **options)
     report.looked_at = len(head)
     stream = _renamed(stream, columns, name, head.column_names)
     read = _reader(_renamed(head, columns, name), tokenizer, max_prompt_length, chat_template_kwargs, name)

@@ -557,9 +557,7 @@ def _other_split(there: Sequence[str], split: str, what: str) -> str:
     return found + split[len(wanted) :]
 
 
-def _take(
-    splits: Mapping[str, datasets.Dataset], split: str, what: str, file: Path | None = None
-) -> datasets.Dataset:
+def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str, file: Path | None = None) -> datasets.Dataset:
     if not splits:
         raise DataError(f"{what} has no splits at all.")
     if _split_name(split) not in splits:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl.config import say_once
+from trl.notices import notify_once
 
 from .shards import local_weights
 
@@ -35,7 +35,7 @@ def lora_config(settings: Any) -> Any:
     peft = require_peft("--use_peft trains a LoRA adapter")
     dropout, parameters = settings.lora_dropout, settings.lora_target_parameters
     if parameters and dropout:
-        say_once(
+        notify_once(
             f"lora_dropout={dropout} is left out: the adapter of a bare weight (lora_target_parameters) is added to "
             "the weight itself, where there is no input to drop"
         )
@@ -92,7 +92,7 @@ def for_training(model: nn.Module, peft_config: Any = None) -> nn.Module:
     if peft_config is not None:
         model = wrap(model, peft_config)
     elif release_adapter(model):
-        say_once("the model was loaded with a frozen adapter inside: the adapter trains")
+        notify_once("the model was loaded with a frozen adapter inside: the adapter trains")
     prepare_quantised(model)
     return model
 

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trl.config import say_once
+from trl.notices import notify_once
 
 from .adapters import require_peft
 from .shards import whole_shape
@@ -85,7 +85,7 @@ def _load(kind: Any, name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
         raise
     fresh = [key for key in found["missing_keys"] if key.split(".")[0] in ("score", "classifier")]
     if fresh:
-        say_once(
+        notify_once(
             f"{name_or_path} has no scoring head: a new one ({', '.join(sorted(fresh))}) is trained from the start"
         )
     return model
@@ -113,7 +113,7 @@ def tokenizer_of(processing_class: Any) -> Any:
     tokenizer = getattr(processing_class, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return processing_class
-    say_once(f"of the {type(processing_class).__name__} its tokenizer is used: text is what is trained on here")
+    notify_once(f"of the {type(processing_class).__name__} its tokenizer is used: text is what is trained on here")
     if not tokenizer.chat_template and getattr(processing_class, "chat_template", None):
         tokenizer.chat_template = processing_class.chat_template
     return tokenizer
@@ -162,7 +162,7 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-    say_once(f"the adapter in {folder} is of a language model: it is merged into the weights below the scoring head")
+    notify_once(f"the adapter in {folder} is of a language model: it is merged into the weights below the scoring head")
     config.task_type = None
     model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload()
     for parameter in model.parameters():  # PEFT froze them
@@ -314,7 +314,7 @@ def _placed(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _processes() == 1:
         return kwargs
     if _spread(kwargs.get("device_map")):
-        say_once(
+        notify_once(
             f"device_map={kwargs['device_map']!r} spreads one model over all devices; under a launcher each process "
             "holds a whole one on its own device"
         )

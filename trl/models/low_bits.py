@@ -150,9 +150,7 @@ def _like(p: Any, local: Tensor) -> Tensor:
     """A process's part as a tensor that is sharded as `p` is."""
     if not isinstance(p, DTensor):
         return local.view(p.shape)
-    return DTensor.from_local(
-        local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )
+    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def hold_in_float32(model: nn.Module, optim: str, autocast: bool) -> str | None:

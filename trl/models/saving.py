@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trl.config import say_once
+from trl.notices import notify_once
 
 from .adapters import has_adapter
 
@@ -26,7 +26,7 @@ def mend_generation_config(model: Any) -> None:
         return
     sampled, config.do_sample = config.do_sample, True  # settings of sampling were meant to be used
     if _refusal(config) is None:
-        say_once(
+        notify_once(
             "the model's generation_config has settings of sampling without do_sample=True, which transformers does "
             "not save: do_sample is set to True"
         )

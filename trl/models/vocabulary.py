@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from trl.config import say_once
+from trl.notices import notify_once
 
 from .load import ModelError, load_tokenizer
 from .shards import whole, whole_shape
@@ -121,7 +121,9 @@ def check_special_tokens(model: Any, tokenizer: Any) -> None:
     for config in configs:
         pad = getattr(config, "pad_token_id", None)
         if pad is not None and pad >= rows:
-            say_once(f"the model's pad_token_id {pad} lies outside its vocabulary of {rows:,} tokens: it is replaced")
+            notify_once(
+                f"the model's pad_token_id {pad} lies outside its vocabulary of {rows:,} tokens: it is replaced"
+            )
             config.pad_token_id = getattr(target, "pad_token_id", None)
 
 
@@ -207,7 +209,7 @@ def check_added_tokens(model: nn.Module, peft_config: Any, added: Sequence[int])
     span = f"{added[0]}-{added[-1]}" if len(added) > 1 else str(added[0])
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
     layers += [] if tied else ["lm_head"]
-    say_once(
+    notify_once(
         f"{len(added)} tokens were added (ids {span}), and the adapter does not train their embeddings: they stay the "
         "mean of the others. Set trainable_token_indices=[...] on the LoraConfig, the ids of those that the template "
         f"uses; or train whole layers with modules_to_save={layers}{', ensure_weight_tying=True' if tied else ''}"

@@ -33,11 +33,11 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from trl.config import say_once
 from trl.data.chat import end_tokens
 from trl.engine.linear import few_rows
 from trl.engine.score import causal_lm, evaluating
 from trl.models.shards import is_sharded
+from trl.notices import notify_once
 
 from .types import Completion, Request, Sampling
 
@@ -121,7 +121,7 @@ class InProcessSampler:
         if not hasattr(base, "_trl_sampled"):
             base._trl_sampled = fault = _first_fault(self, model)
             if fault is not None:
-                say_once(f"completions are drawn by the model's own generate, without refilling: {fault}")
+                notify_once(f"completions are drawn by the model's own generate, without refilling: {fault}")
         return base._trl_sampled is None
 
 

@@ -10,12 +10,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AutoConfig, Pipeline, PreTrainedTokenizerBase
 
-from trl.config import say_once
 from trl.data.chat import chat_template
 from trl.data.collate import Branch, Tree
 from trl.engine.scalar import scalars
 from trl.engine.score import Attachment, attach, causal_lm, evaluating
 from trl.models import load, shards
+from trl.notices import notify_once
 from trl.rewards.calls import Answer, Call, Log
 from trl.rewards.shapes import text_of
 
@@ -50,7 +50,7 @@ class _Judge:
                 text = template.render([*prompt, *turns], **self.template_kwargs)
                 texts.append(text if whole else template.without_tail(text, **self.template_kwargs))
             else:
-                say_once(
+                notify_once(
                     f"the tokenizer of {self.name} has no chat template: it reads the messages' texts line by line"
                 )
                 texts.append("\n".join(text_of([message]) for message in (*prompt, *turns)))
@@ -82,7 +82,7 @@ class ModelJudge(_Judge):
         self.ends_turn = getattr(self.config, "scores_end_of_turn", False)
         labels = getattr(self.config, "num_labels", 1)
         if labels > 1:
-            say_once(f"{self.name} has {labels} labels: the logit of the first is the reward")
+            notify_once(f"{self.name} has {labels} labels: the logit of the first is the reward")
         self.is_decoder = hasattr(self.config, "use_cache")
         self.attachment: Attachment | None = None
         self.attached = False
@@ -108,7 +108,7 @@ class ModelJudge(_Judge):
         try:
             self.attachment = attach(self.model)
         except Exception as error:  # any module that gives logits may judge
-            say_once(f"{self.name} is called as it is ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+            notify_once(f"{self.name} is called as it is ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
 
     def _token_ids(self, call: Call) -> list[list[int]]:
         plain = isinstance(call.prompts[0], str) or not getattr(self.tokenizer, "chat_template", None)
@@ -123,7 +123,9 @@ class ModelJudge(_Judge):
         )
         limit = min(int(limit) for limit in limits if limit)
         if any(len(ids) > limit for ids in rows):
-            say_once(f"{self.name} reads {limit} tokens at most: longer texts lose their beginning, but for one token")
+            notify_once(
+                f"{self.name} reads {limit} tokens at most: longer texts lose their beginning, but for one token"
+            )
             rows = [[ids[0], *ids[len(ids) - limit + 1 :]] if len(ids) > limit else ids for ids in rows]
         filler: int = self.pad_id or 0
         return [[filler] * (2 - len(ids)) + ids for ids in rows]  # what is scored stands after something

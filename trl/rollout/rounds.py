@@ -136,9 +136,7 @@ class Replay:
     def __init__(self, size: int, seed: int) -> None:
         self.seed, self.groups = seed, deque[list[TrainingTrace]](maxlen=size)
 
-    def replace(
-        self, groups: list[list[TrainingTrace]], number: int
-    ) -> tuple[list[list[TrainingTrace]], int]:
+    def replace(self, groups: list[list[TrainingTrace]], number: int) -> tuple[list[list[TrainingTrace]], int]:
         """Round `number` with groups from here in place of those without any advantage, and how many. What it has of
         its own is kept here for later rounds."""
         dull = [place for place, group in enumerate(groups) if not has_signal(group)]
@@ -188,9 +186,7 @@ def deal(samples: Sequence[TrainingTrace], ranks: int) -> list[int]:
     return holders
 
 
-def _dealt(
-    runs: list[list[int]], samples: Sequence[TrainingTrace], ranks: int, slack: float
-) -> tuple[int, list[int]]:
+def _dealt(runs: list[list[int]], samples: Sequence[TrainingTrace], ranks: int, slack: float) -> tuple[int, list[int]]:
     """The tokens of the rank that has most, and the rank of each sample."""
 
     def cost(run: list[int]) -> int:

@@ -31,9 +31,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from trl.config import say_once
 from trl.engine.score import causal_lm
 from trl.models.load import ModelError, load_tokenizer
+from trl.notices import notify_once
 from trl.rewards import REWARDS
 from trl.rewards.calls import (
     RESERVED,
@@ -190,7 +190,7 @@ class RewardFunctions:
         except ModelError as error:
             rows = base.get_input_embeddings().weight.shape[0]
             if self.tokenizer is not None and len(self.tokenizer) <= rows:
-                say_once(f"{model_name(base.config, base)} is read with the policy's tokenizer: {error}")
+                notify_once(f"{model_name(base.config, base)} is read with the policy's tokenizer: {error}")
                 return self.tokenizer
             raise RewardError(
                 f"the reward model {model_name(base.config, base)} has no tokenizer: {error}. Pass it in "
@@ -266,7 +266,7 @@ class RewardFunctions:
                     also = f" (and as {_SHAPES[other.messages]}: {_said(second)})"
                 else:
                     judge.messages = other.messages
-                    say_once(
+                    notify_once(
                         f"reward function {name!r} fails on {_SHAPES[call.messages]} ({_said(error)}) and works on "
                         f"{_SHAPES[other.messages]}: it is given those"
                     )
@@ -274,12 +274,12 @@ class RewardFunctions:
             with _naming(name, call, also, judge, time.monotonic() - began):
                 raise
         if answer.asked and judge.messages:
-            say_once(
+            notify_once(
                 f"reward function {name!r} looks for strings in prompts or completions, which are conversations: their "
                 "text is compared"
             )
         elif answer.asked:
-            say_once(
+            notify_once(
                 f"reward function {name!r} reads chat messages, and prompts and completions are strings: each answers "
                 "as one message"
             )
@@ -297,14 +297,14 @@ class RewardFunctions:
             if self._constant[index][1] == CONSTANT_CALLS:
                 shape = self.judges[index].messages
                 hint = " Completions are lists of messages: the text is `completion[-1]['content']`." if shape else ""
-                say_once(
+                notify_once(
                     f"reward function {name!r} gave {low:g} to every row {CONSTANT_CALLS} times in a row, lately to "
                     f"{_clip(call.completions[0])}: nothing is learnt from it like this.{hint}"
                 )
         unscored = table.isnan().all(1).nonzero()[:, 0].tolist()
         if unscored and not self._said_unscored:
             self._said_unscored = True
-            say_once(
+            notify_once(
                 f"{len(unscored)} of {len(table)} completions have no reward, because {_all_of(self.names)} gave None: "
                 f"row {unscored[0]} ({_clip(call.completions[unscored[0]])}) is the first. They are left out; give a "
                 "number in at least one function to train on them"
@@ -632,7 +632,7 @@ class _Endpoint:
             try:
                 json.dumps(values)
             except (TypeError, ValueError) as error:
-                say_once(f"the column {name} is not sent to {self.url}: {error}")
+                notify_once(f"the column {name} is not sent to {self.url}: {error}")
             else:
                 columns[name] = values
         body = {"prompts": list(call.prompts), "completions": list(call.completions), "columns": columns}

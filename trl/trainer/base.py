@@ -48,7 +48,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from trl import checkpoint
-from trl.config import Adoptable, BaseConfig, say_once
+from trl.config import Adoptable, BaseConfig
 from trl.data import formats, sources
 from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import PaddableRow, Tree, labelled
@@ -61,6 +61,7 @@ from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, low_bits, offload, saving, shards, vocabulary
 from trl.models.compiled import compile_tokenwise
 from trl.models.shards import keep_precision
+from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
 
 from . import overrides
@@ -160,7 +161,7 @@ class _BeforeTraining(TrainerCallback):
         self.trainer._check_what_users_made(kwargs.get("train_dataloader"))
         if state.global_step >= state.max_steps:
             done = f"all {state.max_steps:,} steps are done already" if state.max_steps else "max_steps is 0"
-            say_once(f"nothing is trained: {done}. Raise max_steps or num_train_epochs to train on")
+            notify_once(f"nothing is trained: {done}. Raise max_steps or num_train_epochs to train on")
 
 
 class BaseTrainer(Adoptable, Trainer):
@@ -255,9 +256,9 @@ class BaseTrainer(Adoptable, Trainer):
         given = {"eval_dataset": eval_dataset, "compute_metrics": compute_metrics,
                  "embedding_func": getattr(self, "embedding_func", None)}  # fmt: skip
         for sentence in unused_by_trainer(args, given):
-            say_once(sentence)
+            notify_once(sentence)
         if args.n_gpu > 1:
-            say_once(
+            notify_once(
                 f"{args.n_gpu} GPUs are visible and one is used: nn.DataParallel is never entered. "
                 "Start the script with `accelerate launch` to train on all of them."
             )
@@ -282,7 +283,7 @@ class BaseTrainer(Adoptable, Trainer):
                 f"{', '.join(init_kwargs)} are for a model given by name or path; this one is already loaded"
             )
         elif args.world_size > 1 and load.replace_device_map(model, args.device):
-            say_once(f"the model's device_map is dropped: each of the {args.world_size} processes holds it whole")
+            notify_once(f"the model's device_map is dropped: each of the {args.world_size} processes holds it whole")
         if processing_class is None:
             processing_class = load.load_tokenizer(model.config._name_or_path)
         self.processing_class = load.tokenizer_of(processing_class)
@@ -298,7 +299,7 @@ class BaseTrainer(Adoptable, Trainer):
         model = adapters.for_training(model, self.adapter_config(peft_config))
         held = low_bits.hold_in_float32(model, getattr(args.optim, "value", args.optim), bool(args.bf16 or args.fp16))
         if held:
-            say_once(held)
+            notify_once(held)
         saving.mend_generation_config(model)
         if args.disable_dropout:
             for module in model.modules():
@@ -442,7 +443,7 @@ class BaseTrainer(Adoptable, Trainer):
         """What is known of a loader and an optimizer of the user's own only when training begins."""
         sentence = overrides.sharding_notice(loader, self.args.world_size)
         if sentence is not None and overrides.is_overridden(self, "get_train_dataloader"):
-            say_once(sentence)
+            notify_once(sentence)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which put other parameters in their place
             overrides.check_optimizer(self.optimizer, self.model)
 
@@ -581,12 +582,12 @@ class BaseTrainer(Adoptable, Trainer):
         if resume_from_checkpoint:
             folder, passed = checkpoint.resolve(output_dir, resume_from_checkpoint, self._run)
             for sentence in passed:
-                say_once(sentence)
+                notify_once(sentence)
             adapters.check_resumed(folder, adapters.active_config(self.model))
-            say_once(f"resumed from {folder}: {checkpoint.step(folder)} steps are done")
+            notify_once(f"resumed from {folder}: {checkpoint.step(folder)} steps are done")
         elif self.is_world_process_zero():
             for sentence in checkpoint.earlier(output_dir, self._run):
-                say_once(sentence)
+                notify_once(sentence)
         self._started = checkpoint.started(folder) if folder else time.time()
         saving.try_saving(self.model, self.processing_class, self.args)
         set_seed(self.args.seed)  # dropout does not depend on what else drew since the trainer was made
@@ -631,7 +632,7 @@ class BaseTrainer(Adoptable, Trainer):
             # a run resumed in a later pass would begin the first one again.
             strategies = (args.eval_strategy, args.save_strategy, args.logging_strategy)
             if is_training and "epoch" in strategies:
-                say_once("a stream has no epochs: what is asked for once an epoch comes at the end; count in steps")
+                notify_once("a stream has no epochs: what is asked for once an epoch comes at the end; count in steps")
             batches = StreamBatches(
                 dataset,
                 batch_size,
@@ -853,7 +854,7 @@ class BaseTrainer(Adoptable, Trainer):
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None,
                 metric_key_prefix: str = "test") -> Any:  # fmt: skip
         if self.compute_metrics is None:
-            say_once("predict returns metrics alone: logits are kept where compute_metrics= asks for them")
+            notify_once("predict returns metrics alone: logits are kept where compute_metrics= asks for them")
         return super().predict(self.for_evaluation(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
@@ -937,7 +938,7 @@ class BaseTrainer(Adoptable, Trainer):
             base = getattr(getattr(causal_lm(self.model), "config", None), "_name_or_path", "")
             folder = Path(output_dir or self.args.output_dir)
             for sentence in checkpoint.set_aside(folder, adapters.has_adapter(self.model), base):
-                say_once(sentence)
+                notify_once(sentence)
 
     def rows_of_a_step(self) -> int:
         """How many rows an optimizer step is taken on, on all ranks."""
@@ -1043,7 +1044,7 @@ class BaseTrainer(Adoptable, Trainer):
             return  # another library's checkpoint
         paths = [folder / _RANK_STATE.format(rank=rank) for rank in range(world)]
         if not all(path.exists() for path in paths):
-            say_once(
+            notify_once(
                 f"{folder.name} holds the model alone: the optimizer, the counters and the data order start afresh"
             )
             return
@@ -1054,7 +1055,7 @@ class BaseTrainer(Adoptable, Trainer):
             state = states[-1]
             state["method"] = {**states[0]["method"], **state["method"]}
         else:
-            say_once(f"{folder.name} was written by {world} processes and is resumed by {self.args.world_size}")
+            notify_once(f"{folder.name} was written by {world} processes and is resumed by {self.args.world_size}")
             state = states[0]
             state["method"] = self.joined_state([each["method"] for each in states])
             state["tokens_seen"] = sum(each["tokens_seen"] for each in states) * (self.args.process_index == 0)
@@ -1088,7 +1089,9 @@ def _train_split(splits: dict[str, Any]) -> Any:
         )
     taken = next((name for name in splits if splits[name] is dataset), "train")
     others = ", ".join(str(name) for name in splits if name != taken)
-    say_once(f"train_dataset is a dictionary of splits: `{taken}` is trained on" + f", and not {others}" * bool(others))
+    notify_once(
+        f"train_dataset is a dictionary of splits: `{taken}` is trained on" + f", and not {others}" * bool(others)
+    )
     return dataset
 
 

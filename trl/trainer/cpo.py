@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trl.config import BaseConfig, PreferenceFields, RouterFields, say_once
+from trl.config import BaseConfig, PreferenceFields, RouterFields
 from trl.data.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.reference_free import LOSSES, MEAN_LOGP, alpha_reward
 from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
+from trl.notices import notify_once
 
 from .attributes import shows
 from .dpo import pair_batch
@@ -43,7 +44,7 @@ class CPOConfig(PreferenceFields, RouterFields, BaseConfig):
     def __post_init__(self) -> None:
         if self.loss_type == "alphapo":
             if self.cpo_alpha not in (0.0, 1.0):
-                say_once(f"cpo_alpha={self.cpo_alpha!r} has no effect with loss_type=alphapo, which sets it to 0")
+                notify_once(f"cpo_alpha={self.cpo_alpha!r} has no effect with loss_type=alphapo, which sets it to 0")
             self.loss_type = "simpo"
             self.cpo_alpha = 0.0
         if self.loss_type == "kto_pair":

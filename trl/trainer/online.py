@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
-from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields, say_once
+from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields
 from trl.data import formats, sources
 from trl.data.batches import RowBatches, StreamBatches
 from trl.data.collate import Tree
@@ -41,6 +41,7 @@ from trl.losses.advantages import total_reward, without_spread
 from trl.losses.tokens import Metric, largest, smallest
 from trl.models import offload
 from trl.models.shards import without_ddp
+from trl.notices import notify_once
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, gathered, packed, packed_tokens, rehomed, unpacked
 from trl.rollout.generate import InProcessSampler, describe, stop_ids
@@ -520,7 +521,7 @@ class OnlineTrainer(ReferencedTrainer):
         self.refill_position = prompts.position
         groups = (kept + dull)[:wanted]
         if len(kept) < wanted:
-            say_once(
+            notify_once(
                 f"dynamic_sampling: {len(kept)} of {wanted} groups have completions of different worth after "
                 f"{len(everything) // generations} prompts were drawn; the round goes on with them (see the metric "
                 "`groups/idle`)"

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from trl.data.batches import RowBatches, SamplerBatches
 from trl.engine.forest import Batch
+from trl.notices import notify_once
 
 ROWS = "rows of the batch"  # a kind of `_step_counts` beside those of the method
 OURS = ("trl", "transformers")
@@ -179,9 +180,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
             "optimizer_cls_and_kwargs= for its class and settings"
         )
     if missing:
-        from trl.config import say_once
-
-        say_once(
+        notify_once(
             f"the optimizer holds {count - len(missing)} of the {count} parameters that train; the others stay as they "
             f"are (the first is {missing[0]})"
         )

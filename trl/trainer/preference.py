@@ -22,7 +22,6 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from trl.checkpoint import write_file
-from trl.config import say_once
 from trl.data.mixture import Mixture
 from trl.data.preference import prepare_preference_stream, prepare_preferences
 from trl.data.report import DataReport
@@ -33,6 +32,7 @@ from trl.engine.score import causal_lm, evaluating
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import load, shards
 from trl.models.shards import is_sharded
+from trl.notices import notify_once
 from trl.rollout.generate import stop_ids
 
 from .attributes import shows
@@ -64,7 +64,7 @@ class PreferenceTrainer(BaseTrainer):
                     f"{type(collator).__name__} has max_length={length}: rows are cut when they are prepared; set "
                     f"max_length={length} in {type(self.args).__name__} and leave the collator out"
                 )
-            say_once(f"{type(collator).__name__} is left out: it pads, and batches are laid out without it here")
+            notify_once(f"{type(collator).__name__} is left out: it pads, and batches are laid out without it here")
             return None
         raise ValueError(
             f"{type(self).__name__} lays its batches out itself, prompts with their completions under them, which a "

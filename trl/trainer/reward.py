@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from trl.config import BaseConfig, PreferenceFields, say_once
+from trl.config import BaseConfig, PreferenceFields
 from trl.data.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.scalar import scalars
@@ -16,6 +16,7 @@ from trl.engine.score import causal_lm
 from trl.losses.reward import bradley_terry, centring
 from trl.losses.tokens import Metric, largest, mean, smallest
 from trl.models import load, vocabulary
+from trl.notices import notify_once
 
 from .dpo import pair_batch
 from .preference import PreferenceTrainer
@@ -54,7 +55,7 @@ class ScalarTrainer(PreferenceTrainer):
             peft_config.exclude_modules = ["score", "classifier"]  # the head is trained in full
         if peft_config.task_type == self.task_type:
             return peft_config
-        say_once(f"the adapter's task_type is {self.task_type} here, so that the scoring head trains and is saved")
+        notify_once(f"the adapter's task_type is {self.task_type} here, so that the scoring head trains and is saved")
         peft_config.task_type = self.task_type
         return peft_config
 
@@ -127,14 +128,14 @@ class RewardTrainer(ScalarTrainer):
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
             token = vocabulary.padding_token(tokenizer, ends, base.config.get_text_config().vocab_size)
             if token is None:
-                say_once(
+                notify_once(
                     f"{tokenizer.pad_token!r} is both padding and the end of a text, so that transformers reads the "
                     "score of the saved model one token before its end. The tokenizer has no other token to pad with: "
                     "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}), then "
                     "model.resize_token_embeddings(len(tokenizer))"
                 )
                 return
-            say_once(
+            notify_once(
                 f"padding is {token!r} in the saved tokenizer and model: texts end in {tokenizer.pad_token!r}, and "
                 "transformers reads a score at the last token that is not padding"
             )

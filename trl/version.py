@@ -1,0 +1,3 @@
+"""The version of this library; built packages read it here."""
+
+__version__ = "2.0.0.dev0"
