@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import compat
+from .compat import imports
 from .methods import METHODS
 from .version import __version__ as __version__
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cli.parser import (
         TrlParser as TrlParser,
     )
-    from .compat import (
+    from .compat.table import (
         FDivergenceType as FDivergenceType,
     )
     from .config import (
@@ -139,7 +139,7 @@ _HOMES = {
     **{f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")},
     "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
-    "FDivergenceType": "trl.compat",
+    "FDivergenceType": "trl.compat.table",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
@@ -166,9 +166,9 @@ __all__ = sorted([*_HOMES, "__version__"])
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
-        if today := compat.renamed(name):
+        if today := imports.renamed(name):
             return getattr(import_module("trl"), today)
-        raise AttributeError(compat.absence("trl", name))
+        raise AttributeError(imports.absence("trl", name))
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value
@@ -178,4 +178,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-compat.install()
+imports.install()

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from trl import options
+from trl.compat.arguments import adopt
 from trl.notices import notify_once
-
-adopt: Callable[[type], None] | None = None  # `trl.compat` puts here what teaches a class its older words
 
 
 class _Signature:
@@ -25,13 +23,12 @@ class _Signature:
 
 
 class Adoptable:
-    """Shown to `adopt` before each of its instances is made."""
+    """A class that can be spoken to in older words; see `trl.compat`."""
 
     __signature__ = _Signature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if adopt is not None:
-            adopt(cls)
+        adopt(cls)
         return super().__new__(cls)
 
 

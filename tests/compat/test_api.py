@@ -15,7 +15,9 @@ import torch
 from datasets import Dataset
 
 import trl
-from trl import compat
+from trl.compat.arguments import rows_of
+from trl.compat.imports import absence
+from trl.compat.table import ArgumentError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 import tiny  # noqa: E402
@@ -69,11 +71,11 @@ def test_each_name_is_there_or_says_what_is_there_instead(path):
 
 
 def test_sentences_of_names_that_are_not_there():
-    assert compat.absence("trl", "PPOTrainer").endswith(
+    assert absence("trl", "PPOTrainer").endswith(
         "this release has no PPO and no value heads; GRPOTrainer and RLOOTrainer learn from rewards without a value "
         "model"
     )
-    assert compat.absence("trl", "SFTTrainr") == "module 'trl' has no attribute 'SFTTrainr'; did you mean `SFTTrainer`?"
+    assert absence("trl", "SFTTrainr") == "module 'trl' has no attribute 'SFTTrainr'; did you mean `SFTTrainer`?"
     for older in ("XPOConfig", "AutoModelForCausalLMWithValueHead", "setup_chat_format", "HfPairwiseJudge"):
         with pytest.raises(ImportError, match=f"no attribute '{older}': "):
             __import__("trl", fromlist=[older])
@@ -86,7 +88,7 @@ def test_fields():
     for config, names in TABLE["fields"].items():
         cls = getattr(trl, config)
         ours = {field.name for field in dataclasses.fields(cls)}
-        older = compat.rows_of(cls)
+        older = rows_of(cls)
         missing = [name for name in names if name not in ours and name not in older and name not in FIELDS]
         assert not missing, (config, missing)
 
@@ -188,9 +190,9 @@ def test_attributes_are_the_fields_of_the_config(run):
 
 
 def test_what_stands_in_a_signature_for_its_place_alone_is_refused():
-    with pytest.raises(compat.ArgumentError, match="`model_init` is gone: pass the model itself"):
+    with pytest.raises(ArgumentError, match="`model_init` is gone: pass the model itself"):
         trl.ORPOTrainer(tiny.policy(), None, None, None, None, None, tiny.policy)
-    with pytest.raises(compat.ArgumentError, match="`tools` is gone"):
+    with pytest.raises(ArgumentError, match="`tools` is gone"):
         trl.GRPOTrainer(tiny.policy(), length, tools=[length])
 
 

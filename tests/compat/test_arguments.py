@@ -18,9 +18,10 @@ from trl import (
     PRMConfig,
     RewardConfig,
     RLOOConfig,
-    compat,
     notices,
 )
+from trl.compat.arguments import rows_of, translate
+from trl.compat.table import ARGUMENTS, NAMES, ArgumentError, InConfig, Now, Refused
 from trl.config import BaseConfig, ModelConfig, ScriptArguments
 from trl.trainer.sft import SFTConfig
 
@@ -69,7 +70,7 @@ CONFIGS = {"BaseConfig": SFTConfig, "SFTConfig": SFTConfig, "ModelConfig": Model
            "ScriptArguments": ScriptArguments, "PreferenceFields": RewardConfig, "ReferenceFields": DPOConfig,
            "DPOConfig": DPOConfig, "KTOConfig": KTOConfig, "OnlineConfig": GRPOConfig, "GRPOConfig": GRPOConfig,
            "RLOOConfig": RLOOConfig}  # fmt: skip
-ROWS = [(CONFIGS[name], old, row) for name in CONFIGS for old, row in compat.ARGUMENTS[name].items()]
+ROWS = [(CONFIGS[name], old, row) for name in CONFIGS for old, row in ARGUMENTS[name].items()]
 # Fields of each config in the last release before they were renamed or removed, beside those that it still has. Each
 # is a row of the table, or a field here.
 REFERENCED = (
@@ -123,15 +124,15 @@ def test_a_row_does_what_it_says(cls, old, row, capsys):
         return
     value, today = MEANS.get(old, (True, {}))
     if old in ONLY_TRANSLATED:
-        assert compat.translate(cls, {old: value}, accepted(cls)) == (today, {})
+        assert translate(cls, {old: value}, accepted(cls)) == (today, {})
         assert capsys.readouterr().out == f"trl: {row.sentence(old)}\n"
         return
-    if isinstance(row, compat.Refused):
-        with pytest.raises(compat.ArgumentError, match=f"`{old}` is gone: "):
+    if isinstance(row, Refused):
+        with pytest.raises(ArgumentError, match=f"`{old}` is gone: "):
             built(cls, **{old: value})
     else:
         assert values(built(cls, **{old: value})) == values(built(cls, **today))
-        if isinstance(row, compat.Now):
+        if isinstance(row, Now):
             assert values(built(cls, **today)) != values(built(cls)), "the example asks for nothing"
         # A notice that the option has no effect in this combination may follow.
         said = [
@@ -141,32 +142,32 @@ def test_a_row_does_what_it_says(cls, old, row, capsys):
         built(cls, **{old: value})
     for nothing in row.nothing:
         assert values(built(cls, **{old: nothing})) == values(built(cls))
-    if not isinstance(row, compat.Refused):
+    if not isinstance(row, Refused):
         assert capsys.readouterr().out == "", "it has been said"
 
 
-@pytest.mark.parametrize("name", [name for name in compat.ARGUMENTS if name.endswith("Trainer")])
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name.endswith("Trainer")])
 def test_what_moved_into_the_config_names_a_field(name):
     if name == "BaseTrainer":
         return
-    for old, row in compat.ARGUMENTS[name].items():
-        if isinstance(row, compat.InConfig):
+    for old, row in ARGUMENTS[name].items():
+        if isinstance(row, InConfig):
             assert row.name in accepted(getattr(trl, name).config_class), old
 
 
 @pytest.mark.parametrize(("cls", "old"), [(cls, old) for cls, words in REMOVED.items() for old in words])
 def test_what_a_config_once_had_is_known(cls, old):
-    assert old in accepted(cls) or old in compat.rows_of(cls)
+    assert old in accepted(cls) or old in rows_of(cls)
 
 
 def test_every_row_has_versions():
-    for rows in compat.ARGUMENTS.values():
+    for rows in ARGUMENTS.values():
         for old, row in rows.items():
             assert row.versions.split()[0] in ("trl", "transformers"), old
 
 
 def test_the_checkpointing_arguments_of_newer_transformers_have_a_name_everywhere():
-    today, _ = compat.translate(SFTConfig, {"activation_checkpointing": False}, {"gradient_checkpointing"})
+    today, _ = translate(SFTConfig, {"activation_checkpointing": False}, {"gradient_checkpointing"})
     assert today == {"gradient_checkpointing": False}
 
 
@@ -183,7 +184,7 @@ def test_what_is_merged():
     settings = built(SFTConfig, accelerator_config={"even_batches": False}, dispatch_batches=True, split_batches=True)
     made = settings.accelerator_config
     assert (made.even_batches, made.dispatch_batches, made.split_batches) == (False, True, True)
-    with pytest.raises(compat.ArgumentError, match="both are given"):
+    with pytest.raises(ArgumentError, match="both are given"):
         built(SFTConfig, accelerator_config="some.json", dispatch_batches=True)
     together = {"push_to_hub_organization": "we", "push_to_hub_model_id": "it"}
     assert built(SFTConfig, **together).hub_model_id == "we/it"
@@ -211,11 +212,11 @@ def test_older_names_of_losses(capsys):
     assert built(DPOConfig, loss_type=["sigmoid", "aot_pair"]).loss_type == ["sigmoid", "aot_unpaired"]
     assert capsys.readouterr().out == "trl: loss_type='aot_pair' is 'aot_unpaired' today\n"
     for cls in (DPOConfig, CPOConfig):
-        with pytest.raises(compat.ArgumentError) as error:
+        with pytest.raises(ArgumentError) as error:
             built(cls, loss_type="kto_pair")
         sentence = "`loss_type=kto_pair` is gone: train with KTOTrainer, which reads pairs as two rows each"
         assert str(error.value) == f"{cls.__name__}: {sentence}"
-    with pytest.raises(compat.ArgumentError, match="`loss_type=bco` is gone: train with BCOTrainer"):
+    with pytest.raises(ArgumentError, match="`loss_type=bco` is gone: train with BCOTrainer"):
         built(KTOConfig, loss_type="bco")
     assert built(DPOConfig, loss_type=min).loss_type == [min], "a function is no word"
 
@@ -229,7 +230,7 @@ def test_divergences_by_their_older_constants():
 
 def test_both_names_of_one_argument():
     assert built(SFTConfig, max_length=8, max_seq_length=8).max_length == 8
-    with pytest.raises(compat.ArgumentError, match="max_length=8 and max_seq_length=9 are the same argument"):
+    with pytest.raises(ArgumentError, match="max_length=8 and max_seq_length=9 are the same argument"):
         built(SFTConfig, max_length=8, max_seq_length=9)
 
 
@@ -282,7 +283,7 @@ def test_subclasses_of_a_user():
 
     mine = Mine(output_dir="out", evaluation_strategy="no", weight=2.0, max_seq_length=5)
     assert (mine.weight, mine.max_seq_length, mine.max_length) == (2.0, 5, None), "the user's own field is the user's"
-    with pytest.raises(compat.ArgumentError, match="Mine has no argument `wieght`; did you mean `weight`?"):
+    with pytest.raises(ArgumentError, match="Mine has no argument `wieght`; did you mean `weight`?"):
         Mine(wieght=1)
     assert {each.name: each.default for each in fields(Mine)}["weight"] is not MISSING
 
@@ -326,7 +327,7 @@ def test_mini_batches_of_the_older_rloo():
     ],
 )
 def test_what_the_older_rloo_had_and_is_gone(word, value, sentence):
-    with pytest.raises(compat.ArgumentError) as error:
+    with pytest.raises(ArgumentError) as error:
         built(RLOOConfig, **{word: value})
     assert str(error.value) == f"RLOOConfig: `{word}` is gone: {sentence}"
 
@@ -334,7 +335,7 @@ def test_what_the_older_rloo_had_and_is_gone(word, value, sentence):
 def test_arguments_of_the_older_rloo_trainer(capsys):
     names = {"model", "args", "ref_model", "reward_funcs"}
     older = {"config": 1, "policy": 2, "ref_policy": 3, "reward_model": 4, "data_collator": None}
-    assert compat.translate(trl.RLOOTrainer, older, names) == (
+    assert translate(trl.RLOOTrainer, older, names) == (
         {"args": 1, "model": 2, "ref_model": 3, "reward_funcs": 4},
         {},
     )
@@ -344,13 +345,11 @@ def test_arguments_of_the_older_rloo_trainer(capsys):
         "trl: `ref_policy` is `ref_model` today",
         "trl: `reward_model` is `reward_funcs` today",
     ]
-    with pytest.raises(compat.ArgumentError, match="RLOOTrainer: `data_collator` is gone: prompts are read from"):
-        compat.translate(trl.RLOOTrainer, {"data_collator": min}, names)
+    with pytest.raises(ArgumentError, match="RLOOTrainer: `data_collator` is gone: prompts are read from"):
+        translate(trl.RLOOTrainer, {"data_collator": min}, names)
     for word in ("embedding_func", "embedding_tokenizer"):
-        with pytest.raises(
-            compat.ArgumentError, match=f"KTOTrainer: `{word}` is gone: it weighed .* BCOTrainer's today"
-        ):
-            compat.translate(trl.KTOTrainer, {word: min}, names)
+        with pytest.raises(ArgumentError, match=f"KTOTrainer: `{word}` is gone: it weighed .* BCOTrainer's today"):
+            translate(trl.KTOTrainer, {word: min}, names)
 
 
 def test_what_asks_for_nothing_says_nothing(capsys):
@@ -367,4 +366,4 @@ def test_a_hint_is_near(word):
 
 
 def test_the_table_is_of_public_names():
-    assert set(compat.NAMES.values()) <= set(trl.__all__)
+    assert set(NAMES.values()) <= set(trl.__all__)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import trl
-from trl import compat
+from trl.compat.table import PATHS
 
 
 def python(code):
@@ -17,7 +17,7 @@ def python(code):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("path", compat.PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_a_path_answers_for_public_names(path):
     module = import_module(path)
     home = import_module("trl.rewards") if path.startswith("trl.rewards.") else trl

@@ -23,6 +23,8 @@ from trl import (
     compat,
     notices,
 )
+from trl.compat.arguments import resume_flag
+from trl.compat.table import ArgumentError
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
 SHORT = {**QUIET, "max_steps": 1, "per_device_train_batch_size": 2}
@@ -220,7 +222,7 @@ def test_dpo_0_9_contradicts_itself(tokenizer):
     ],
 )
 def test_dpo_what_is_refused(tokenizer, word, value, remedy):
-    with pytest.raises(compat.ArgumentError, match=remedy):
+    with pytest.raises(ArgumentError, match=remedy):
         DPOTrainer(tiny(tokenizer), train_dataset=pairs(), tokenizer=tokenizer, **{word: value})
 
 
@@ -324,7 +326,7 @@ def test_the_guide(tokenizer, monkeypatch, capsys):
     ],
 )
 def test_unknown_arguments_of_a_trainer(word, sentence):
-    with pytest.raises(compat.ArgumentError) as error:
+    with pytest.raises(ArgumentError) as error:
         SFTTrainer("nothing", **{word: 1})
     assert str(error.value) == sentence
 
@@ -344,7 +346,7 @@ def test_subclasses_of_a_trainer(tokenizer):
     trainer = Open(tiny(tokenizer), SFTConfig("out", **SHORT), train_dataset=texts(), tokenizer=tokenizer, extra=3)
     assert trainer.processing_class is tokenizer and trainer.extra == 3
     assert Closed(tiny(tokenizer), texts(), tokenizer).args.max_length == 9
-    with pytest.raises(compat.ArgumentError, match="Open has no argument `wrong`"):
+    with pytest.raises(ArgumentError, match="Open has no argument `wrong`"):
         Open(tiny(tokenizer), wrong=1, extra=2)
 
 
@@ -366,7 +368,7 @@ def test_subclasses_of_a_trainer(tokenizer):
     ],
 )
 def test_the_flag_is_read(argv, wish):
-    assert compat.resume_flag(argv) == wish
+    assert resume_flag(argv) == wish
 
 
 @pytest.fixture
@@ -379,7 +381,7 @@ def half_way(tokenizer):
         return SFTTrainer(tiny(tokenizer), SFTConfig("out", **settings), train_dataset=texts(), tokenizer=tokenizer)
 
     trainer().train()
-    compat._flag_is_open = True
+    _flag_is_open = True
     return trainer
 
 

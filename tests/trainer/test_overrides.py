@@ -29,7 +29,7 @@ from tests.trainer.helpers import (
     tiny_scorer,
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from trl.compat import HOOKS
+from trl.compat.table import HOOKS
 from trl.data.batches import RowBatches
 from trl.data.collate import labelled
 

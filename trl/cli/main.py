@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from trl.cli import UsageError, nearest
-from trl.compat import instead
+from trl.compat.imports import instead
 from trl.methods import METHODS
 from trl.version import __version__
 

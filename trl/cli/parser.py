@@ -18,8 +18,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 
-from trl import compat
 from trl.cli import UsageError, nearest
+from trl.compat.arguments import rows_of
+from trl.compat.table import VALUES, ArgumentError, Now
 from trl.near import near
 
 TRUE = ("true", "yes", "on", "1")
@@ -67,10 +68,10 @@ class Parser:
                     if kind.settable:
                         self.kinds[field.name] = kind
                         self._add(_origin(cls, field.name), field, kind)
-            for name, values in compat.rows_of(cls, compat.VALUES).items():
+            for name, values in rows_of(cls, VALUES).items():
                 self._older_values[name] = values.keys()
         for cls in classes:
-            for word, row in compat.rows_of(cls).items():
+            for word, row in rows_of(cls).items():
                 if word not in self.kinds and word not in self.older and word != "config":
                     self.older[word] = row
                     self._add_older(word, row)
@@ -88,10 +89,10 @@ class Parser:
         instances = []
         for cls in self.classes:
             own = {field.name for field in dataclasses.fields(cls) if field.init}
-            own |= compat.rows_of(cls).keys() & self.older.keys()  # an older word may be today's of another class
+            own |= rows_of(cls).keys() & self.older.keys()  # an older word may be today's of another class
             try:
                 instances.append(cls(**{name: value for name, value in values.items() if name in own}))
-            except compat.ArgumentError as error:
+            except ArgumentError as error:
                 raise UsageError(str(error)) from None
         return instances
 
@@ -218,7 +219,7 @@ class Parser:
         if name in self.kinds:
             return self.kinds[name]
         row = self.older[name]
-        kind = self.kinds.get(row.name) if isinstance(row, compat.Now) else None
+        kind = self.kinds.get(row.name) if isinstance(row, Now) else None
         return kind if kind is not None and (row.value is None or kind.number) else None
 
     def _add_flag(self, title: str, *flags: str, **options: Any) -> argparse.Action:

@@ -1,0 +1,252 @@
+"""Arguments, values, attributes and hooks in older words, and what they are today."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from trl.compat.table import ARGUMENTS, HOOKS, KEYS, VALUES, ArgumentError, Gone, InConfig, Now, Refused, Row
+from trl.near import near
+from trl.notices import notify_once
+
+
+def rows_of(cls: type, table: Mapping[str, Mapping[str, Any]] = ARGUMENTS) -> dict[str, Any]:
+    """What the table says of a class and its bases, the class's own word last."""
+    return {old: row for part in reversed(cls.__mro__) for old, row in table.get(part.__name__, {}).items()}
+
+
+def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `cls` in today's words, and those of them that belong to its config.
+
+    `accepted` are the names that the constructor takes. ArgumentError for a name that nobody knows.
+    """
+    rows = rows_of(cls)
+    today = {name: value for name, value in given.items() if name in accepted}
+    in_config: dict[str, Any] = {}
+    for old, value in given.items():
+        row = rows.get(old)
+        if old in accepted:
+            # It may stand in the signature for its place alone.
+            if isinstance(row, Refused) and value is not None:
+                raise ArgumentError(f"{cls.__name__}: {row.sentence(old)}")
+            continue
+        if row is None or (isinstance(row, Now) and row.name not in accepted):
+            raise ArgumentError(f"{cls.__name__} has no argument `{old}`{_hint(cls, old, accepted, rows)}")
+        asks = not any(type(value) is type(each) and value == each for each in row.nothing)
+        if isinstance(row, Refused) and asks:
+            raise ArgumentError(f"{cls.__name__}: {row.sentence(old)}")
+        if not asks:
+            continue  # and nothing needs saying
+        notify_once(row.sentence(old))
+        if isinstance(row, Gone) and row.act is not None:
+            row.act(value)
+        elif isinstance(row, InConfig):
+            in_config[row.name] = value
+        elif isinstance(row, Now):
+            if row.value is not None:
+                value = row.value(value, {**given, **today})
+            elif given.get(row.name) is not None and given[row.name] != value:  # None is handed on by subclasses
+                raise ArgumentError(
+                    f"{cls.__name__}: {row.name}={given[row.name]!r} and {old}={value!r} are the same argument"
+                )
+            today[row.name] = value
+    for name, values in rows_of(cls, VALUES).items():
+        if isinstance(today.get(name), list):
+            today[name] = [_value(cls, name, each, values) for each in today[name]]
+        elif name in today:
+            today[name] = _value(cls, name, today[name], values)
+    for name, keys in rows_of(cls, KEYS).items():
+        if isinstance(today.get(name), Mapping) and not keys.keys().isdisjoint(today[name]):
+            for old in keys.keys() & today[name].keys():
+                notify_once(f"`{old}` in {name} is `{keys[old]}` today")
+            today[name] = {keys.get(key, key): value for key, value in today[name].items()}
+    return today, in_config
+
+
+def _value(cls: type, name: str, value: Any, values: Mapping[Any, Any]) -> Any:
+    """Today's word for a value of the argument `name`."""
+    if not (value is None or isinstance(value, str)) or value not in values:
+        return value
+    now = values[value]
+    if isinstance(now, Refused):
+        raise ArgumentError(f"{cls.__name__}: {now.sentence(f'{name}={value}')}")
+    notify_once(f"{name}={value!r} is {now!r} today")
+    return now
+
+
+def _hint(cls: type, word: str, accepted: Iterable[str], rows: Mapping[str, Row]) -> str:
+    config = getattr(cls, "config_class", None)
+    if config is not None and word in config.__dataclass_fields__:
+        return f"; set it in {config.__name__}"
+    if isinstance(row := rows.get(word), Now):
+        return f" (`{row.name}` today), and none called `{row.name}`"
+    meant = [name for name in accepted if name != "self"] + list(rows)
+    if config is not None:
+        meant += [name for name in config.__dataclass_fields__ if name not in meant]
+    match = near(word, meant)
+    if match is None:
+        return ""
+    row = rows.get(match)
+    today = row.name if isinstance(row, Now | InConfig) else match
+    of_config = config and today not in accepted and today in config.__dataclass_fields__
+    return f"; did you mean `{today}`{f' of {config.__name__}' if config and of_config else ''}?"
+
+
+_adopted: set[type] = set()
+
+
+def refuse_hooks(cls: type, instance: Mapping[str, Any] | None = None) -> None:
+    """ArgumentError where a trainer's class (or instance) has one of upstream's hooks, which would never be called. A
+    subclass that overrides ours as well has its name for a use of its own."""
+    hooks = rows_of(cls, HOOKS)
+    if not hooks:
+        return
+    parts = [part for part in cls.__mro__ if part.__module__.split(".")[0] != "transformers"]
+    of_users = [vars(part) for part in parts if part.__module__.split(".")[0] != "trl"]
+    for name, (ours, words) in hooks.items():
+        given = [(part.__module__, vars(part)[name]) for part in parts if name in vars(part)]
+        # A function that was put into one of our classes is the user's.
+        found = any(getattr(each, "__module__", module).split(".")[0] != "trl" for module, each in given)
+        found = found or name in (instance or {})
+        if found and not any(each in names for each in ours for names in of_users):
+            raise ArgumentError(f"{cls.__name__}.{name} is never called by this library: override {words}")
+
+
+def adopt(cls: type) -> None:
+    """Let a class and its bases be spoken to in older words. `type.__call__` reads `__init__` after `__new__`, from
+    where this is called: a generated `__init__` (a subclass that is a dataclass) is there by then too."""
+    from trl.config import Adoptable
+
+    refuse_hooks(cls)
+    for part in reversed(cls.__mro__):
+        if part in _adopted or not issubclass(part, Adoptable):
+            continue
+        _adopted.add(part)
+        if "__init__" in vars(part):
+            setattr(part, "__init__", _translated(vars(part)["__init__"]))  # noqa: B010
+        if "train" in vars(part):
+            setattr(part, "train", _resuming(vars(part)["train"]))  # noqa: B010
+        for old, row in ARGUMENTS.get(part.__name__, {}).items():
+            fields = getattr(part, "__dataclass_fields__", {})
+            if isinstance(row, Now) and row.value is None and old not in fields and not hasattr(part, old):
+                setattr(part, old, _Attribute(row.name, row.sentence(old)))
+
+
+class _Attribute:
+    """Reads and sets another attribute, and says so."""
+
+    def __init__(self, name: str, sentence: str) -> None:
+        self.name, self.sentence = name, sentence
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            raise AttributeError(self.sentence)
+        value = getattr(instance, self.name)
+        notify_once(self.sentence)
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        notify_once(self.sentence)
+        setattr(instance, self.name, value)
+
+
+def _translated(init: Callable[..., None]) -> Callable[..., None]:
+    import inspect
+
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    # What takes anything hands it on, and the next `__init__` is asked.
+    closed = all(
+        parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) for parameter in parameters
+    )
+    places = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(init)
+    def translated(self: Any, *args: Any, **kwargs: Any) -> None:
+        by_place = dict(zip(places, args, strict=False))
+        if closed and len(args) <= len(places) and by_place.keys().isdisjoint(kwargs):
+            kwargs, in_config = translate(type(self), {**by_place, **kwargs}, names)
+            args = ()
+            if "args" in names and hasattr(self, "config_class"):
+                kwargs["args"] = _config(self.config_class, kwargs.get("args"), in_config)
+        init(self, *args, **kwargs)
+        if hasattr(self, "report_to"):
+            _without_wandb(self)
+
+    return translated
+
+
+def _config(cls: Any, config: Any, settings: Mapping[str, Any]) -> Any:
+    """The config that a trainer gets: `settings` put into it, made of plain `TrainingArguments` where need be."""
+    from transformers import TrainingArguments
+
+    from trl.config import BaseConfig
+
+    fields = cls.__dataclass_fields__
+    for name in settings:
+        if name not in fields:
+            raise ArgumentError(f"{cls.__name__} has no argument `{name}`{_hint(cls, name, fields, rows_of(cls))}")
+    if isinstance(config, TrainingArguments) and not isinstance(config, BaseConfig):
+        notify_once(f"plain TrainingArguments are taken over into {cls.__name__}, defaults included")
+        # Two of its defaults would undo what every config here promises.
+        unwanted = ("remove_unused_columns", "logging_nan_inf_filter")
+        names = [name for name, field in type(config).__dataclass_fields__.items() if field.init and name in fields]
+        return cls(**{name: getattr(config, name) for name in names if name not in unwanted} | dict(settings))
+    if settings and config is None:
+        return cls(**settings)
+    if settings:
+        # A config makes sense of its fields as it is made; the caller's own object stays the one in use.
+        names = [name for name, field in type(config).__dataclass_fields__.items() if field.init]
+        made = type(config)(**{name: getattr(config, name) for name in names} | dict(settings))
+        config.__dict__.update(made.__dict__)
+    return config
+
+
+def _without_wandb(config: Any) -> None:
+    if os.environ.get("WANDB_DISABLED", "").lower() not in ("true", "1", "on", "yes"):
+        return
+    if isinstance(config.report_to, list) and "wandb" in config.report_to:
+        notify_once("WANDB_DISABLED is set: nothing is reported to wandb (report_to='none' says the same)")
+        config.report_to = [each for each in config.report_to if each != "wandb"]
+
+
+_flag_is_open = True  # the flag concerns the first run of a process
+
+
+def _resuming(train: Callable[..., Any]) -> Callable[..., Any]:
+    import inspect
+
+    takes = "resume_from_checkpoint" in inspect.signature(train).parameters
+
+    @functools.wraps(train)
+    def resuming(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _flag_is_open
+        if takes and _flag_is_open:
+            _flag_is_open = False
+            wish = resume_flag(sys.argv[1:])
+            if wish and not args and "resume_from_checkpoint" not in kwargs:
+                what = "the newest checkpoint" if wish is True else wish
+                notify_once(f"--resume_from_checkpoint on the command line: training goes on from {what}")
+                kwargs["resume_from_checkpoint"] = wish
+        refuse_hooks(type(self), vars(self))
+        return train(self, *args, **kwargs)
+
+    return resuming
+
+
+def resume_flag(argv: Iterable[str]) -> str | bool:
+    """What `--resume_from_checkpoint` says: a folder, True for the newest checkpoint, False for none or no flag."""
+    words = list(argv)
+    wish: str | bool = False
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") != "__resume_from_checkpoint":
+            continue
+        if not equals:
+            value = next((each for each in words[place + 1 : place + 2] if not each.startswith("-")), "true")
+        plain = value.strip().lower()
+        wish = True if plain in ("true", "last") else False if plain in ("", "false", "none") else value
+    return wish
