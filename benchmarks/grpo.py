@@ -82,7 +82,7 @@ def prompt_rows(prompts: list[Any], tokenizer: Any, options: argparse.Namespace)
     """Prompts of the lengths asked for, each once, as messages and as token ids, in the order both sides take them."""
     from datasets import Dataset, disable_caching, disable_progress_bars
 
-    from trl.data.prompts import prepare_prompts
+    from trl.data.tokenizing.prompts import prepare_prompts
 
     disable_caching()
     disable_progress_bars()

@@ -116,8 +116,8 @@ def token_rows(pairs: list[Row], tokenizer: Any, options: argparse.Namespace) ->
     """The pairs of the kind that `--data` asks for as token ids, in the order in which both sides take them."""
     from datasets import Dataset, disable_caching, disable_progress_bars
 
-    from trl.data.mismatched import mismatched
-    from trl.data.preference import prepare_preferences
+    from trl.data.tokenizing.comparisons import prepare_preferences
+    from trl.data.tokenizing.mismatched import mismatched
 
     disable_caching()
     disable_progress_bars()

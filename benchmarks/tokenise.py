@@ -2,7 +2,7 @@
 
 Both sides turn the same Arrow file of chats into tokens and masks, with the same tokenizer and chat template, nothing
 cached. They take turns, a round each, and whichever is not asked waits. What is timed on our side is
-`trl.data.tokens.prepare`, with its report; upstream, `SFTTrainer._prepare_dataset` of a trainer built beforehand around
+`sequences.prepare`, with its report; upstream, `SFTTrainer._prepare_dataset` of a trainer built beforehand around
 a tiny random model. The tokens must be equal, or the run stops; how many masks differ is printed.
 
     all tokens    no masks wanted
@@ -124,7 +124,7 @@ def _processor() -> float:
 
 
 def _ours(tokenizer: Any, settings: dict[str, Any]) -> Any:
-    from trl.data.tokens import prepare
+    from trl.data.tokenizing.sequences import prepare
 
     def run(rows: Any, template: str, masks: bool) -> Any:
         tokenizer.chat_template = template
@@ -263,7 +263,7 @@ def packing(count: int) -> dict[str, Any]:
     """Seconds, packed rows and fill of packing so many lengths of a log-normal distribution, by each strategy."""
     import numpy as np
 
-    from trl.data.packing import STRATEGIES, pack
+    from trl.data.batching.packing import STRATEGIES, pack
 
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.0, count).astype(int), 2, None)
     found: dict[str, Any] = {"rows": count}

@@ -8,6 +8,9 @@ from .methods import METHODS
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from trl.data.batching.completion_only import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
+    from trl.data.batching.packing import pack_dataset as pack_dataset
+
     from .callbacks import (
         SyncRefModelCallback as SyncRefModelCallback,
     )
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
     )
     from .config import (
         ScriptArguments as ScriptArguments,
-    )
-    from .data.completion_only import (
-        DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM,
     )
     from .data.convert import (
         apply_chat_template as apply_chat_template,
@@ -58,9 +58,6 @@ if TYPE_CHECKING:
     )
     from .data.mixture import (
         get_dataset as get_dataset,
-    )
-    from .data.packing import (
-        pack_dataset as pack_dataset,
     )
     from .engine.reference import (
         create_reference_model as create_reference_model,
@@ -137,7 +134,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **{f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")},
-    "DataCollatorForCompletionOnlyLM": "trl.data.completion_only",
+    "DataCollatorForCompletionOnlyLM": "trl.data.batching.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",
     "ModelConfig": "trl.config",
@@ -157,7 +154,7 @@ _HOMES = {
     "maybe_convert_to_chatml": "trl.data.convert",
     "maybe_extract_prompt": "trl.data.convert",
     "maybe_unpair_preference_dataset": "trl.data.convert",
-    "pack_dataset": "trl.data.packing",
+    "pack_dataset": "trl.data.batching.packing",
     "unpair_preference_dataset": "trl.data.convert",
 }
 __all__ = sorted([*_HOMES, "__version__"])

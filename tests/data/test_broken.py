@@ -13,8 +13,8 @@ import pytest
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, system, user, word_tokenizer
-from trl.data.formats import DataError, load
-from trl.data.tokens import prepare
+from trl.data.reading.sources import DataError, load
+from trl.data.tokenizing.sequences import prepare
 
 TALK = [user("hello"), assistant("good day")]
 

@@ -13,13 +13,15 @@ import pytest
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
-from trl.data.batches import StreamBatches
-from trl.data.formats import DataError, detect, load, messages_of, pop_flags
+from trl.data.batching.batches import StreamBatches
 from trl.data.mixture import DatasetMixtureConfig, load_mixture
-from trl.data.preference import prepare_preferences
-from trl.data.prompts import prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
+from trl.data.reading.formats import detect
+from trl.data.reading.messages import messages_of, pop_flags
+from trl.data.reading.sources import DataError, load
 from trl.data.report import show
-from trl.data.tokens import prepare, prepare_stream
+from trl.data.tokenizing.comparisons import prepare_preferences
+from trl.data.tokenizing.prompts import prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
+from trl.data.tokenizing.sequences import prepare, prepare_stream
 
 TALK = [user("hello"), assistant("good day")]
 BLOCKS = """\

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
-from trl.data.chat import ChatTemplate, assistant_spans, chat_template, mask_tokens, render, trims_offsets
-from trl.data.formats import DataError, load
-from trl.data.tokens import prepare
+from trl.data.reading.sources import DataError, load
+from trl.data.tokenizing.chat import ChatTemplate, assistant_spans, chat_template, mask_tokens, render, trims_offsets
+from trl.data.tokenizing.sequences import prepare
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 Table = list[tuple[str, bool]]

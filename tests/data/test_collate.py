@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trl.data.collate import Branch, Tree, sequences
+from trl.data.batching.collate import Branch, Tree, sequences
 
 
 def test_a_sequence_is_a_root_alone_and_its_first_token_is_not_trained() -> None:

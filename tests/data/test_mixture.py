@@ -10,9 +10,9 @@ import pytest
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
-from trl.data.formats import DataError, load
 from trl.data.mixture import DatasetConfig, DatasetMixtureConfig, load_mixture
-from trl.data.tokens import prepare
+from trl.data.reading.sources import DataError, load
+from trl.data.tokenizing.sequences import prepare
 
 TALKS = [{"messages": [user("hello"), assistant(word)], "id": word} for word in ("good", "day", "more", "bye")]
 PAIRS = [{"question": "what is x", "answer": "x is 7"}, {"question": "what", "answer": " sky"}]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.tiny_tokenizers import word_tokenizer
-from trl.data.collate import sequences
-from trl.data.formats import DataError, load
-from trl.data.packing import Pieces, pack, pack_dataset, packed
-from trl.data.tokens import prepare
+from trl.data.batching.collate import sequences
+from trl.data.batching.packing import Pieces, pack, pack_dataset, packed
+from trl.data.reading.sources import DataError, load
+from trl.data.tokenizing.sequences import prepare
 
 
 def bins(pieces: Pieces) -> list[list[tuple[int, int, int]]]:

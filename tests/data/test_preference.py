@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
-from trl.data.formats import DataError, load
 from trl.data.mixture import DatasetMixtureConfig, Mixture, Part, load_mixture
-from trl.data.preference import Preferences, Tokenise, prepare_preference_stream, prepare_preferences
-from trl.data.tokens import prepare
+from trl.data.reading.sources import DataError, load
+from trl.data.tokenizing.comparisons import Preferences, Tokenise, prepare_preference_stream, prepare_preferences
+from trl.data.tokenizing.sequences import prepare
 
 ASKED = [user("hello")]
 GOOD, BAD = assistant("good day"), assistant("bye")
@@ -602,7 +602,7 @@ def test_the_second_time_comes_from_the_cache(tmp_path: Any, monkeypatch: pytest
 
 def test_one_call_of_the_tokenizer_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
-    monkeypatch.setattr("trl.data.encode.Words.of", lambda tokenizer: None)
+    monkeypatch.setattr("trl.data.tokenizing.encode.Words.of", lambda tokenizer: None)
     calls: list[Any] = []
     original = type(tokenizer).__call__
 

@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.tiny_tokenizers import assistant, system, user
-from trl.data.formats import DataError, load
+from trl.data.reading.sources import DataError, load
 from trl.data.report import show
-from trl.data.tokens import prepare
-from trl.data.words import Words
+from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.words import Words
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("<think>\nhm\n</think>\n\nbye")]
 TEXT = (

@@ -7,9 +7,9 @@ from typing import Any
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
-from trl.data.formats import load
+from trl.data.reading.sources import load
 from trl.data.report import DataReport, show
-from trl.data.tokens import prepare
+from trl.data.tokenizing.sequences import prepare
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
-from trl.data.batches import RowBatches, StreamBatches
-from trl.data.formats import DataError, load
-from trl.data.tokens import Tokenise, prepare, prepare_stream
+from trl.data.batching.batches import RowBatches, StreamBatches
+from trl.data.reading.sources import DataError, load
+from trl.data.tokenizing.sequences import Tokenise, prepare, prepare_stream
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [user("hello " * (number % 5)), assistant(f"{number} day")], "id": number} for number in range(350)

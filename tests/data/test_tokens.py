@@ -11,8 +11,8 @@ from transformers import ByT5Tokenizer
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
-from trl.data.formats import DataError, load
-from trl.data.tokens import Sequences, Tokenise, detect, prepare
+from trl.data.reading.sources import DataError, load
+from trl.data.tokenizing.sequences import Sequences, Tokenise, detect, prepare
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 

@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.tiny_tokenizers import byte_tokenizer, word_tokenizer
-from trl.data.chat import mask_tokens
-from trl.data.formats import load
-from trl.data.tokens import prepare
-from trl.data.words import Words
+from trl.data.reading.sources import load
+from trl.data.tokenizing.chat import mask_tokens
+from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.words import Words
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -147,7 +147,7 @@ def test_a_difference_is_noticed_and_mended(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_the_table_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl.data.words.LARGEST_TABLE", 50)
+    monkeypatch.setattr("trl.data.tokenizing.words.LARGEST_TABLE", 50)
     words = Words(byte_tokenizer())
     for number in range(200):
         words.encode(f"w{chr(97 + number % 26)}{chr(97 + number // 26)} " + "x" * 100)

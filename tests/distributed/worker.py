@@ -29,7 +29,7 @@ from tests.trainer.helpers import (
     tiny,
     tiny_scorer,
 )
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.score import attach, score
 from trl.losses.tokens import Metric, largest, mean, smallest
 from trl.models import offload

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 
 VOCABULARY = 97
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

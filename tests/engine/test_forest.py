@@ -3,7 +3,7 @@
 import torch
 
 from tests.engine import families
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import computed, flat, padded, unshared
 from trl.engine.score import attach, score
 

@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset
 
 from tests.engine import families
-from trl.data.collate import sequences
-from trl.data.packing import packed
+from trl.data.batching.collate import sequences
+from trl.data.batching.packing import packed
 from trl.engine.score import attach, score
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.trainer.helpers import chat_rows, sft
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import flat, padded
 from trl.engine.head import plain_linear
 from trl.engine.score import attach, score

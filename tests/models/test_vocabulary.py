@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AddedToken, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import flat, padded
 from trl.engine.score import attach, score
 from trl.models import adapters, load, vocabulary

@@ -8,7 +8,7 @@ from tests.engine import families
 from tests.rollout.test_generate import PROMPTS, STOP, build, greedy, ids, requests
 from tests.trainer import test_online
 from trl import GRPOConfig
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.score import attach, score
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.types import Request, Sampling

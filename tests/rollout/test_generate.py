@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.engine import families
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.score import attach, score
 from trl.rollout import generate
 from trl.rollout.generate import InProcessSampler, describe

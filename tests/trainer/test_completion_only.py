@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from tests.trainer.helpers import sft, tiny
 from trl import SFTTrainer
-from trl.data.completion_only import DataCollatorForCompletionOnlyLM
+from trl.data.batching.completion_only import DataCollatorForCompletionOnlyLM
 
 
 @pytest.fixture(scope="module")

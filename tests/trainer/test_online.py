@@ -45,7 +45,7 @@ class Canned:
 
 
 def logps(model, prompt, ids, temperature):
-    from trl.data.collate import Branch, Tree
+    from trl.data.batching.collate import Branch, Tree
     from trl.engine.score import causal_lm
 
     tree = Tree(Branch(list(prompt), [False] * len(prompt)), (Branch(ids, [True] * len(ids)),))

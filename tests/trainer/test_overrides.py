@@ -30,8 +30,8 @@ from tests.trainer.helpers import (
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.compat.table import HOOKS
-from trl.data.batches import RowBatches
-from trl.data.collate import labelled
+from trl.data.batching.batches import RowBatches
+from trl.data.batching.collate import labelled
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_data_and_collator_changed_after_construction(tmp_path, tokenizer):
 
 
 def test_collators_of_other_methods(tmp_path, tokenizer, capsys):
-    from trl.data.collators import DataCollatorForPreference
+    from trl.data.batching.collators import DataCollatorForPreference
 
     config = DPOConfig(**{**DEFAULTS, "output_dir": str(tmp_path)})
     trainer = DPOTrainer(tiny(tokenizer), None, config, DataCollatorForPreference(0), train_dataset=pair_rows(4),

@@ -388,7 +388,7 @@ def test_kto_takes_single_rows_and_pairs(tmp_path, tokenizer):
 def test_mismatched_completions_are_of_other_prompts():
     from datasets import Dataset
 
-    from trl.data.mismatched import mismatched
+    from trl.data.tokenizing.mismatched import mismatched
 
     prompts = [[1, index // 3] for index in range(12)]
     rows = Dataset.from_dict({"prompt_ids": prompts, "completion_ids": [[7, index, 9] for index in range(12)]})
@@ -439,7 +439,7 @@ def test_a_reward_model_from_a_language_model(tmp_path, tokenizer, folders):
 def test_scores_are_those_of_transformers(tokenizer, family):
     from transformers import MistralConfig, Qwen2Config
 
-    from trl.data.collate import Branch, Tree
+    from trl.data.batching.collate import Branch, Tree
     from trl.engine.scalar import scalars
     from trl.engine.score import attach
 

@@ -229,8 +229,8 @@ def loading_arguments(model: Any) -> dict[str, Any]:
 
 def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
     """What is trained on, and what is evaluated on: None when nothing asks for evaluation."""
-    from trl.data.formats import load
     from trl.data.mixture import load_mixture
+    from trl.data.reading.sources import load
     from trl.notices import notify_once
 
     evaluates = config.eval_strategy != "no" or config.do_eval

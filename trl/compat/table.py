@@ -562,10 +562,16 @@ class FDivergenceType(str, enum.Enum):
 
 # Names that are found in some modules alone: where, and what they are here.
 PLACES: dict[tuple[str, str], tuple[str, str]] = {
-    ("sft_trainer", "DataCollatorForLanguageModeling"): ("trl.data.collators", "DataCollatorForLanguageModeling"),
-    ("dpo_trainer", "DataCollatorForPreference"): ("trl.data.collators", "DataCollatorForPreference"),
-    ("reward_trainer", "DataCollatorForPreference"): ("trl.data.collators", "DataCollatorForPairs"),
-    ("kto_trainer", "DataCollatorForUnpairedPreference"): ("trl.data.collators", "DataCollatorForUnpairedPreference"),
+    ("sft_trainer", "DataCollatorForLanguageModeling"): (
+        "trl.data.batching.collators",
+        "DataCollatorForLanguageModeling",
+    ),
+    ("dpo_trainer", "DataCollatorForPreference"): ("trl.data.batching.collators", "DataCollatorForPreference"),
+    ("reward_trainer", "DataCollatorForPreference"): ("trl.data.batching.collators", "DataCollatorForPairs"),
+    ("kto_trainer", "DataCollatorForUnpairedPreference"): (
+        "trl.data.batching.collators",
+        "DataCollatorForUnpairedPreference",
+    ),
     ("utils", "DatasetConfig"): ("trl.data.mixture", "DatasetConfig"),
 }
 

@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from .chat import common_prefix
-from .sources import DataError
+from trl.data.reading.sources import DataError
+from trl.data.tokenizing.chat import common_prefix
 
 __all__ = [
     "apply_chat_template",

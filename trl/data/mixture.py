@@ -9,14 +9,14 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from trl.data.reading.sources import DataError, as_shown, load
+from trl.data.tokenizing import recipe
+from trl.data.tokenizing.comparisons import Preferences
+from trl.data.tokenizing.recipe import Recipe
+from trl.data.tokenizing.sequences import Sequences
 from trl.near import near
 
-from . import recipe
-from .preference import Preferences
-from .recipe import Recipe
 from .report import DataReport
-from .sources import DataError, as_shown, load
-from .tokens import Sequences
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from .packing import Packing
+from trl.data.batching.packing import Packing
 
 FEW_TRAINED = 0.05  # a smaller share of trained tokens is worth a warning
 OPENING, CLOSING = "⟦", "⟧"  # around the trained parts of the sample

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 
 # A plain dict, because every layer of wrapping (device hooks, DDP, FSDP) knows how to move one.
 Batch = dict[str, Any]

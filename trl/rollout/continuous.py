@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.score import causal_lm, evaluating, score
 from trl.models.shards import is_sharded
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from trl.data.chat import end_tokens
+from trl.data.tokenizing.chat import end_tokens
 from trl.engine.linear import few_rows
 from trl.engine.score import causal_lm, evaluating
 from trl.models.shards import is_sharded

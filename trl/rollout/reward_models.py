@@ -10,8 +10,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AutoConfig, Pipeline, PreTrainedTokenizerBase
 
-from trl.data.chat import chat_template
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
+from trl.data.tokenizing.chat import chat_template
 from trl.engine.scalar import scalars
 from trl.engine.score import Attachment, attach, causal_lm, evaluating
 from trl.models import load, shards

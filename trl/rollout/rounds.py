@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trl.data.batches import RowBatches, StreamBatches
-from trl.data.collate import Branch, Tree
+from trl.data.batching.batches import RowBatches, StreamBatches
+from trl.data.batching.collate import Branch, Tree
 
 # Of the mean of tokens, what a rank may get before a group is halved: each is tried, and the best deal taken.
 SLACKS = (1.1, 1.05, 1.02, 1.0)

@@ -49,10 +49,10 @@ from transformers.trainer_utils import rotate_checkpoints, set_seed
 
 from trl import checkpoint
 from trl.config import Adoptable, BaseConfig
-from trl.data import formats, sources
-from trl.data.batches import RowBatches, StreamBatches
-from trl.data.collate import PaddableRow, Tree, labelled
+from trl.data.batching.batches import RowBatches, StreamBatches
+from trl.data.batching.collate import PaddableRow, Tree, labelled
 from trl.data.mixture import Mixture
+from trl.data.reading import sources
 from trl.data.report import DataReport
 from trl.engine import linear
 from trl.engine.forest import Batch, computed, gridded, padded, relabelled, trained, unshared, with_labels
@@ -455,7 +455,7 @@ class BaseTrainer(Adoptable, Trainer):
             dataset = _train_split(dataset)
         if isinstance(dataset, dict) and all(map(sources.is_data_set, dataset.values())):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
-        dataset = dataset if isinstance(dataset, Mixture) else formats.load(dataset)
+        dataset = dataset if isinstance(dataset, Mixture) else sources.load(dataset)
         if self._users_rows or self.is_prepared(dataset):
             return dataset
         with self.args.main_process_first(desc="preparing the data"):
@@ -1081,7 +1081,7 @@ def _train_split(splits: dict[str, Any]) -> Any:
     if not all(map(sources.is_data_set, splits.values())):
         return splits
     whole = isinstance(splits, DatasetDict | IterableDatasetDict)
-    dataset = formats.load(splits, "train") if whole else splits.get("train")
+    dataset = sources.load(splits, "train") if whole else splits.get("train")
     if dataset is None:
         raise ValueError(
             f"train_dataset is a dictionary of the data sets {', '.join(map(str, splits))}: pass one of them, or join "

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl.config import BaseConfig, PreferenceFields, ReferenceFields, RouterFields
-from trl.data import collate
-from trl.data.collate import Tree
+from trl.data.batching import collate
+from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.score import evaluating, score
 from trl.losses.tokens import Metric, mean

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trl.config import BaseConfig, PreferenceFields, RouterFields
-from trl.data.collate import Tree
+from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.reference_free import LOSSES, MEAN_LOGP, alpha_reward

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trl.config import BaseConfig, PreferenceFields, ReferenceFields, RouterFields
-from trl.data import collate
-from trl.data.collate import Tree
+from trl.data.batching import collate
+from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
 from trl.engine.score import evaluating, score

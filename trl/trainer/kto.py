@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from trl.config import BaseConfig, PreferenceFields, ReferenceFields, RouterFields
-from trl.data import collate
-from trl.data.collate import Tree
-from trl.data.mismatched import COLUMN, mismatched
+from trl.data.batching import collate
+from trl.data.batching.collate import Tree
 from trl.data.report import DataReport
+from trl.data.tokenizing.mismatched import COLUMN, mismatched
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
 from trl.engine.score import evaluating, score

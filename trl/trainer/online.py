@@ -29,11 +29,11 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields
-from trl.data import formats, sources
-from trl.data.batches import RowBatches, StreamBatches
-from trl.data.collate import Tree
+from trl.data.batching.batches import RowBatches, StreamBatches
+from trl.data.batching.collate import Tree
 from trl.data.mixture import Mixture
-from trl.data.prompts import PromptReport, prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
+from trl.data.reading import sources
+from trl.data.tokenizing.prompts import PromptReport, prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
 from trl.engine.score import causal_lm, evaluating, score
@@ -873,7 +873,7 @@ def _opened(dataset: Any) -> Any:
     dictionary of them."""
     if type(dataset) is dict and all(map(sources.is_data_set, dataset.values())):
         return {name: _opened(value) for name, value in dataset.items()}
-    return formats.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
+    return sources.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trl.config import BaseConfig, PreferenceFields, RouterFields
-from trl.data import collate
-from trl.data.collate import Branch, Tree
+from trl.data.batching import collate
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.reference_free import log_odds, orpo

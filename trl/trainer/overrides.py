@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from transformers import Trainer
 
-from trl.data.batches import RowBatches, SamplerBatches
+from trl.data.batching.batches import RowBatches, SamplerBatches
 from trl.engine.forest import Batch
 from trl.notices import notify_once
 

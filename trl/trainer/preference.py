@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 
 from trl.checkpoint import write_file
 from trl.data.mixture import Mixture
-from trl.data.preference import prepare_preference_stream, prepare_preferences
 from trl.data.report import DataReport
+from trl.data.tokenizing.comparisons import prepare_preference_stream, prepare_preferences
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
 from trl.engine.reference import Frozen, Itself, Reference, choose, frozen

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl.config import BaseConfig, PreferenceFields
-from trl.data.collate import Branch, Tree
+from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import Batch, trained
 from trl.engine.scalar import scalars
 from trl.losses.reward import step_cross_entropy

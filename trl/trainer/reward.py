@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl.config import BaseConfig, PreferenceFields
-from trl.data.collate import Tree
+from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.scalar import scalars
 from trl.engine.score import causal_lm

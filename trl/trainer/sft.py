@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl.config import BaseConfig, RouterFields, SequenceFields
-from trl.data import collate
-from trl.data.collate import Tree
+from trl.data.batching import collate
+from trl.data.batching.collate import Tree
+from trl.data.batching.packing import STRATEGIES, packed, strategy_of
 from trl.data.mixture import Mixture
-from trl.data.packing import STRATEGIES, packed, strategy_of
 from trl.data.report import DataReport
-from trl.data.tokens import prepare, prepare_stream
+from trl.data.tokenizing.sequences import prepare, prepare_stream
 from trl.engine.forest import Batch, trained
 from trl.engine.score import score
 from trl.losses.sft import LOSSES, label_smoothing

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from .sources import DataError
+from trl.data.reading.sources import DataError
 
 RECIPE = 1  # raise it when the same rows come to be packed in another way, so that no stale cache is read
 STRATEGIES = ("bfd", "bfd_split", "wrapped")

@@ -1,20 +1,24 @@
 """From rows to a table of tokens: the options of a preparation, each declared once, and the one pass over the data."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import datasets
 import numpy as np
+import transformers
 from transformers import PreTrainedTokenizerBase
 
-from . import broken, chat
-from .encode import Encoder
-from .formats import DataError, Shape
-from .report import DataReport, Dropped
-from .sources import ORIGIN, as_shown, from_rows
+from trl.data.reading import broken
+from trl.data.reading.broken import KEPT
+from trl.data.reading.formats import Shape
+from trl.data.reading.sources import ORIGIN, DataError, as_shown, from_rows
+from trl.data.report import DataReport, Dropped
+from trl.data.tokenizing import chat
+from trl.data.tokenizing.encode import Encoder
 
-KEPT = 0  # what `_dropped` says of a row that stays; other values are a recipe's reasons
+RECIPE = 4  # raise it when the same options come to give other tokens, so that no stale cache is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ def tabulate(
     table, bad = broken.mapped(
         broken.NumbersAsText(encoder, shape.numbers) if shape.numbers else encoder,
         wanted,
-        encoder.fingerprint(wanted),
+        fingerprint(encoder, wanted),
         skip=recipe.skip_bad_rows,
         alone=shape.formatting != "batch",
         remove_columns=wanted.column_names,
@@ -123,6 +127,18 @@ def tabulate(
         desc=f"Tokenising {name}",
     )
     return shape, table, bad
+
+
+def fingerprint(encoder: Encoder, dataset: datasets.Dataset) -> str:
+    """Names the result in the cache of `datasets`, which by itself takes seconds to hash a large vocabulary."""
+    tokenizer, recipe = encoder.tokenizer, encoder.recipe
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    options = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    options["formatting_func"] = datasets.fingerprint.Hasher.hash(options.get("formatting_func"))
+    special = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)
+    own = (type(recipe).__name__, encoder.shape, encoder.first_row, sorted(options.items()))
+    parts = (RECIPE, dataset._fingerprint, transformers.__version__, vocabulary, special, own)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def prepare_stream(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from .formats import DataError
+from trl.data.reading.sources import DataError
 
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # from the first character to one past the last

@@ -9,11 +9,14 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from . import broken, chat
-from .encode import RECIPE, bos_doubled
-from .formats import DataError, is_talk, messages_of, part_to_column, place, text_of, without_none
-from .report import show
-from .sources import ORIGIN, as_shown, from_rows
+from trl.data.reading import broken
+from trl.data.reading.formats import part_to_column
+from trl.data.reading.messages import is_talk, messages_of, place, text_of, without_none
+from trl.data.reading.sources import ORIGIN, DataError, as_shown, from_rows
+from trl.data.report import show
+from trl.data.tokenizing import chat
+from trl.data.tokenizing.encode import bos_doubled
+from trl.data.tokenizing.recipe import RECIPE
 
 # Where the prompt is: the first of these columns that the data have.
 COLUMNS = ("prompt", "messages", "conversations", "question", "problem", "instruction", "query", "input", "text")

@@ -12,15 +12,10 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from . import recipe
-from .encode import Encoder, Text, Tokens
-from .formats import (
-    DataError,
-    Shape,
+from trl.data.reading.broken import KEPT
+from trl.data.reading.formats import Shape, call_formatting, check_formatted, detect
+from trl.data.reading.messages import (
     answer_of,
-    call_formatting,
-    check_formatted,
-    detect,
     dialogue_of,
     headed_text,
     is_talk,
@@ -30,8 +25,11 @@ from .formats import (
     text_of,
     with_system,
 )
-from .recipe import KEPT, Recipe
-from .report import DataReport, show
+from trl.data.reading.sources import DataError
+from trl.data.report import DataReport, show
+from trl.data.tokenizing import recipe
+from trl.data.tokenizing.encode import Encoder, Text, Tokens
+from trl.data.tokenizing.recipe import Recipe
 
 UNTRAINED_LABEL = -100  # what `labels` hold where no loss is taken, as everywhere in PyTorch
 

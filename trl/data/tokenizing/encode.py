@@ -4,27 +4,21 @@ A text is tokenised whole, never in parts, so that its tokens are those that the
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
-import transformers
 from transformers import PreTrainedTokenizerBase
 
-from . import chat
-from .formats import DataError, Shape, place, without_none
-from .words import Words
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from trl.data.reading.formats import Shape
+from trl.data.reading.messages import place, without_none
+from trl.data.reading.sources import DataError
+from trl.data.tokenizing import chat
+from trl.data.tokenizing.words import Words
 
 logger = logging.getLogger(__name__)
-
-RECIPE = 4  # raise it when the same options come to give other tokens, so that no stale cache is read
 
 
 class Text(NamedTuple):
@@ -60,7 +54,7 @@ class Encoder:
 
     features: datasets.Features
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, recipe: "Recipe", first_row: int = 0):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, recipe: Any, first_row: int = 0):
         self.tokenizer = tokenizer
         self.vocabulary = len(tokenizer)
         self.shape = shape
@@ -70,19 +64,6 @@ class Encoder:
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         raise NotImplementedError
-
-    def fingerprint(self, dataset: datasets.Dataset) -> str:
-        """Names the result in the cache of `datasets`, which by itself takes seconds to hash a large vocabulary."""
-        tokenizer = self.tokenizer
-        vocabulary = (
-            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-        )
-        options = {field.name: getattr(self.recipe, field.name) for field in fields(self.recipe)}
-        options["formatting_func"] = datasets.fingerprint.Hasher.hash(options.get("formatting_func"))
-        special = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)
-        own = (type(self.recipe).__name__, self.shape, self.first_row, sorted(options.items()))
-        parts = (RECIPE, dataset._fingerprint, transformers.__version__, vocabulary, special, own)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     # -- conversations to text ----------------------------------------------------------------------------------------
 

@@ -13,24 +13,25 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from . import chat, recipe, samples
-from .encode import Encoder, Text, Tokens
-from .formats import (
+from trl.data.reading import samples
+from trl.data.reading.broken import KEPT
+from trl.data.reading.formats import Shape, detect
+from trl.data.reading.messages import place
+from trl.data.reading.readings import (
     PAIR_READINGS,
     STEP_READINGS,
     UNDERSTOOD_PAIRS,
     UNDERSTOOD_STEPS,
     UNDERSTOOD_UNPAIRED,
     UNPAIRED_READINGS,
-    DataError,
     Reading,
-    Shape,
-    detect,
-    place,
 )
-from .recipe import KEPT, Recipe
-from .report import PreferenceReport, show
-from .samples import EMPTY, IDENTICAL, NO_CHOICE, NO_PROMPT, PARTED, Sample, number_of, truth_of
+from trl.data.reading.samples import EMPTY, IDENTICAL, NO_CHOICE, NO_PROMPT, PARTED, Sample, number_of, truth_of
+from trl.data.reading.sources import DataError
+from trl.data.report import PreferenceReport, show
+from trl.data.tokenizing import chat, recipe
+from trl.data.tokenizing.encode import Encoder, Text, Tokens
+from trl.data.tokenizing.recipe import Recipe
 
 EQUAL_CUT, PROMPT_FILLS, ALL_CUT = range(NO_CHOICE + 1, NO_CHOICE + 4)
 REASONS = {

@@ -1,0 +1,1 @@
+"""Rows as they are given: opening sources, the shapes of rows, messages."""

@@ -1,0 +1,1 @@
+"""Rows to tokens and masks, by a recipe for each kind of row."""
