@@ -78,7 +78,7 @@ def started(worker: str, settings: dict[str, Any], options: argparse.Namespace, 
 def model_of(options: argparse.Namespace) -> str:
     """The folder of the model that is asked for, or that of the demo."""
     if options.model is None:
-        from trl.models.gguf import demo_model
+        from trl.demo.model import demo_model
 
         return str(demo_model())
     return str(options.model)

@@ -102,7 +102,7 @@ def draw_completions(rows: list[Row], model: Path, tokenizer: Any, options: argp
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trl.engine.score import attach
+    from trl.engine.probe import attach
     from trl.rollout.generate import InProcessSampler
     from trl.rollout.types import Request, Sampling
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl.engine.score import attach
-from trl.models.gguf import demo_model
+from trl.demo.model import demo_model
+from trl.engine.probe import attach
 from trl.rollout.generate import InProcessSampler
 from trl.rollout.types import Request, Sampling
 

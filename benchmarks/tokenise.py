@@ -224,7 +224,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     datasets.disable_progress_bars()
     model = options.model
     if model is None:
-        from trl.models.gguf import demo_model
+        from trl.demo.model import demo_model
 
         model = str(demo_model())
     rows = read_chats(options.chats, options.rows) if options.chats else made_chats(options.rows)

@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     model = options.model_name_or_path
     if model is None:
-        from trl.models.gguf import demo_model
+        from trl.demo.model import demo_model
 
         model = str(demo_model())
     folder = Path(options.output_dir)

@@ -15,7 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 
-from trl.models.gguf import cache_dir, demo_model, write_folder  # noqa: E402
+from trl.demo.model import demo_model
+from trl.models.gguf import cache_dir, write_folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -88,7 +88,7 @@ def test_a_change_replaces_one_part_of_the_ticket() -> None:
     ],
 )
 def test_the_reward_is_the_share_of_right_parts(text: str, reward: float) -> None:
-    function = find("trl.cli.demo.right_parts")
+    function = find("trl.demo.orders.right_parts")
     ticket = '{"item":"soup","size":"M","count":5,"extra":null,"name":"Tara"}'
     assert function([[{"role": "assistant", "content": text}]], [ticket]) == pytest.approx([reward])
 

@@ -15,7 +15,8 @@ from tests.distributed import worker
 from tests.engine import families
 from tests.trainer import test_online, test_overrides
 from tests.trainer.helpers import first_gradient
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.losses.tokens import seq_sum
 from trl.rollout.generate import InProcessSampler
 
@@ -82,7 +83,7 @@ def test_losses_of_ones_own_equal_one_process(tmp_path, smol_path):
 def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
     """Statistics over the optimizer step are those of both ranks; so are the reference's log-probs."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of the two
-    monkeypatch.setattr("trl.trainer.preference.reference_cache", lambda: tmp_path / "cache_of_one")
+    monkeypatch.setattr("trl.trainer.reference.reference_cache", lambda: tmp_path / "cache_of_one")
     done = launch("preferences", tmp_path, smol_path)
     assert done.returncode == 0, done.stderr[-3000:]
     tokenizer = AutoTokenizer.from_pretrained(smol_path)

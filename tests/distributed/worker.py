@@ -30,7 +30,8 @@ from tests.trainer.helpers import (
     tiny_scorer,
 )
 from trl.data.batching.collate import Branch, Tree
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.losses.tokens import Metric, largest, mean, smallest
 from trl.models import offload
 from trl.models.adapters import TWIN

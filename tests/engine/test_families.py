@@ -7,7 +7,8 @@ import torch
 
 from tests.engine import families
 from trl.engine.forest import flat, padded
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 
 TOLERANCE = 1e-5
 

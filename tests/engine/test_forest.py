@@ -5,7 +5,8 @@ import torch
 from tests.engine import families
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import computed, flat, padded, unshared
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 
 
 def forest():

@@ -7,7 +7,8 @@ from datasets import Dataset
 from tests.engine import families
 from trl.data.batching.collate import sequences
 from trl.data.batching.packing import packed
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 
 
 def rows() -> Dataset:

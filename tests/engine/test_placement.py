@@ -10,7 +10,9 @@ from accelerate.utils import send_to_device
 
 from tests.engine import families
 from trl.engine.forest import flat, padded, unshared
-from trl.engine.score import attach, causal_lm, score
+from trl.engine.probe import attach
+from trl.engine.score import score
+from trl.models.unwrap import causal_lm
 
 
 def test_device_hooks_move_every_tensor_of_the_segments_and_keep_the_rest():

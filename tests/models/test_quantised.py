@@ -15,7 +15,8 @@ from tests.trainer.helpers import chat_rows, sft
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import flat, padded
 from trl.engine.head import plain_linear
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.models import adapters, load
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.generate import InProcessSampler

@@ -11,7 +11,8 @@ from transformers import AddedToken, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import flat, padded
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.models import adapters, load, vocabulary
 
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }} {{ m['content'] }}<|end|>{% endfor %}"

@@ -9,7 +9,8 @@ from tests.rollout.test_generate import PROMPTS, STOP, build, greedy, ids, reque
 from tests.trainer import test_online
 from trl import GRPOConfig
 from trl.data.batching.collate import Branch, Tree
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.types import Request, Sampling
 

@@ -6,7 +6,8 @@ from transformers import AutoTokenizer
 
 from tests.engine import families
 from trl.data.batching.collate import Branch, Tree
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.rollout import generate
 from trl.rollout.generate import InProcessSampler, describe
 from trl.rollout.types import Request, Sampling

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from trl import notices
-from trl.rollout import reward_models
-from trl.rollout.score import RewardError, RewardFunctions
+from trl.rewards import models as reward_models
+from trl.rewards.calls import RewardError
+from trl.rewards.functions import RewardFunctions
 
 SYSTEM = {"role": "system", "content": "You answer in one short sentence and you do not say anything else."}
 PROMPTS = ["What is the name of the largest city in France?"] * 3 + ["What is 2+2?"]

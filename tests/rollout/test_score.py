@@ -23,9 +23,10 @@ import pytest
 import torch
 
 from trl import notices
+from trl.rewards import functions as score
+from trl.rewards.calls import RewardError
+from trl.rewards.functions import RewardFunctions
 from trl.rewards.shapes import Messages, Text, text_of
-from trl.rollout import score
-from trl.rollout.score import RewardError, RewardFunctions
 
 from . import judges
 
@@ -524,7 +525,7 @@ def test_worker_errors(rewards: Any) -> None:
 
 SCRIPT = """
 import asyncio
-from trl.rollout.score import RewardFunctions
+from trl.rewards.functions import RewardFunctions
 
 def lengths(completions, **kwargs):
     return [float(len(text)) for text in completions]

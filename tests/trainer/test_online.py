@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 import trl
 from tests.trainer.helpers import DEFAULTS, tiny
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.rollout import rounds
 from trl.rollout.types import Completion
 
@@ -46,7 +47,7 @@ class Canned:
 
 def logps(model, prompt, ids, temperature):
     from trl.data.batching.collate import Branch, Tree
-    from trl.engine.score import causal_lm
+    from trl.models.unwrap import causal_lm
 
     tree = Tree(Branch(list(prompt), [False] * len(prompt)), (Branch(ids, [True] * len(ids)),))
     with torch.no_grad():

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, Trainer
 
 from tests.engine import families
 from tests.trainer.helpers import chat_rows, sft, tiny
-from trl.engine.score import attach, score
+from trl.engine.probe import attach
+from trl.engine.score import score
 from trl.models.shards import keep_precision
 
 

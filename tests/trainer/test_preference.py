@@ -22,7 +22,7 @@ def tokenizer(smol_path):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl.trainer.preference.reference_cache", lambda: tmp_path / "reference_cache")
+    monkeypatch.setattr("trl.trainer.reference.reference_cache", lambda: tmp_path / "reference_cache")
 
 
 def lora(**changes):
@@ -440,8 +440,8 @@ def test_scores_are_those_of_transformers(tokenizer, family):
     from transformers import MistralConfig, Qwen2Config
 
     from trl.data.batching.collate import Branch, Tree
+    from trl.engine.probe import attach
     from trl.engine.scalar import scalars
-    from trl.engine.score import attach
 
     torch.manual_seed(0)
     kind = {"qwen2": Qwen2Config, "mistral": MistralConfig}.get(family)

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.engine.probe import attach
 from trl.models import adapters
 from trl.models.low_bits import LOW_BITS, join, split
 from trl.models.shards import deep_copy, local_weights
+from trl.models.unwrap import causal_lm, evaluating
 
 from .forest import Batch
 from .head import TokenStats
-from .score import attach, causal_lm, evaluating, score
+from .score import score
 
 
 class Reference(ABC):

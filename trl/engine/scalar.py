@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from trl.models.unwrap import causal_lm
+
 from .forest import Batch
-from .score import _LAYOUT_KEYS, _REQUEST, causal_lm
+from .score import _LAYOUT_KEYS, _REQUEST
 
 
 def scalars(model: nn.Module, batch: Batch) -> Tensor:

@@ -68,3 +68,8 @@ def bounded_exp(values: Tensor, limit: float) -> Tensor:
     """`exp(values)` up to `limit`, and its tangent there beyond it, so that the result is finite and grows, and the
     gradient is at most `exp(limit)` and never of another sign."""
     return values.clamp(max=limit).exp() * (1 + (values - limit).relu())
+
+
+def masked_mean_metric(values: Tensor, place: Tensor) -> Metric:
+    """The mean of the values at `place`, without asking the device how many they are."""
+    return Metric((values.detach() * place).sum(), place.sum())

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from trl.near import near
-
-from . import FACTORIES, REWARDS
-from .named import find
-from .shapes import shaped
+from trl.rewards import FACTORIES, REWARDS
+from trl.rewards.named import find
+from trl.rewards.shapes import shaped, text_of
 
 SHAPE_ERRORS = (TypeError, AttributeError, KeyError)  # what a text raises when it is taken for messages, and vice versa
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
@@ -198,3 +197,20 @@ def listed(values: Any) -> Any:
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         return values
     return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+
+
+class RewardError(ValueError):
+    """A reward that cannot be used: which function, which row, which text, and what to do."""
+
+
+class Late(Exception):
+    """No answer within the time limit."""
+
+
+def shortened(completion: Any, length: int = 60) -> str:
+    text = text_of(completion)
+    return repr(text if len(text) <= length else f"{text[:length]}…")
+
+
+def error_text(error: BaseException) -> str:
+    return str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"

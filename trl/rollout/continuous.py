@@ -24,8 +24,9 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from trl.data.batching.collate import Branch, Tree
-from trl.engine.score import causal_lm, evaluating, score
+from trl.engine.score import score
 from trl.models.shards import is_sharded
+from trl.models.unwrap import causal_lm, evaluating
 
 from .generate import PREFILL_TOKENS, _tokens_that_fit
 from .types import Completion, Request, Sampling

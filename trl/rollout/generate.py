@@ -35,8 +35,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from trl.data.tokenizing.chat import end_tokens
 from trl.engine.linear import few_rows
-from trl.engine.score import causal_lm, evaluating
 from trl.models.shards import is_sharded
+from trl.models.unwrap import causal_lm, evaluating
 from trl.notices import notify_once
 
 from .types import Completion, Request, Sampling

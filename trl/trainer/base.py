@@ -56,11 +56,13 @@ from trl.data.reading import sources
 from trl.data.report import DataReport
 from trl.engine import linear
 from trl.engine.forest import Batch, computed, gridded, padded, relabelled, trained, unshared, with_labels
-from trl.engine.score import Attachment, attach, causal_lm, score
+from trl.engine.probe import attach
+from trl.engine.score import Attachment, score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, low_bits, offload, saving, shards, vocabulary
 from trl.models.compiled import compile_tokenwise
 from trl.models.shards import keep_precision
+from trl.models.unwrap import causal_lm
 from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
 

@@ -12,8 +12,9 @@ from trl.config import BaseConfig, PreferenceFields, ReferenceFields, RouterFiel
 from trl.data.batching import collate
 from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
-from trl.engine.score import evaluating, score
+from trl.engine.score import score
 from trl.losses.tokens import Metric, mean
+from trl.models.unwrap import evaluating
 
 from .kto import UnpairedTrainer, unpaired_batch
 from .metrics import sums_device

@@ -10,13 +10,14 @@ from trl.config import BaseConfig, PreferenceFields, RouterFields
 from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
+from trl.losses.call import call_with_available, loss_functions
 from trl.losses.reference_free import LOSSES, MEAN_LOGP, alpha_reward
-from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
+from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_mean, seq_sum
 from trl.notices import notify_once
 
 from .attributes import shows
 from .dpo import pair_batch
-from .preference import ReferenceFreeTrainer, call, loss_functions, where
+from .preference import ReferenceFreeTrainer
 
 
 @dataclass
@@ -82,7 +83,7 @@ class CPOTrainer(ReferenceFreeTrainer):
         chosen_reward_P = alpha_reward(chosen_P, alpha=args.alpha)
         rejected_reward_P = alpha_reward(rejected_P, alpha=args.alpha)
         (_, function), *_ = loss_functions([args.loss_type], LOSSES)
-        loss_P = call(
+        loss_P = call_with_available(
             function,
             {
                 "chosen_reward_P": chosen_reward_P,
@@ -105,8 +106,8 @@ class CPOTrainer(ReferenceFreeTrainer):
             "rewards/margins": mean(margin_P),
             "logps/chosen": mean(chosen_P),
             "logps/rejected": mean(rejected_P),
-            "logits/chosen": where(stats.mean_logit_N, chosen_N),
-            "logits/rejected": where(stats.mean_logit_N, ~chosen_N),
+            "logits/chosen": masked_mean_metric(stats.mean_logit_N, chosen_N),
+            "logits/rejected": masked_mean_metric(stats.mean_logit_N, ~chosen_N),
             "nll_loss": Metric(nll.detach(), float(batch["chosen_tokens"])),
         }
         pairs = loss_P.sum()

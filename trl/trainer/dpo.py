@@ -12,12 +12,14 @@ from trl.data.batching import collate
 from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
-from trl.engine.score import evaluating, score
+from trl.engine.score import score
+from trl.losses.call import call_with_available, loss_functions
 from trl.losses.preference import DIVERGENCES, DIVERGING, LOSSES, NEED_STEP, PER_TOKEN, Step, ld, wpo_weight
-from trl.losses.tokens import Metric, mean, seq_sum
+from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_sum
+from trl.models.unwrap import evaluating
+from trl.trainer.reference import ReferencedTrainer
 
 from .attributes import shows
-from .preference import ReferencedTrainer, call, loss_functions, where
 
 
 @dataclass
@@ -214,7 +216,7 @@ class DPOTrainer(ReferencedTrainer):
         }
         for side in ("chosen", "rejected"):
             ratio = {**available, "logratio_P": available[f"{side}_logratio_P"]}
-            available[f"{side}_score_P"] = call(DIVERGENCES[args.f_divergence_type], ratio)
+            available[f"{side}_score_P"] = call_with_available(DIVERGENCES[args.f_divergence_type], ratio)
         weight_P = 1.0
         if args.use_weighting:
             assert stats.sum_sq_N is not None
@@ -222,7 +224,7 @@ class DPOTrainer(ReferencedTrainer):
         pair_loss, token_loss = policy_S.new_zeros(()), policy_S.new_zeros(())
         functions = loss_functions(args.loss_type, LOSSES)
         for (name, function), weight in zip(functions, self.loss_weights, strict=True):
-            loss_P = call(function, available)
+            loss_P = call_with_available(function, available)
             if name in PER_TOKEN:
                 token_loss = token_loss + weight * loss_P.sum()
             else:
@@ -280,7 +282,7 @@ def pair_metrics(stats: TokenStats, chosen_P: Tensor, rejected_P: Tensor, reward
         metrics["entropy"] = mean(stats.entropy_N)
     for which, place_N in (("chosen", chosen_N), ("rejected", ~chosen_N)):
         if stats.mean_logit_N is not None:
-            metrics[f"logits/{which}"] = where(stats.mean_logit_N, place_N)
+            metrics[f"logits/{which}"] = masked_mean_metric(stats.mean_logit_N, place_N)
     if stats.top1_N is not None:
-        metrics["mean_token_accuracy"] = where(stats.top1_N, chosen_N)
+        metrics["mean_token_accuracy"] = masked_mean_metric(stats.top1_N, chosen_N)
     return metrics

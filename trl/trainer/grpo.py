@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl.engine.forest import Batch
-from trl.engine.score import evaluating, score
+from trl.engine.score import score
 from trl.losses.advantages import ADVANTAGES
+from trl.losses.call import call_with_available
 from trl.losses.policy import (
     CLIPPING,
     METHODS,
@@ -26,11 +27,11 @@ from trl.losses.policy import (
     vespo_weight,
 )
 from trl.losses.tokens import Metric, largest, mean, seq_mean, smallest
+from trl.models.unwrap import evaluating
 from trl.rollout.rounds import TrainingTrace
 
 from .attributes import shows
 from .online import OnlineConfig, OnlineTrainer
-from .preference import call
 
 LEVELS = ("token", "sequence", "sequence_token")
 CORRECTIONS = tuple(f"{level}_{what}" for level in ("token", "sequence", "geometric") for what in ("truncate", "mask"))
@@ -141,8 +142,8 @@ class GRPOConfig(OnlineConfig):
 class GRPOTrainer(OnlineTrainer):
     """Trains a causal language model on completions of its own that reward functions judge.
 
-    `reward_funcs` is a function, a model, a name or a list of them: see `rollout.score.RewardFunctions`. Rows have a
-    `prompt` (a string or messages) and whatever columns the functions read. Shao et al. 2024, arXiv:2402.03300; the
+    `reward_funcs` is a function, a model, a name or a list of them: see `rewards.functions.RewardFunctions`. Rows have
+    a `prompt` (a string or messages) and whatever columns the functions read. Shao et al. 2024, arXiv:2402.03300; the
     default `loss_type` is that of DAPO, Yu et al. 2025, arXiv:2503.14476.
     """
 
@@ -270,7 +271,7 @@ class GRPOTrainer(OnlineTrainer):
             "log_correction_N": None if weight_N is None else weight_N.log(),
             **{name: getattr(args, name) for name in SETTINGS},
         }
-        loss_N = call(method.surrogate, available)
+        loss_N = call_with_available(method.surrogate, available)
         if args.off_policy_mask_threshold is not None:
             loss_N = loss_N * off_policy_keep(
                 advantage_N=advantage_N,
@@ -286,7 +287,7 @@ class GRPOTrainer(OnlineTrainer):
             loss_N = loss_N * weight_N
         metrics = {"entropy": mean(stats.entropy_N)}
         if args.loss_type == "vespo":
-            phi_N = call(vespo_weight, available)
+            phi_N = call_with_available(vespo_weight, available)
             metrics["vespo/phi_seq_mean"] = mean(seq_mean(phi_N, seq_N, sequences))
         if weight_N is not None:
             metrics.update(self._gap(old_logp_N - batch["sampler_logp_N"], weight_N, seq_N, sequences))

@@ -14,13 +14,15 @@ from trl.data.report import DataReport
 from trl.data.tokenizing.mismatched import COLUMN, mismatched
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
-from trl.engine.score import evaluating, score
-from trl.losses.tokens import Metric, mean
+from trl.engine.score import score
+from trl.losses.call import call_with_available, loss_functions
+from trl.losses.tokens import Metric, masked_mean_metric, mean
 from trl.losses.unpaired import LOSSES, kl_estimate
+from trl.models.unwrap import evaluating
+from trl.trainer.reference import ReferencedTrainer
 
 from .attributes import shows
 from .metrics import sums_device
-from .preference import ReferencedTrainer, call, loss_functions, where
 
 WITHOUT_KL = ("apo_zero_unpaired",)
 
@@ -74,14 +76,16 @@ class UnpairedTrainer(ReferencedTrainer):
             batch["ref_logp_S"] = self.reference_values(batch, self.ask_reference(model))[:, 0]
         ratio_S = policy_S - batch["ref_logp_S"]
         (_, function), *_ = loss_functions([self.loss_type], LOSSES)
-        loss_S = call(function, {"logratio_S": ratio_S, "label_S": label_S, **self.settings(batch, policy_S)})
+        loss_S = call_with_available(
+            function, {"logratio_S": ratio_S, "label_S": label_S, **self.settings(batch, policy_S)}
+        )
         total = loss_S.sum()
         reward_S = self.args.beta * ratio_S.detach()
         metrics = {"entropy": mean(stats.entropy_N)}
         for which, place_S in (("chosen", label_S), ("rejected", ~label_S)):
-            metrics[f"rewards/{which}"] = where(reward_S, place_S)
-            metrics[f"logps/{which}"] = where(policy_S, place_S)
-            metrics[f"logits/{which}"] = where(stats.mean_logit_N, place_S[stats.seq_N])
+            metrics[f"rewards/{which}"] = masked_mean_metric(reward_S, place_S)
+            metrics[f"logps/{which}"] = masked_mean_metric(policy_S, place_S)
+            metrics[f"logits/{which}"] = masked_mean_metric(stats.mean_logit_N, place_S[stats.seq_N])
         if stats.aux is not None:
             total = total + balance * stats.aux * len(policy_S)
             metrics["aux_loss"] = mean(stats.aux)

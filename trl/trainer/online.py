@@ -36,12 +36,16 @@ from trl.data.reading import sources
 from trl.data.tokenizing.prompts import PromptReport, prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
-from trl.engine.score import causal_lm, evaluating, score
+from trl.engine.score import score
 from trl.losses.advantages import total_reward, without_spread
 from trl.losses.tokens import Metric, largest, smallest
 from trl.models import offload
 from trl.models.shards import without_ddp
+from trl.models.unwrap import causal_lm, evaluating
 from trl.notices import notify_once
+from trl.rewards.functions import RewardFunctions
+from trl.rewards.functions import check as check_rewards
+from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, gathered, packed, packed_tokens, rehomed, unpacked
 from trl.rollout.generate import InProcessSampler, describe, stop_ids
@@ -60,15 +64,12 @@ from trl.rollout.rounds import (
     split_into_steps,
     trees,
 )
-from trl.rollout.score import RewardFunctions
-from trl.rollout.score import check as check_rewards
-from trl.rollout.table import Table
 from trl.rollout.types import Completion, Request, Sampler, Sampling
+from trl.trainer.reference import ReferencedTrainer
 
 from . import overrides
 from .attributes import shows
 from .base import BatchStream
-from .preference import ReferencedTrainer
 
 # Tokens of a forward pass. On a CPU the time of a step is flat from here on (within a tenth), and memory is not.
 BUDGET = {"cpu": 1024, "default": 16384}

@@ -13,10 +13,10 @@ from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.reference_free import log_odds, orpo
-from trl.losses.tokens import Metric, mean, seq_mean, seq_sum
+from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_mean, seq_sum
 
 from .attributes import shows
-from .preference import ReferenceFreeTrainer, where
+from .preference import ReferenceFreeTrainer
 
 COMPLETIONS = ("chosen_ids", "rejected_ids")
 
@@ -79,8 +79,8 @@ class ORPOTrainer(ReferenceFreeTrainer):
         log_odds_P = log_odds(chosen_mean_logp_P=chosen_mean_P, rejected_mean_logp_P=rejected_mean_P).detach()
         metrics = {
             **mean_logp_metrics(chosen_mean_P, rejected_mean_P, beta),
-            "logits/chosen": where(stats.mean_logit_N, kind_N == 1),
-            "logits/rejected": where(stats.mean_logit_N, kind_N == 2),
+            "logits/chosen": masked_mean_metric(stats.mean_logit_N, kind_N == 1),
+            "logits/rejected": masked_mean_metric(stats.mean_logit_N, kind_N == 2),
             "nll_loss": Metric(nll.detach(), float(batch["nll_tokens"])),
             "log_odds_ratio": mean(torch.nn.functional.logsigmoid(log_odds_P)),
             "log_odds_chosen": mean(log_odds_P),

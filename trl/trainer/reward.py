@@ -12,10 +12,10 @@ from trl.config import BaseConfig, PreferenceFields
 from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.scalar import scalars
-from trl.engine.score import causal_lm
 from trl.losses.reward import bradley_terry, centring
 from trl.losses.tokens import Metric, largest, mean, smallest
 from trl.models import load, vocabulary
+from trl.models.unwrap import causal_lm
 from trl.notices import notify_once
 
 from .dpo import pair_batch

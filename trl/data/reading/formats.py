@@ -8,7 +8,16 @@ from typing import Any
 import datasets
 
 from trl.data.reading.messages import FLAGS, NO_IMAGES, is_talk
-from trl.data.reading.readings import COMPLETION_CONTENTS, MESSAGE_CONTENTS, NAMED, READINGS, TEXT, UNDERSTOOD, Part, Reading
+from trl.data.reading.readings import (
+    COMPLETION_CONTENTS,
+    MESSAGE_CONTENTS,
+    NAMED,
+    READINGS,
+    TEXT,
+    UNDERSTOOD,
+    Part,
+    Reading,
+)
 from trl.data.reading.sources import DataError
 
 

@@ -22,31 +22,23 @@ class Reading(NamedTuple):
 
 
 NAMED = "\0named"  # stands for the column that the user named with `dataset_text_field`
-
-
 TEXT = "\0text"  # the same, also when it is the default
-
-
 _SYSTEM = Part("system", ("system", "system_prompt"), ("text",), optional=True)
-
 
 _TOOLS = (
     Part("tools", ("tools",), ("text", "structs", "other"), optional=True),
     Part("chat_template_kwargs", ("chat_template_kwargs",), ("struct", "other"), optional=True),
 )
 
-
 _MASK = ("integers", "booleans", "empty")
-
-
 MESSAGE_CONTENTS = ("messages", "from_value")
-
-
 COMPLETION_CONTENTS = (*MESSAGE_CONTENTS, "turn")  # a completion that is of messages, of one or of several
 
 
 def _conversations(*names: str) -> Reading:
-    return Reading("messages", "conversations in {messages}", (Part("messages", names, MESSAGE_CONTENTS), _SYSTEM, *_TOOLS))
+    return Reading(
+        "messages", "conversations in {messages}", (Part("messages", names, MESSAGE_CONTENTS), _SYSTEM, *_TOOLS)
+    )
 
 
 def _dialogue(says: str, prompt: Sequence[str], further: Sequence[str], completion: Sequence[str]) -> Reading:
@@ -120,16 +112,9 @@ _REFERENCES = (
     _number("ref_rejected_logps", "reference_rejected_logps"),
 )
 
-
 _JUDGED = (_number("margin"), *_REFERENCES)
-
-
 _LABEL = Part("label", ("label", "kto_tag"), ("number", "empty", "text"))
-
-
 _ASKED = ("question", "query", "instruction", "input")
-
-
 _FURTHER = Part("input", ("input", "context"), ("text",), optional=True)
 
 
@@ -238,7 +223,13 @@ UNPAIRED_READINGS: tuple[Reading, ...] = (
     Reading(
         "implicit",
         "conversations in {completion}, the last turn wanted or not by {label}",
-        (Part("completion", ("messages", "conversations"), MESSAGE_CONTENTS), _LABEL, _SYSTEM, *_TOOLS, _number("ref_logps")),
+        (
+            Part("completion", ("messages", "conversations"), MESSAGE_CONTENTS),
+            _LABEL,
+            _SYSTEM,
+            *_TOOLS,
+            _number("ref_logps"),
+        ),
     ),
     Reading(
         "dialogue",
@@ -282,22 +273,18 @@ STEP_READINGS: tuple[Reading, ...] = (
     ),
 )
 
-
 UNDERSTOOD_PAIRS = (
     "`prompt`, `chosen` and `rejected` (strings, or lists of {role, content} or {from, value}), `chosen` and "
     "`rejected` alone (both with the prompt they share), `question` or `instruction`, `chosen` and `rejected`, "
     "`conversations` with `chosen` and `rejected`, or `prompt`, `responses` and `scores`"
 )
 
-
 UNDERSTOOD_UNPAIRED = (
     "`prompt`, `completion` and `label` (true or false), `messages` and `label`, `question`, `answer` and `label`, or "
     f"pairs: {UNDERSTOOD_PAIRS}"
 )
 
-
 UNDERSTOOD_STEPS = "`prompt`, `completions` (a list of steps) and `labels` (a list of true and false)"
-
 
 UNDERSTOOD = (
     "`text` (a string), `messages` or `conversations` (a list of {role, content} or {from, value}), `prompt` and "

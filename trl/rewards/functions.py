@@ -4,35 +4,21 @@ What can wait (coroutines, endpoints, worker processes) is begun first and colle
 anything but a finite number or None for every row is a `RewardError`, which names the function, the row and its text.
 """
 
-import asyncio
 import contextlib
 import difflib
-import http.client
-import inspect
-import json
 import math
-import multiprocessing
 import numbers
-import pickle
-import threading
 import time
-import urllib.error
-import urllib.request
-import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
-from trl.engine.score import causal_lm
 from trl.models.load import ModelError, load_tokenizer
+from trl.models.unwrap import causal_lm
 from trl.notices import notify_once
 from trl.rewards import REWARDS
 from trl.rewards.calls import (
@@ -40,34 +26,26 @@ from trl.rewards.calls import (
     SHAPE_ERRORS,
     Answer,
     Call,
+    Late,
     Log,
     Missing,
+    RewardError,
     WorkerError,
     accepted,
+    error_text,
     is_async,
     listed,
     name_of,
-    run,
-    run_async,
-    run_there,
+    shortened,
 )
+from trl.rewards.judges import Asynchronous, Elsewhere, Endpoint, Here
+from trl.rewards.models import ModelJudge, PipelineJudge, is_pipeline, load_judge, model_name
 from trl.rewards.named import find, is_function
-from trl.rewards.shapes import text_of
-
-from .reward_models import ModelJudge, PipelineJudge, is_pipeline, load_judge, model_name
+from trl.rewards.workers import Loop, Pool
 
 CONSTANT_CALLS = 5  # so many calls with one and the same reward for every row are worth a word
-BACKOFF = 0.5  # seconds before the first retry of an endpoint; doubled each time
 SEARCHED = 5.0  # seconds: a function that took longer to fail is not called again to find the row
 LARGEST = torch.finfo(torch.float32).max
-
-
-class RewardError(ValueError):
-    """A reward that cannot be used: which function, which row, which text, and what to do."""
-
-
-class _Late(Exception):
-    """No answer within the time limit."""
 
 
 class RewardFunctions:
@@ -114,9 +92,9 @@ class RewardFunctions:
         self.tokenizer, self.device = tokenizer, device
         self.batch_tokens = batch_tokens
         self.model_kwargs, self.template_kwargs = dict(model_kwargs or {}), dict(chat_template_kwargs or {})
-        self._loop, self._pool = _Loop(), _Pool()
+        self._loop, self._pool = Loop(), Pool()
         self.judges = [self._judge(function, own) for function, own in zip(functions, processing_classes, strict=True)]
-        self._pool.size = max((judge.parts for judge in self.judges if isinstance(judge, _Elsewhere)), default=0)
+        self._pool.size = max((judge.parts for judge in self.judges if isinstance(judge, Elsewhere)), default=0)
         self.names = _distinct([judge.name for judge in self.judges])
         self._constant: list[tuple[float, int]] = [(math.nan, 0)] * len(functions)
         self._said_unscored = False
@@ -140,7 +118,7 @@ class RewardFunctions:
             function = str(function)
         if isinstance(function, str):
             if function.startswith(("http://", "https://")):
-                return _Endpoint(function, self._loop, self.timeout, self.retries)
+                return Endpoint(function, self._loop, self.timeout, self.retries)
             if _names_function(function):
                 source, function = function, _found(function)
             else:
@@ -163,11 +141,11 @@ class RewardFunctions:
                 f"{type(function).__name__}"
             )
         if is_async(function):
-            return _Asynchronous(function, self.chat, self._loop, self.timeout)
+            return Asynchronous(function, self.chat, self._loop, self.timeout)
         parts = getattr(function, "workers", self.workers)
         if parts:
-            return _Elsewhere(function, self.chat, source, int(parts), self._pool, self.timeout)
-        return _Here(function, self.chat, self._loop, self.timeout)
+            return Elsewhere(function, self.chat, source, int(parts), self._pool, self.timeout)
+        return Here(function, self.chat, self._loop, self.timeout)
 
     def _model(self, name: str, tokenizer: Any) -> tuple[nn.Module, Any]:
         try:
@@ -263,12 +241,12 @@ class RewardFunctions:
                 try:
                     answer = judge.begin(other)()
                 except Exception as second:
-                    also = f" (and as {_SHAPES[other.messages]}: {_said(second)})"
+                    also = f" (and as {_SHAPES[other.messages]}: {error_text(second)})"
                 else:
                     judge.messages = other.messages
                     notify_once(
-                        f"reward function {name!r} fails on {_SHAPES[call.messages]} ({_said(error)}) and works on "
-                        f"{_SHAPES[other.messages]}: it is given those"
+                        f"reward function {name!r} fails on {_SHAPES[call.messages]} ({error_text(error)}) and works "
+                        f"on {_SHAPES[other.messages]}: it is given those"
                     )
                     return answer
             with _naming(name, call, also, judge, time.monotonic() - began):
@@ -299,15 +277,15 @@ class RewardFunctions:
                 hint = " Completions are lists of messages: the text is `completion[-1]['content']`." if shape else ""
                 notify_once(
                     f"reward function {name!r} gave {low:g} to every row {CONSTANT_CALLS} times in a row, lately to "
-                    f"{_clip(call.completions[0])}: nothing is learnt from it like this.{hint}"
+                    f"{shortened(call.completions[0])}: nothing is learnt from it like this.{hint}"
                 )
         unscored = table.isnan().all(1).nonzero()[:, 0].tolist()
         if unscored and not self._said_unscored:
             self._said_unscored = True
             notify_once(
                 f"{len(unscored)} of {len(table)} completions have no reward, because {_all_of(self.names)} gave None: "
-                f"row {unscored[0]} ({_clip(call.completions[unscored[0]])}) is the first. They are left out; give a "
-                "number in at least one function to train on them"
+                f"row {unscored[0]} ({shortened(call.completions[unscored[0]])}) is the first. They are left out; give "
+                "a number in at least one function to train on them"
             )
 
     def combine(self, table: Tensor) -> Tensor:
@@ -391,15 +369,6 @@ def _all_of(names: Sequence[str]) -> str:
     return f"{names[0]!r}" if len(names) == 1 else f"all of {', '.join(map(repr, names))}"
 
 
-def _clip(completion: Any, length: int = 60) -> str:
-    text = text_of(completion)
-    return repr(text if len(text) <= length else f"{text[:length]}…")
-
-
-def _said(error: BaseException) -> str:
-    return str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
-
-
 # --- what came back -----------------------------------------------------------------------------------------------
 
 
@@ -409,13 +378,13 @@ def _column(name: str, call: Call, values: Any) -> list[float]:
     if not isinstance(values, list):
         raise RewardError(
             f"reward function {name!r} returned a {type(values).__name__} ({str(values)[:60]}) instead of a list of "
-            f"{len(call)} numbers, one for each completion; the first is {_clip(call.completions[0])}"
+            f"{len(call)} numbers, one for each completion; the first is {shortened(call.completions[0])}"
         )
     if len(values) != len(call):
         row = min(len(values), len(call) - 1)
         raise RewardError(
             f"reward function {name!r} returned {len(values)} rewards for {len(call)} completions: return one for "
-            f"each, None where it does not apply (row {row} is {_clip(call.completions[row])})"
+            f"each, None where it does not apply (row {row} is {shortened(call.completions[row])})"
         )
     return [_number(name, call, row, value) for row, value in enumerate(values)]
 
@@ -425,7 +394,7 @@ def _number(name: str, call: Call, row: int, value: Any) -> float:
         value = value[0]
     if value is None:
         return math.nan
-    where = f"reward function {name!r}, row {row} ({_clip(call.completions[row])})"
+    where = f"reward function {name!r}, row {row} ({shortened(call.completions[row])})"
     if not isinstance(value, numbers.Real):
         raise RewardError(f"{where}: gave {str(value)[:60]!r}, a {type(value).__name__}, instead of a number")
     if not abs(float(value)) <= LARGEST:
@@ -440,314 +409,25 @@ def _naming(name: str, call: Call, also: str = "", judge: Any = None, seconds: f
         yield
     except ImportError:
         raise
-    except _Late as error:
+    except Late as error:
         raise RewardError(
-            f"reward function {name!r} {error}; the first of its {len(call)} texts is {_clip(call.completions[0])}. "
-            "Make it faster, or allow it more"
+            f"reward function {name!r} {error}; the first of its {len(call)} texts is {shortened(call.completions[0])}"
+            ". Make it faster, or allow it more"
         ) from None
     except Missing as error:
         raise RewardError(f"reward function {name!r}: {error}") from error
     except Exception as error:
         # The loss of a row names it; what failed as a whole is asked again in halves until one row is left.
-        row = judge.first_failing(call) if isinstance(judge, _Here) and seconds < SEARCHED else None
+        row = judge.first_failing(call) if isinstance(judge, Here) and seconds < SEARCHED else None
         if row is None:
-            where = f", one of {len(call)} rows, the first of which is {_clip(call.completions[0])}"
-            where = where if len(call) > 1 else f", row 0 ({_clip(call.completions[0])})"
+            where = f", one of {len(call)} rows, the first of which is {shortened(call.completions[0])}"
+            where = where if len(call) > 1 else f", row 0 ({shortened(call.completions[0])})"
         else:
-            where = f", row {row} ({_clip(call.completions[row])})"
-        raise RewardError(f"reward function {name!r}{where}: {_said(error)}{also}") from error
+            where = f", row {row} ({shortened(call.completions[row])})"
+        raise RewardError(f"reward function {name!r}{where}: {error_text(error)}{also}") from error
 
 
 # --- who is asked -------------------------------------------------------------------------------------------------
 
 
-class _Function:
-    """A Python function. `messages` is the shape it gets; `background` says that it runs while others do."""
-
-    reshapes = True
-    background = True
-
-    def __init__(self, function: Callable[..., Any], messages: bool, timeout: float | None):
-        self.function, self.messages, self.timeout = function, messages, timeout
-        self.name = name_of(function)
-
-
-class _Here(_Function):
-    """A function that is called in this thread."""
-
-    background = False
-
-    def __init__(self, function: Callable[..., Any], messages: bool, loop: "_Loop", timeout: float | None):
-        super().__init__(function, messages, timeout)
-        self.loop = loop
-
-    def begin(self, call: Call) -> Callable[[], Answer]:
-        return lambda: self._run(call)
-
-    def _run(self, call: Call) -> Answer:
-        answer = run(self.function, call)
-        if inspect.isawaitable(answer.values):  # a plain function that gives a coroutine
-
-            async def awaited(value: Any = answer.values) -> Any:
-                return await value
-
-            return answer._replace(values=self.loop.start(awaited(), self.timeout).result())
-        return answer
-
-    def first_failing(self, call: Call) -> int | None:
-        """The first row that the function fails on by itself, or None when there is none."""
-        start, part = 0, call
-        while len(part) > 1:
-            half = len(part) // 2
-            if self._fails(part.rows(0, half)):
-                part = part.rows(0, half)
-            else:
-                start, part = start + half, part.rows(half, len(part))
-        return start if self._fails(part) else None
-
-    def _fails(self, call: Call) -> bool:
-        try:
-            self._run(call)
-        except Exception:
-            return True
-        return False
-
-
-class _Asynchronous(_Function):
-    """A coroutine function: all of them run at the same time."""
-
-    def __init__(self, function: Callable[..., Any], messages: bool, loop: "_Loop", timeout: float | None):
-        super().__init__(function, messages, timeout)
-        self.loop = loop
-
-    def begin(self, call: Call) -> Callable[[], Answer]:
-        return self.loop.start(run_async(self.function, call), self.timeout).result
-
-
-class _Elsewhere(_Function):
-    """A function in worker processes, each of which gets a part of the rows."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        messages: bool,
-        source: str | None,
-        parts: int,
-        pool: "_Pool",
-        timeout: float | None,
-    ):
-        super().__init__(function, messages, timeout)
-        self.parts, self.pool = parts, pool
-        self.source: str | bytes = source if source is not None else self._pickled()
-
-    def _pickled(self) -> bytes:
-        try:
-            return pickle.dumps(self.function)
-        except Exception as error:
-            raise RewardError(
-                f"reward function {self.name!r} cannot be sent to a worker process ({error}). Define it in a file, at "
-                "the top level (no lambda, nothing inside a function), or set its attribute `workers` to 0"
-            ) from error
-
-    def begin(self, call: Call) -> Callable[[], Answer]:
-        call = call.only(self.function)
-        share, more = divmod(len(call), self.parts)
-        bounds = [0]
-        for part in range(min(self.parts, len(call))):
-            bounds.append(bounds[-1] + share + (part < more))
-        calls = [call.rows(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
-        futures = [self.pool.submit(run_there, self.source, part) for part in calls]
-        return lambda: self._finish(calls, futures)
-
-    def _finish(self, calls: list[Call], futures: "list[Future[Answer]]") -> Answer:
-        deadline = None if self.timeout is None else time.monotonic() + self.timeout
-        answers: list[Answer] = []
-        try:
-            for future in futures:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                answers.append(future.result(left))
-        except (WorkerError, ImportError):
-            raise
-        except FutureTimeout:
-            self.pool.kill()
-            raise _Late(f"did not come back from its worker process within {self.timeout:g} seconds") from None
-        except BrokenProcessPool as error:
-            self.pool.kill()
-            raise WorkerError(
-                "its worker process died. Out of memory? Or the script starts training without "
-                "`if __name__ == '__main__':`, which worker processes need"
-            ) from error
-        except Exception as error:
-            raise WorkerError(
-                f"its arguments or rewards cannot pass between processes ({type(error).__name__}: {error}). Set its "
-                "attribute `workers` to 0"
-            ) from error
-        finally:
-            for future in futures:
-                future.cancel()
-        return _joined(calls, answers)
-
-
-def _joined(calls: list[Call], answers: list[Answer]) -> Answer:
-    """The answers to parts as one."""
-    values: list[Any] = []
-    for call, answer in zip(calls, answers, strict=True):
-        if not isinstance(answer.values, list) or len(answer.values) != len(call):
-            got = f"{len(answer.values)} rewards" if isinstance(answer.values, list) else f"{answer.values!r:.60}"
-            raise WorkerError(
-                f"returned {got} for the {len(call)} rows that a worker process gave it: return one for each, None "
-                "where it does not apply"
-            )
-        values += answer.values
-    columns: dict[str, list[Any]] = {}
-    for answer in answers:
-        for column, part in answer.log.columns:
-            columns.setdefault(column, []).extend(part)
-    log = Log(list(columns.items()), [metric for answer in answers for metric in answer.log.metrics])
-    return Answer(values, log, any(answer.asked for answer in answers))
-
-
-class _Endpoint:
-    """An address that takes a POST of `prompts`, `completions` and `columns` in JSON, and answers with `rewards`."""
-
-    reshapes = False
-    background = True
-    messages = False
-
-    def __init__(self, url: str, loop: "_Loop", timeout: float | None, retries: int):
-        self.url, self.loop, self.timeout, self.retries = url, loop, timeout, retries
-        self.name = urlsplit(url).netloc.rsplit("@")[-1] + urlsplit(url).path.rstrip("/")
-
-    def begin(self, call: Call) -> Callable[[], Answer]:
-        body = self._body(call)
-
-        async def asked() -> Answer:
-            return Answer(await asyncio.to_thread(self._post, body), Log(), False)
-
-        return self.loop.start(asked(), None).result  # each attempt has a limit of its own
-
-    def _body(self, call: Call) -> bytes:
-        columns = {}
-        for name, values in call.columns.items():
-            try:
-                json.dumps(values)
-            except (TypeError, ValueError) as error:
-                notify_once(f"the column {name} is not sent to {self.url}: {error}")
-            else:
-                columns[name] = values
-        body = {"prompts": list(call.prompts), "completions": list(call.completions), "columns": columns}
-        return json.dumps(body).encode()
-
-    def _post(self, body: bytes) -> list[Any]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        request = urllib.request.Request(self.url, body, headers, method="POST")
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(BACKOFF * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return self._rewards(response.read())
-            except urllib.error.HTTPError as error:
-                with error:
-                    why = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}".rstrip(": ")
-                if error.code < 500 and error.code not in (408, 429):
-                    raise WorkerError(f"the endpoint {self.url} refused: {why}") from None
-            except (OSError, http.client.HTTPException) as error:  # no connection, or cut, or too late
-                reason = getattr(error, "reason", error)
-                late = isinstance(reason, TimeoutError)
-                why = f"no answer within {self.timeout:g} seconds" if late else f"{reason}"
-        raise WorkerError(f"the endpoint {self.url} failed {self.retries + 1} times, lastly with {why}")
-
-    def _rewards(self, answer: bytes) -> list[Any]:
-        try:
-            rewards = json.loads(answer)["rewards"]
-            if not isinstance(rewards, list):
-                raise TypeError("not a list")
-        except (ValueError, KeyError, TypeError):
-            beginning = answer[:100].decode(errors="replace")
-            raise WorkerError(
-                f'the endpoint {self.url} answered {beginning!r} instead of {{"rewards": [...]}}'
-            ) from None
-        return rewards
-
-
 # --- where they run -----------------------------------------------------------------------------------------------
-
-
-class _Loop:
-    """An event loop in a thread of its own, so that it also serves where one is running already, as in a notebook."""
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._end: Any = None
-
-    def start(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> "Future[Any]":
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=_serve, args=(self._loop,), name="trl-rewards", daemon=True)
-            thread.start()
-            self._end = weakref.finalize(self, _stop, self._loop, thread)
-        return asyncio.run_coroutine_threadsafe(_limited(coroutine, timeout), self._loop)
-
-    def close(self) -> None:
-        if self._loop is not None:
-            self._loop = None
-            self._end()
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    loop.run_forever()
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-    loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.close()
-
-
-def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(5)
-
-
-async def _limited(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
-    """Not by `wait_for`: a TimeoutError of the function's own means something else."""
-    task = asyncio.ensure_future(coroutine)
-    done, _ = await asyncio.wait({task}, timeout=timeout)
-    if not done:
-        task.cancel()
-        await asyncio.wait({task}, timeout=1)
-        raise _Late(f"did not answer within {timeout:g} seconds")
-    return task.result()
-
-
-class _Pool:
-    """Worker processes, begun when first needed. They are spawned: a forked one would inherit threads and devices."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._pool: ProcessPoolExecutor | None = None
-        self._end: Any = None
-
-    def submit(self, function: Callable[..., Answer], *arguments: Any) -> "Future[Answer]":
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.size, mp_context=multiprocessing.get_context("spawn"))
-            self._end = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
-        return self._pool.submit(function, *arguments)
-
-    def kill(self) -> None:
-        """Ends processes that do not come back."""
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        self._end.detach()
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-    def close(self) -> None:
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            self._end.detach()
-            pool.shutdown(wait=True, cancel_futures=True)

@@ -12,9 +12,11 @@ from transformers import AutoConfig, Pipeline, PreTrainedTokenizerBase
 
 from trl.data.batching.collate import Branch, Tree
 from trl.data.tokenizing.chat import chat_template
+from trl.engine.probe import attach
 from trl.engine.scalar import scalars
-from trl.engine.score import Attachment, attach, causal_lm, evaluating
+from trl.engine.score import Attachment
 from trl.models import load, shards
+from trl.models.unwrap import causal_lm, evaluating
 from trl.notices import notify_once
 from trl.rewards.calls import Answer, Call, Log
 from trl.rewards.shapes import text_of

@@ -1,0 +1,195 @@
+"""`attach(model)`: whether a model's flat rows and its head can be trusted, found out by running a few short rows."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from trl.data.batching.collate import Branch, Tree
+from trl.engine import attention
+from trl.engine.forest import Batch, flat, padded
+from trl.engine.head import plain_linear
+from trl.engine.score import _LAYOUT_KEYS, _REQUEST, Attachment, _add_keyword, _readout
+from trl.models import shards
+from trl.models.unwrap import SCALAR_HEAD, causal_lm, evaluating, scalar_head
+
+
+def attach(model: nn.Module) -> Attachment:
+    """Make a causal language model ready for `score`. Idempotent; call it again after wrapping the model in PEFT.
+
+    Sets the attention implementation (kept for the model's life: layers read it again when a checkpointed forward is
+    recomputed), adds one keyword to `forward`, then probes. In a distributed run the first rank's verdict holds.
+    """
+    base = causal_lm(model)
+    if base.get_output_embeddings() is None and scalar_head(base) is None:
+        raise ValueError(
+            f"{type(base).__name__} has neither a language-model head to read log-probs from nor one that scores: load "
+            "it with AutoModelForCausalLM, or with AutoModelForSequenceClassification to train a reward model"
+        )
+    _add_keyword(base)
+    configs = _configs(base)
+    if not hasattr(base, "_trl_attention"):
+        base._trl_attention = [config._attn_implementation for config in configs]
+    config = base.config.get_text_config()
+    attachment = Attachment(True, None, _readout(config), pad_id=getattr(config, "pad_token_id", None) or 0)
+    base._trl_attachment = attachment
+
+    with _probing(model), shards.gathered(model):
+        reason = _chunked_reason(config) or _prompt_learning_reason(model)
+        if reason is None:
+            for each in configs:
+                each._attn_implementation = attention.NAME
+            reason = _first_failure(model, base)
+        if reason is not None:
+            # Padded, with the attention that the model came with.
+            for each, own in zip(configs, base._trl_attention, strict=True):
+                each._attn_implementation = own
+            attachment.is_flat, attachment.reason = False, reason
+        if scalar_head(base) is None:
+            attachment.head_reason = _head_failure(model, base, attachment) or _parts_reason(base)
+        elif not hasattr(base, SCALAR_HEAD):
+            attachment.head_reason = f"{type(base).__name__} scores by more than one layer on its last hidden state"
+    _agree(attachment, base, configs)
+    return attachment
+
+
+def _configs(base: nn.Module) -> list[Any]:
+    found = {id(module.config): module.config for module in base.modules()
+             if isinstance(getattr(module, "config", None), PreTrainedConfig)}  # fmt: skip
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, the random state left as it was."""
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        yield
+
+
+def _chunked_reason(config: PreTrainedConfig) -> str | None:
+    # Too long for a short probe to notice.
+    if getattr(config, "attention_chunk_size", None):
+        return "its attention is computed in chunks of fixed size, which segments do not know"
+    return None
+
+
+def _prompt_learning_reason(model: nn.Module) -> str | None:
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and getattr(adapter, "is_prompt_learning", False):
+        return "prompt learning puts virtual tokens before every row"
+    return None
+
+
+def _tokens(base: Any, start: int, count: int) -> list[int]:
+    vocabulary = base.config.get_text_config().vocab_size
+    return [(start + 7 * index) % vocabulary for index in range(count)]
+
+
+def _leaf(ids: list[int]) -> Tree:
+    return Tree(Branch(ids, [True] * len(ids)))
+
+
+def _inputs(base: Any, batch: Batch) -> dict[str, Any]:
+    """The batch where the model begins. Offloaded weights are nowhere: their hooks move the inputs as well."""
+    device = base.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    return {key: _to(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
+
+
+def _hidden(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = _inputs(causal_lm(model), batch)
+    request = {
+        "predict_N": batch["predict_N"],
+        "target_N": batch["target_N"],
+        "columns": batch["input_ids"].shape[1],
+        "extras": (),
+        "grads": (),
+        "temperature": 1.0,
+        "hidden": True,
+    }
+    return model(**inputs, use_cache=False, **{_REQUEST: request})["hidden"].float()
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {key: _to(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _tolerance(base: Any, dtype: torch.dtype) -> float:
+    """What rounding may move; 8-bit weights round by outliers of the whole batch. A leak moves more."""
+    rounds = dtype in (torch.float16, torch.bfloat16) or getattr(base, "is_quantized", False)
+    return 5e-2 if rounds else 1e-3
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    return ((left - right).norm() / right.norm().clamp(min=1e-12)).item()
+
+
+def _first_failure(model: nn.Module, base: Any) -> str | None:
+    """What is wrong with this model's flat rows, in one sentence, or None."""
+    first, other, second = _tokens(base, 11, 5), _tokens(base, 12, 5), _tokens(base, 23, 7)
+    root, left, right = _tokens(base, 31, 6), _tokens(base, 17, 3), _tokens(base, 41, 4)
+    count = len(second) - 1
+    tolerance = _tolerance(base, next(base.parameters()).dtype)
+
+    def run(build: Callable[[list[Tree]], Batch], *trees: Tree) -> Tensor:
+        return _hidden(model, build(list(trees)))
+
+    try:
+        row = run(flat, _leaf(first), _leaf(second))[-count:]
+        moved = run(flat, _leaf(other), _leaf(second))[-count:]
+        if not _distance(moved, row) <= tolerance:
+            return "tokens of one segment reach another: some layers mix along the row or drop the segments"
+        if not _distance(row, run(padded, _leaf(second))) <= tolerance:
+            return "a segment in a flat row differs from the same tokens alone"
+        branches = (Branch(left, [True] * len(left)), Branch(right, [True] * len(right)))
+        shared = run(flat, Tree(Branch(root, [False] * len(root)), branches))
+        apart = run(flat, *(Tree(Branch(root + ids, [False] * len(root) + [True] * len(ids))) for ids in (left, right)))
+        if not _distance(shared, apart) <= tolerance:
+            return "a shared prompt differs from the same prompt repeated"
+    except Exception as error:
+        return f"its forward does not take a flat row ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    return None
+
+
+def _head_failure(model: nn.Module, base: Any, attachment: Attachment) -> str | None:
+    """Whether `head(hidden)` misses what the model's own logits have, in one sentence, or None."""
+    ids = _tokens(base, 23, 7)
+    batch = padded([_leaf(ids)])
+    try:
+        own = model(**_inputs(base, batch), use_cache=False).logits.float()
+        own = own[0, own.shape[1] - len(ids) : -1]
+        hidden_NH = _hidden(model, batch)
+        head = base.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else own.dtype
+        ours = attachment.readout.logits(head(hidden_NH.to(dtype))).to(own.device)
+        if ours.shape == own.shape and _distance(ours, own) <= _tolerance(base, dtype):
+            return None
+        return "its logits are not a linear head on the last hidden states"
+    except Exception as error:
+        return f"its last hidden states cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+
+
+def _parts_reason(base: Any) -> str | None:
+    """Why chunks of the head cannot be one call of it, in one sentence, or None."""
+    head = base.get_output_embeddings()
+    if shards.zero_3_is_planned() and plain_linear(head) is None and next(head.children(), None) is not None:
+        # Each part has hooks of its own, and ranks with more tokens would call them more often.
+        return "its head is made of parts (an adapter's), which ZeRO-3 gathers one by one at each call"
+    return None
+
+
+def _agree(attachment: Attachment, base: Any, configs: list[Any]) -> None:
+    """Take the first rank's verdict on every rank: others may hold no weights yet."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    verdict = [(attachment.is_flat, attachment.reason, attachment.head_reason)]
+    torch.distributed.broadcast_object_list(verdict, src=0)
+    attachment.is_flat, attachment.reason, attachment.head_reason = verdict[0]
+    for config, own in zip(configs, base._trl_attention, strict=True):
+        config._attn_implementation = attention.NAME if attachment.is_flat else own

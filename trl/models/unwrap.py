@@ -1,0 +1,40 @@
+"""The model inside its wrappers, and its heads."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+SCALAR_HEAD = "score"  # what transformers calls the head of decoders that classify
+
+
+def causal_lm(model: Any) -> Any:
+    """The language model inside whatever wraps it (DDP, FSDP, torch.compile, PEFT)."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def scalar_head(base: Any) -> nn.Module | None:
+    """The head of a model that scores sequences or tokens, or None for a language model."""
+    return getattr(base, SCALAR_HEAD, None) or getattr(base, "classifier", None)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, for as long as it lasts."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
