@@ -20,9 +20,9 @@ from trl import (
     RewardTrainer,
     SFTConfig,
     SFTTrainer,
-    compat,
     notices,
 )
+from trl.compat import arguments
 from trl.compat.arguments import resume_flag
 from trl.compat.table import ArgumentError
 
@@ -38,7 +38,7 @@ def tokenizer(smol_path):
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(notices, "_printed", set())
-    monkeypatch.setattr(compat, "_flag_is_open", True)
+    monkeypatch.setattr(arguments, "_flag_is_open", True)
     monkeypatch.setattr(sys, "argv", ["sft_train.py"])
     monkeypatch.delenv("WANDB_DISABLED", raising=False)
     monkeypatch.chdir(tmp_path)

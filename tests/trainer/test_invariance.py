@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import trl.engine.score as engine_score
+import trl.engine.probe as engine_probe
 from tests.trainer.helpers import (
     chat_rows,
     first_gradient,
@@ -93,7 +93,7 @@ def test_checkpointing_and_the_padded_layout_change_nothing(method, tokenizer, t
         gradient_checkpointing_kwargs={"use_reentrant": True},
     )  # fmt: skip
     _, repeated = run(method, tokenizer, tmp_path, 4, 4, share_prompt=False)
-    monkeypatch.setattr(engine_score, "_first_failure", lambda *args: "the test says so")
+    monkeypatch.setattr(engine_probe, "_first_failure", lambda *args: "the test says so")
     _, padded = run(method, tokenizer, tmp_path, 4, 4)
     for parameter, gradient in expected.items():
         for other in (checkpointed, reentrant, repeated, padded):

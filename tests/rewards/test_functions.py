@@ -23,9 +23,11 @@ import pytest
 import torch
 
 from trl import notices
-from trl.rewards import functions as score
+from trl.rewards import REWARDS
+from trl.rewards import judges as judges_room
 from trl.rewards.calls import RewardError
 from trl.rewards.functions import RewardFunctions
+from trl.rewards.judges import Elsewhere, Here
 from trl.rewards.shapes import Messages, Text, text_of
 
 from . import judges
@@ -211,7 +213,7 @@ WRONG = {
     ),
     "near": (wants_answers, r"'wants_answers': it wants `answers`, and .* \(did you mean `answer`\?\)"),
     "factory": (
-        score.REWARDS["get_regex_reward"],
+        REWARDS["get_regex_reward"],
         r"'get_regex_reward': it makes a reward function and is none: pass get_regex_reward\(pattern=...\)",
     ),
 }
@@ -483,7 +485,7 @@ def test_workers(rewards: Any, said: set[str]) -> None:
     try:
         functions = rewards([judges.lengths, judges.process], workers=2)
         here = functions.judges[0]
-        assert isinstance(here, score._Here)
+        assert isinstance(here, Here)
     finally:
         del judges.lengths.workers  # type: ignore[attr-defined]
     functions = rewards([judges.lengths, judges.process, judges.content, "trl.rewards:think_format_reward"], workers=2)
@@ -509,16 +511,16 @@ def test_worker_errors(rewards: Any) -> None:
     functions = rewards([judges.refuses], workers=1)
     with pytest.raises(RewardError, match=r"'refuses', one of 3 rows, .* 'It is 4.': OwnError: no 3"):
         ask(functions)
-    functions.judges = [score._Elsewhere(judges.dies, False, None, 1, functions._pool, 60)]
+    functions.judges = [Elsewhere(judges.dies, False, None, 1, functions._pool, 60)]
     functions.names = ["dies"]
     with pytest.raises(RewardError, match=r"'dies', .*: its worker process died. Out of memory\? .*__main__"):
         ask(functions)
-    functions.judges = [score._Elsewhere(judges.process, False, None, 1, functions._pool, 60)]
+    functions.judges = [Elsewhere(judges.process, False, None, 1, functions._pool, 60)]
     assert len(ask(functions)) == 3  # a new process
     unsent = {"answer": [threading.Lock()]}
     with pytest.raises(RewardError, match="its arguments or rewards cannot pass between processes"):
         functions.score(["a"], ["b"], [[1]], unsent)
-    functions.judges = [score._Elsewhere(judges.sleeps, False, None, 1, functions._pool, 0.5)]
+    functions.judges = [Elsewhere(judges.sleeps, False, None, 1, functions._pool, 0.5)]
     with pytest.raises(RewardError, match="did not come back from its worker process within 0.5 seconds"):
         ask(functions)
 
@@ -592,7 +594,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Endpoint]]:
-    monkeypatch.setattr(score, "BACKOFF", 0.01)
+    monkeypatch.setattr(judges_room, "BACKOFF", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     made: list[Endpoint] = []
 
