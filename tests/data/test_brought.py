@@ -20,8 +20,8 @@ from trl.data.reading.messages import messages_of, pop_flags
 from trl.data.reading.sources import DataError, load
 from trl.data.report import show
 from trl.data.tokenizing.comparisons import prepare_preferences
-from trl.data.tokenizing.prompts import prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
-from trl.data.tokenizing.sequences import prepare, prepare_stream
+from trl.data.tokenizing.prompts import Prompts, prepare_prompts
+from trl.data.tokenizing.sequences import Sequences, prepare
 
 TALK = [user("hello"), assistant("good day")]
 BLOCKS = """\
@@ -70,7 +70,7 @@ def test_class_labels_are_their_names() -> None:
     rows = datasets.Dataset.from_dict({"question": ["hello", "what"], "answer": [1, 0]}, features=features)
     wanted = [{"question": "hello", "answer": "day"}, {"question": "what", "answer": "night"}]
     assert trained(rows) == trained(wanted)
-    stream, _ = prepare_stream(rows.to_iterable_dataset(), chatml())
+    stream, _ = prepare(rows.to_iterable_dataset(), chatml())
     assert [row["input_ids"] for row in stream] == prepare(load(wanted), chatml())[0]["input_ids"][:]
 
 
@@ -239,7 +239,7 @@ def test_numbers_are_text() -> None:
     wanted = [{"question": "hello", "answer": "4"}, {"question": "what", "answer": "2.5"}]
     assert trained(rows) == trained(wanted)
     assert "; numbers in `answer` read as text" in detect(load(rows)).sentence
-    stream, _ = prepare_stream(load(rows).to_iterable_dataset(), chatml())
+    stream, _ = prepare(load(rows).to_iterable_dataset(), chatml())
     assert [row["input_ids"] for row in stream] == prepare(load(wanted), chatml())[0]["input_ids"][:]
 
 
@@ -289,12 +289,12 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert prepared["row"][:] == [0, 2]
     assert (report.rows_read, report.rows_kept) == (5, 2)
     assert "warning: 3 rows dropped: cannot be read, left out by skip_bad_rows (row 1, 3, 4)" in report.lines()
-    stream, report = prepare_stream(load(path, streaming=True), chatml(), skip_bad_rows=True)
+    stream, report = prepare(load(path, streaming=True), chatml(), skip_bad_rows=True)
     assert [row["row"] for row in stream] == [0, 2] and report.rows_read == 5
-    mixed, report = load_mixture([path, path])["train"].prepare(chatml(), skip_bad_rows=True)
+    mixed, report = load_mixture([path, path])["train"].prepare(Sequences(skip_bad_rows=True), chatml())
     assert mixed["row"][:] == [0, 2, 5, 7] and report.rows_read == 10
     prompts, found = prepare_prompts(load(path), chatml(), skip_bad_rows=True)
-    assert prompts["row"][:] == [0, 2] and found.skipped == 3
+    assert prompts["row"][:] == [0, 2] and found.dropped[0]["count"] == 3
 
 
 def test_the_first_twenty(tmp_path: Path) -> None:
@@ -326,9 +326,9 @@ def test_the_end_of_the_last_turn_is_what_counts() -> None:
 def test_a_stream_of_prompts_is_its_table() -> None:
     rows = load([{"prompt": [user(f"hello {number}")], "n": number} for number in range(5)])
     table, _ = prepare_prompts(rows, chatml())
-    stream, report = prepare_prompt_stream(rows.to_iterable_dataset(), chatml(), look_at=2)
+    stream, report = prepare_prompts(rows.to_iterable_dataset(), chatml(), look_at=2)
     assert [{key: row[key] for key in table.column_names if key != "_length"} for row in stream] == table.to_list()
-    assert report.lines()[1] == "this is a stream: all that is said here is of its first 2 rows"
+    assert report.lines()[1] == "this is a stream, tokenised as it is read: this report covers only its first 2 rows"
 
 
 def test_a_mix_of_prompts(tmp_path: Path) -> None:
@@ -337,11 +337,11 @@ def test_a_mix_of_prompts(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
     for streaming in (False, True):
-        parts = load_mixture(DatasetMixtureConfig(names, streaming=streaming))["train"].parts
-        rows, report = prepare_prompt_mixture(parts, word_tokenizer())
+        mixture = load_mixture(DatasetMixtureConfig(names, streaming=streaming))["train"]
+        rows, report = mixture.prepare(Prompts(), word_tokenizer())
         assert [row["prompt"] for row in rows] == ["hello a 0", "hello a 1", "hello b 0", "hello b 1"]
         assert [row.get("b") for row in rows] == [None, None, 0, 1]
-        assert report.rows == 4 and report.columns[:2] == ["a", "question"]
+        assert report.rows_kept == 4 and report.columns[:2] == ["a", "question"]
 
 
 def test_batches_without_an_end() -> None:

@@ -14,7 +14,7 @@ from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
 from trl.data.mixture import DatasetMixtureConfig, Mixture, Part, load_mixture
 from trl.data.reading.sources import DataError, load
-from trl.data.tokenizing.comparisons import Preferences, Tokenise, prepare_preference_stream, prepare_preferences
+from trl.data.tokenizing.comparisons import ComparisonEncoder, Preferences, prepare_preferences
 from trl.data.tokenizing.sequences import prepare
 
 ASKED = [user("hello")]
@@ -589,8 +589,8 @@ def test_the_report_of_labels() -> None:
 def test_the_second_time_comes_from_the_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     load([{**TEXTS, "chosen": " blue"}] * 2).save_to_disk(str(tmp_path / "data"))
     calls = []
-    original = Tokenise.__call__
-    monkeypatch.setattr(Tokenise, "__call__", lambda *arguments: calls.append(1) or original(*arguments))
+    original = ComparisonEncoder.__call__
+    monkeypatch.setattr(ComparisonEncoder, "__call__", lambda *arguments: calls.append(1) or original(*arguments))
     first = prepare_preferences(load(tmp_path / "data"), word_tokenizer(), kind="pairs")
     assert prepare_preferences(load(tmp_path / "data"), word_tokenizer(), kind="pairs")[1] == first[1]
     assert len(calls) == 1
@@ -639,7 +639,7 @@ def many(kind: str) -> list[dict[str, Any]]:
 def test_streams(kind: str, stop: int) -> None:
     def made() -> Any:
         stream = load(many(kind)).to_iterable_dataset(num_shards=3)
-        return prepare_preference_stream(stream, word_tokenizer(), kind=kind, look_at=10)
+        return prepare_preferences(stream, word_tokenizer(), kind=kind, look_at=10)
 
     stream, report = made()
     table, _ = prepare_preferences(load(many(kind)), word_tokenizer(), kind=kind)
@@ -661,23 +661,25 @@ def test_mixes(tmp_path: Any) -> None:
     for name, rows in (("pairs", [PAIR] * 3), ("texts", [{"question": "what", "chosen": "x", "rejected": "f"}])):
         names.append(str(tmp_path / f"{name}.jsonl"))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepared, report = load_mixture(names)["train"].prepare(chatml(), kind="pairs", max_length=40)
+    prepared, report = load_mixture(names)["train"].prepare(Preferences(kind="pairs", max_length=40), chatml())
     assert prepared["row"][:] == [0, 1, 2, 3] and [part.rows_kept for part in report.parts] == [3, 1]
     assert report.sentence == "a mix of 2 data sets" and report.parts[1].sample_row == 0
     assert tables(prepared, chatml())[0]["chosen_ids"] == EXPECTED[1]
-    stream, total = load_mixture(DatasetMixtureConfig(names, streaming=True))["train"].prepare(chatml(), kind="pairs")
+    stream, total = load_mixture(DatasetMixtureConfig(names, streaming=True))["train"].prepare(
+        Preferences(kind="pairs"), chatml()
+    )
     assert [row["chosen_ids"] for row in stream] == prepared["chosen_ids"][:]
     assert (total.rows_read, total.prompt_lengths["max"], total.kind) == (4, 9, "pairs")
     labelled = load([{"prompt": ASKED, "completion": [GOOD], "label": True}])
     mixture = Mixture([Part(labelled, "labelled"), Part(load([PAIR]), "pairs")])
-    prepared, report = mixture.prepare(chatml(), kind="unpaired")
+    prepared, report = mixture.prepare(Preferences(kind="unpaired"), chatml())
     assert prepared["label"][:] == [True, True, False] and prepared["row"][:] == [0, 1, 1]
     assert report.parts[1].sentence.endswith("; 1 pair read as 2 rows")
 
 
 def test_a_column_that_only_some_have_is_left_out() -> None:
     mixture = Mixture([Part(load([{**PAIR, "margin": 1.0}]), "one"), Part(load([PAIR]), "two")])
-    prepared, report = mixture.prepare(chatml(), kind="pairs")
+    prepared, report = mixture.prepare(Preferences(kind="pairs"), chatml())
     assert prepared.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]
     assert report.sentence == "a mix of 2 data sets (`margin` left out: not all of them have it)"
 

@@ -12,7 +12,7 @@ from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
 from trl.data.mixture import DatasetConfig, DatasetMixtureConfig, load_mixture
 from trl.data.reading.sources import DataError, load
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import Sequences, prepare
 
 TALKS = [{"messages": [user("hello"), assistant(word)], "id": word} for word in ("good", "day", "more", "bye")]
 PAIRS = [{"question": "what is x", "answer": "x is 7"}, {"question": "what", "answer": " sky"}]
@@ -36,7 +36,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 def test_each_is_read_by_its_own_shape(files: dict[str, str]) -> None:
     mixture = load_mixture([{"path": files["talks"]}, {"path": files["pairs"]}, files["turns"]])["train"]
     assert len(mixture) == 7
-    prepared, report = mixture.prepare(chatml(), assistant_only_loss=True)
+    prepared, report = mixture.prepare(Sequences(assistant_only_loss=True), chatml())
     alone = [prepare(load(rows), chatml(), assistant_only_loss=True)[0] for rows in (TALKS, PAIRS, TURNS)]
     assert prepared["input_ids"][:] == [ids for part in alone for ids in part["input_ids"]]
     assert prepared["loss_mask"][:] == [mask for part in alone for mask in part["loss_mask"]]
@@ -60,7 +60,7 @@ def test_columns_and_fractions(files: dict[str, str]) -> None:
     mixture = load_mixture(config, seed=1)["train"]
     assert [len(part.rows) for part in mixture.parts] == [2, 2]
     assert mixture.parts[0].rows.column_names == ["messages"]
-    prepared, report = mixture.prepare(chatml())
+    prepared, report = mixture.prepare(Sequences(), chatml())
     assert report.parts[1].sentence.startswith(
         "columns question, answer: read as prompts in `question` and their compl"
     )
@@ -98,8 +98,8 @@ def test_streams(files: dict[str, str]) -> None:
     config = DatasetMixtureConfig([{"path": files["talks"]}, {"path": files["turns"]}], streaming=True)
     mixture = load_mixture(config)["train"]
     assert mixture.streaming
-    stream, report = mixture.prepare(chatml(), assistant_only_loss=True)
-    lists, _ = load_mixture(config.datasets)["train"].prepare(chatml(), assistant_only_loss=True)
+    stream, report = mixture.prepare(Sequences(assistant_only_loss=True), chatml())
+    lists, _ = load_mixture(config.datasets)["train"].prepare(Sequences(assistant_only_loss=True), chatml())
     assert [row["input_ids"] for row in stream] == lists["input_ids"][:]
     assert (report.rows_read, report.looked_at) == (5, 5)
     half = DatasetMixtureConfig([{"path": files["talks"], "fraction": 0.5}], streaming=True)
@@ -130,7 +130,7 @@ def test_sentences(files: dict[str, str], config: list[Any], sentence: str) -> N
         if isinstance(entry, dict) and entry.get("path") == "PAIRS":
             entry["path"] = files["pairs"]
     with pytest.raises(DataError, match=sentence):
-        load_mixture(config)["train"].prepare(chatml())
+        load_mixture(config)["train"].prepare(Sequences(), chatml())
 
 
 def test_sentences_of_splits(files: dict[str, str]) -> None:
@@ -145,4 +145,4 @@ def test_sentences_of_splits(files: dict[str, str]) -> None:
 def test_a_broken_row_is_named_with_its_data_set(files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "hello"}\n{"text": null}\n')
     with pytest.raises(DataError, match=r"bad.jsonl: row 1: `text` is None."):
-        load_mixture([files["talks"], str(tmp_path / "bad.jsonl")])["train"].prepare(chatml())
+        load_mixture([files["talks"], str(tmp_path / "bad.jsonl")])["train"].prepare(Sequences(), chatml())

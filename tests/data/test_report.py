@@ -69,7 +69,11 @@ def test_to_dict_is_plain() -> None:
 
 
 def test_an_empty_report_has_no_share() -> None:
-    assert DataReport("train", "", 0, 0, 0, 0, {"min": 0, "median": 0, "p95": 0, "max": 0}).share == 0.0
+    lengths = {"min": 0, "median": 0, "p95": 0, "max": 0}
+    report = DataReport(
+        name="train", sentence="", rows_read=0, rows_kept=0, tokens=0, trained_tokens=0, lengths=lengths
+    )
+    assert report.share == 0.0
 
 
 def test_the_sample_is_shortened_in_the_middle_of_each_part() -> None:

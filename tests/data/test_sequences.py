@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
 from trl.data.reading.sources import DataError, load
-from trl.data.tokenizing.sequences import Sequences, Tokenise, detect, prepare
+from trl.data.tokenizing.sequences import SequenceEncoder, Sequences, detect, prepare
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 
@@ -490,8 +490,8 @@ def test_a_formatted_dataset_is_read_as_plain_values() -> None:
 def test_the_second_time_comes_from_the_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     load([{"text": "the sky"}, {"text": "is blue"}]).save_to_disk(str(tmp_path / "data"))
     calls = []
-    original = Tokenise.__call__
-    monkeypatch.setattr(Tokenise, "__call__", lambda *arguments: calls.append(1) or original(*arguments))
+    original = SequenceEncoder.__call__
+    monkeypatch.setattr(SequenceEncoder, "__call__", lambda *arguments: calls.append(1) or original(*arguments))
     first, report = prepare(load(tmp_path / "data"), word_tokenizer())
     assert len(calls) == 1
     second, again = prepare(load(tmp_path / "data"), word_tokenizer())
@@ -504,7 +504,7 @@ def test_the_second_time_comes_from_the_cache(tmp_path: Any, monkeypatch: pytest
 
 def test_the_mapped_function_can_be_pickled() -> None:
     dataset = load([{"messages": TALK}])
-    tokenise = Tokenise(chatml(), detect(dataset), Sequences(assistant_only_loss=True))
+    tokenise = SequenceEncoder(chatml(), detect(dataset), Sequences(assistant_only_loss=True))
     again = pickle.loads(pickle.dumps(tokenise))
     assert again(dataset[:], [0]) == tokenise(dataset[:], [0])
 

@@ -12,7 +12,7 @@ from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
 from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.reading.sources import DataError, load
-from trl.data.tokenizing.sequences import Tokenise, prepare, prepare_stream
+from trl.data.tokenizing.sequences import SequenceEncoder, prepare
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [user("hello " * (number % 5)), assistant(f"{number} day")], "id": number} for number in range(350)
@@ -30,14 +30,12 @@ def stream_of(rows: list[dict[str, Any]]) -> datasets.IterableDataset:
 
 
 def test_the_rows_of_a_stream_are_those_of_a_table() -> None:
-    stream, report = prepare_stream(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=10)
+    stream, report = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=10)
     table, whole = prepare(load(ROWS), chatml(), assistant_only_loss=True)
     assert list(stream) == list(table)
     assert (report.rows_read, report.rows_kept, whole.rows_kept) == (10, 9, 347)
     assert report.lines()[0].startswith("train: 10 rows read, 9 kept; columns messages, id: read as conversations")
-    assert report.lines()[1] == (
-        "this is a stream, tokenised as it is read: all that is said here is of its first 10 rows"
-    )
+    assert report.lines()[1] == ("this is a stream, tokenised as it is read: this report covers only its first 10 rows")
 
 
 def test_only_what_is_asked_for_is_read() -> None:
@@ -48,7 +46,7 @@ def test_only_what_is_asked_for_is_read() -> None:
             read.append(number)
             yield {"text": f"{number} sky"}
 
-    stream, _ = prepare_stream(datasets.IterableDataset.from_generator(rows), word_tokenizer(), look_at=20)
+    stream, _ = prepare(datasets.IterableDataset.from_generator(rows), word_tokenizer(), look_at=20)
     assert len(read) <= 21
     first = next(iter(stream))
     assert first["row"] == 0 and len(read) < 250
@@ -58,49 +56,49 @@ def test_a_stream_without_column_names_and_with_gaps() -> None:
     rows = [{"prompt": "the sky", "completion": " is blue", "id": 0}, {"prompt": "hello", "completion": " bye"}]
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
     assert stream.column_names is None
-    prepared, _ = prepare_stream(stream, word_tokenizer())
+    prepared, _ = prepare(stream, word_tokenizer())
     assert list(prepared) == list(prepare(load(rows), word_tokenizer())[0])
     broken = datasets.IterableDataset.from_generator(lambda: iter([*rows, {"prompt": "hello"}]))
-    prepared, _ = prepare_stream(broken, word_tokenizer(), look_at=2)
+    prepared, _ = prepare(broken, word_tokenizer(), look_at=2)
     with pytest.raises(DataError, match="row 2: `completion` is None."):
         list(prepared)
 
 
 def test_sentences() -> None:
     with pytest.raises(DataError, match="train: the stream has no rows."):
-        prepare_stream(datasets.IterableDataset.from_generator(lambda: iter([])), word_tokenizer())
+        prepare(datasets.IterableDataset.from_generator(lambda: iter([])), word_tokenizer())
     with pytest.raises(DataError, match="Cannot read the rows: the columns are `n`"):
-        prepare_stream(stream_of([{"n": 1}] * 3), word_tokenizer())
+        prepare(stream_of([{"n": 1}] * 3), word_tokenizer())
 
 
 @pytest.mark.parametrize("stop", [0, 1, 99, 100, 130, 346])
 def test_a_stream_goes_on_where_it_was(stop: int) -> None:
-    stream, _ = prepare_stream(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    stream, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
     rows = prepare(load(ROWS), chatml(), assistant_only_loss=True)[0][:]["row"]
     iterator = iter(stream)
     for _ in range(stop):
         next(iterator)
     state = stream.state_dict()
-    again, _ = prepare_stream(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    again, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
     again.load_state_dict(state)
     assert [row["row"] for row in again] == rows[stop:]
 
 
 def test_going_on_tokenises_at_most_one_batch_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, _ = prepare_stream(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    stream, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
     iterator = iter(stream)
     for _ in range(320):
         next(iterator)
     state = stream.state_dict()
     seen: list[int] = []
-    original = Tokenise.__call__
+    original = SequenceEncoder.__call__
 
-    def counting(self: Tokenise, batch: Any, indices: list[int]) -> Any:
+    def counting(self: SequenceEncoder, batch: Any, indices: list[int]) -> Any:
         seen.extend(indices)
         return original(self, batch, indices)
 
-    monkeypatch.setattr(Tokenise, "__call__", counting)
-    again, _ = prepare_stream(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    monkeypatch.setattr(SequenceEncoder, "__call__", counting)
+    again, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
     seen.clear()
     again.load_state_dict(state)
     list(again)
@@ -118,7 +116,7 @@ def numbers(batches: Any) -> list[list[int]]:
 def test_batches_are_those_of_a_table(drop_last: bool) -> None:
     rows = [{"text": f"{number} sky"} for number in range(23)]
     for rank in range(2):
-        stream, _ = prepare_stream(stream_of(rows), word_tokenizer())
+        stream, _ = prepare(stream_of(rows), word_tokenizer())
         of_stream = StreamBatches(stream, 4, ranks=2, rank=rank, drop_last=drop_last)
         of_table = RowBatches(23, 4, shuffle=False, ranks=2, rank=rank, drop_last=drop_last)
         assert numbers(of_stream) == list(of_table)
@@ -130,7 +128,7 @@ def test_batches_go_on_where_they_were(shuffled: bool, stop: int) -> None:
     def made() -> StreamBatches:
         stream = stream_of([{"text": f"{number} sky"} for number in range(130)])
         return StreamBatches(
-            prepare_stream(stream.shuffle(seed=3, buffer_size=16) if shuffled else stream, word_tokenizer())[0], 4
+            prepare(stream.shuffle(seed=3, buffer_size=16) if shuffled else stream, word_tokenizer())[0], 4
         )
 
     def contents(batches: StreamBatches) -> list[list[int]]:

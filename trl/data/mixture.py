@@ -1,7 +1,8 @@
 """Several data sets trained on as one: each is read by its own shape, and all are tokenised into one table."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +10,10 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.reading.sources import DataError, as_shown, load
+from trl.data.reading.sources import DataError, load
 from trl.data.tokenizing import recipe
-from trl.data.tokenizing.comparisons import Preferences
 from trl.data.tokenizing.recipe import Recipe
-from trl.data.tokenizing.sequences import Sequences
 from trl.near import near
-
-from .report import DataReport
 
 
 @dataclass
@@ -99,66 +96,105 @@ class Mixture:
         return sum(len(part.rows) for part in self.parts)
 
     def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, name: str = "train", num_proc: int | None = None, **options: Any
-    ) -> tuple[Any, DataReport]:
-        """As `tokens.prepare`, or with a `kind` as `preference.prepare_preferences`, or their twins for streams;
-        `options` are theirs. Rows are numbered through all parts; the report has one for each part under `parts`."""
-        columns = options.pop("columns", None)
-        wanted = Preferences(**options) if "kind" in options else Sequences(**options)
+        self, wanted: Recipe, tokenizer: PreTrainedTokenizerBase, name: str = "train", num_proc: int | None = None
+    ) -> tuple[Any, Any]:
+        """Tokenises all parts by one recipe, each by its own shape, one after the other.
+
+        Returns one table, or one stream if a part is a stream, and its report, which has one for each part under
+        `parts`. In a table, rows are numbered through all parts. `wanted`, `tokenizer`, `name` and `num_proc` are those
+        of `recipe.prepare`. Raises `DataError` as it does, with the part that is meant.
+        """
+        columns = wanted.columns
         recipes = [dataclasses.replace(wanted, columns=part.columns or columns) for part in self.parts]
         if self.streaming:
-            return self._prepare_stream(tokenizer, name, recipes)
+            return self._prepare_stream(wanted, tokenizer, name, recipes)
+        # All shapes are found before any rows are tokenised, so that a mistake in the last part shows at once.
+        for part, own in zip(self.parts, recipes, strict=True):
+            with _named(part):
+                recipe.detect(own, part.rows)
         tables, reports, first_row = [], [], 0
         shape, all_bad = None, []
         for part, own in zip(self.parts, recipes, strict=True):
-            # Shapes are found before the first is tokenised, so that the mistake in the last is known at once.
-            try:
-                own.detect(as_shown(part.rows))
-            except DataError as error:
-                raise DataError(f"{part.label}: {error}") from error
-        for part, own in zip(self.parts, recipes, strict=True):
-            try:
+            with _named(part):
                 shape, table, bad = recipe.tabulate(
                     own, part.rows, tokenizer, num_proc, f"{name}, {part.label}", first_row=first_row
                 )
-            except DataError as error:
-                raise DataError(f"{part.label}: {error}") from error
             reports.append(own.aggregate(table, tokenizer, shape, part.label, first_row)[1])
-            recipe.count_bad(reports[-1], bad)
+            reports[-1].add_unreadable(bad)
             all_bad += [first_row + row for row in bad]
             tables.append(table)
             first_row += len(part.rows)
         assert shape is not None
-        tables, note = _alike(tables)
+        wanted.check_parts(reports)
+        table, note = _joined(wanted, tables)
         whole = dataclasses.replace(shape, sentence=f"a mix of {len(self.parts)} data sets{note}")
-        prepared, report = wanted.aggregate(datasets.concatenate_datasets(tables), tokenizer, whole, name)
-        recipe.count_bad(report, all_bad)
+        prepared, report = wanted.aggregate(table, tokenizer, whole, name)
+        report.add_unreadable(all_bad)
         report.parts = reports
         return prepared, report
 
     def _prepare_stream(
-        self, tokenizer: PreTrainedTokenizerBase, name: str, recipes: Sequence[Recipe]
-    ) -> tuple[Any, DataReport]:
+        self, wanted: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, recipes: Sequence[Recipe]
+    ) -> tuple[Any, Any]:
         streams, reports = [], []
         for part, own in zip(self.parts, recipes, strict=True):
-            try:
-                stream, report = recipe.prepare_stream(own, part.rows, tokenizer, name=part.label)
-            except DataError as error:
-                raise DataError(f"{part.label}: {error}") from error
+            with _named(part):
+                stream, report = recipe.prepare(own, part.rows, tokenizer, name=part.label)
             streams.append(stream)
             reports.append(report)
-        streams, note = _alike(streams)
-        sentence = f"a mix of {len(self.parts)} streams, one behind the other{note}"
-        return datasets.concatenate_datasets(streams), type(reports[0]).of_parts(reports, name, sentence)
+        wanted.check_parts(reports)
+        stream, note = _joined(wanted, streams)
+        sentence = f"a mix of {len(self.parts)} streams, one after the other{note}"
+        return stream, type(reports[0]).of_parts(reports, name, sentence)
 
 
-def _alike(parts: list[Any]) -> tuple[list[Any], str]:
-    """The parts with the columns that all of them have, and a remark where that leaves some out."""
-    all_columns = dict.fromkeys(column for part in parts for column in part.column_names)
-    common = [column for column in all_columns if all(column in part.column_names for part in parts)]
-    missing = ", ".join(f"`{column}`" for column in all_columns if column not in common)
-    note = f" ({missing} left out: not all of them have it)" if missing else ""
-    return [part.select_columns(common) for part in parts], note
+@contextlib.contextmanager
+def _named(part: Part) -> Iterator[None]:
+    """Errors in the data begin with the name of the part."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{part.label}: {error}") from error
+
+
+def _joined(wanted: Recipe, parts: list[Any]) -> tuple[Any, str]:
+    """The parts one after the other, and a remark for the report.
+
+    A recipe that keeps all columns fills those that a part lacks with None. Otherwise a column that not all parts have
+    is left out, and the remark names it.
+    """
+    note = ""
+    if not wanted.keeps_columns:
+        columns = dict.fromkeys(column for part in parts for column in part.column_names)
+        common = [column for column in columns if all(column in part.column_names for part in parts)]
+        missing = ", ".join(f"`{column}`" for column in columns if column not in common)
+        note = f" ({missing} left out: not all of them have it)" if missing else ""
+        parts = [part.select_columns(common) for part in parts]
+    try:
+        return datasets.concatenate_datasets(parts), note
+    except (TypeError, ValueError) as error:  # Arrow's errors are subclasses of these
+        raise DataError(
+            f"The columns of the mix do not fit together: {error}. Keep those that reward functions read, with "
+            "`columns: [...]` of each data set, and give each of them one type."
+        ) from error
+
+
+def prepare(
+    wanted: Recipe,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "train",
+    num_proc: int | None = None,
+) -> tuple[Any, Any]:
+    """Tokenises a table, a stream or a `Mixture` by a recipe, as `recipe.prepare` and `Mixture.prepare` say."""
+    if isinstance(rows, Mixture):
+        return rows.prepare(wanted, tokenizer, name, num_proc)
+    return recipe.prepare(wanted, rows, tokenizer, name=name, num_proc=num_proc)
+
+
+def is_stream(rows: Any) -> bool:
+    """Whether the rows are a stream, or a mix of streams."""
+    return isinstance(rows, datasets.IterableDataset) or isinstance(rows, Mixture) and rows.streaming
 
 
 def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) -> dict[str, Mixture]:

@@ -7,9 +7,8 @@ from typing import Any, ClassVar, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.batching.packing import Packing
-
 FEW_TRAINED = 0.05  # a smaller share of trained tokens is worth a warning
+UNREADABLE = "cannot be read, left out by skip_bad_rows"  # a reason in `Dropped`
 OPENING, CLOSING = "⟦", "⟧"  # around the trained parts of the sample
 
 
@@ -22,65 +21,207 @@ class Dropped(TypedDict):
 
 
 @dataclass
-class DataReport:
-    """What `tokens.prepare` read, kept, cut and dropped. Counts of tokens are after the cut unless they say otherwise.
+class Packing:
+    """What `packed` did. `fill` is tokens over the room there is, 0 to 1; `labels_lost` counts the tokens that were to
+    be trained on, and are not because they begin a further piece of a row that was split."""
 
-    `lengths` holds `min`, `median`, `p95` and `max` of the kept rows, in tokens, before the cut: they tell which window
-    the data want. `end_of_turn` counts the kept rows in which the token that ends the last turn, or the text, is
-    trained; `end_of_turn_token` is that token. `boundary_tokens` counts the rows in which one token covers both the end
-    of the prompt and the beginning of the completion (it is not trained). `packing` is put here by who packs the rows.
-    `looked_at` is the number of first rows of a stream, of which alone the report is; `parts` are the data sets of a
-    mix.
+    strategy: str
+    capacity: int
+    rows: int
+    packed_rows: int
+    tokens: int
+    fill: float
+    rows_split: int = 0
+    labels_lost: int = 0
+    tokens_cut: int = 0
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"packing ({self.strategy}): {self.rows:,} rows in {self.packed_rows:,} of {self.capacity:,} tokens, "
+            f"{self.fill:.1%} full"
+        ]
+        if self.rows_split:
+            lines.append(
+                f"packing: {self.rows_split:,} rows are split; the {self.labels_lost:,} trained tokens that then begin "
+                "a piece have nothing to be predicted from"
+            )
+        if self.tokens_cut:
+            lines.append(f"warning: packing cut off {self.tokens_cut:,} tokens of rows longer than {self.capacity:,}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What was read of a data set, for people (`lines`) and for programs (`to_dict`).
+
+    Args:
+        name: what the data set is called: "train", or a name that begins with "eval" or "test".
+        sentence: how its rows were read.
+        rows_read, rows_kept: numbers of rows.
+        lengths: `min`, `median`, `p95` and `max` of the kept rows, in tokens, before any cut.
+        dropped: the rows left out, one entry for each reason.
+        bos_doubled: kept rows whose text already begins with a beginning of text, so that none was added.
+        sample, sample_row: the text of the first kept row, and its number.
+        looked_at: for a stream, the number of its first rows, which alone the report covers; else None.
+        parts: the reports of the data sets of a mix.
     """
 
     name: str
     sentence: str
     rows_read: int
     rows_kept: int
-    tokens: int
-    trained_tokens: int
     lengths: dict[str, int]
-    max_length: int | None = None
-    rows_cut: int = 0
-    tokens_cut: int = 0
-    trained_tokens_cut: int = 0
     dropped: list[Dropped] = field(default_factory=list)
-    end_of_turn: int = 0
-    end_of_turn_token: str | None = None
     bos_doubled: int = 0
-    boundary_tokens: int = 0
     sample: str = ""
     sample_row: int = 0
-    packing: Packing | None = None
     looked_at: int | None = None
-    parts: list["DataReport"] = field(default_factory=list)
+    parts: list[Any] = field(default_factory=list)
 
-    # What a mix has the sum of.
-    COUNTS: ClassVar[tuple[str, ...]] = (
-        *("rows_read", "rows_kept", "tokens", "trained_tokens", "rows_cut", "tokens_cut", "trained_tokens_cut"),
-        *("end_of_turn", "bos_doubled", "boundary_tokens"),
-    )
-    SPREADS: ClassVar[tuple[str, ...]] = ("lengths",)
+    # The fields that are summed, and the summaries of lengths that are joined, in the report of a mix of streams.
+    COUNTS: ClassVar[tuple[str, ...]] = ("rows_read", "rows_kept", "bos_doubled")
+    SUMMARIES: ClassVar[tuple[str, ...]] = ("lengths",)
 
     @classmethod
-    def of_parts(cls, parts: "list[DataReport]", name: str, sentence: str) -> "DataReport":
-        """The report of a mix of streams, of which no table tells the numbers: sums, and middles of middles."""
+    def of_parts(cls, parts: Sequence[Any], name: str, sentence: str) -> Any:
+        """The report of a mix of streams. They have no full table: counts are summed, medians are medians of the parts,
+        and the 95th percentile is the largest of the parts."""
         sums: dict[str, Any] = {count: sum(getattr(part, count) for part in parts) for count in cls.COUNTS}
-        spreads: dict[str, Any] = {field: _spread_of([getattr(part, field) for part in parts]) for field in cls.SPREADS}
+        joined: dict[str, Any] = {each: _joined([getattr(part, each) for part in parts]) for each in cls.SUMMARIES}
         return replace(
             parts[0],
             name=name,
             sentence=sentence,
-            parts=parts,
+            parts=list(parts),
             dropped=[entry for part in parts for entry in part.dropped],
             looked_at=sum(part.looked_at or 0 for part in parts),
             **sums,
-            **spreads,
+            **joined,
         )
+
+    def add_unreadable(self, rows: Sequence[int]) -> None:
+        """Adds rows, by their numbers, that could not be read and were left out."""
+        if rows:
+            self.rows_read += len(rows)
+            self.dropped.insert(0, {"reason": UNREADABLE, "count": len(rows), "rows": list(rows[:5])})
+
+    def lines(self) -> list[str]:
+        """The report as plain lines; the sample is the last."""
+        stream, bos = [], []
+        if self.looked_at is not None:
+            first = f"first {self.looked_at:,} rows" if self.looked_at > 1 else "first row"
+            stream = [f"this is a stream, tokenised as it is read: this report covers only its {first}"]
+        if self.bos_doubled:
+            bos = [f"beginning of text: written in {_rows(self.bos_doubled)} already, so not added a second time"]
+        parts = [f"  {part.one_line()}" for part in self.parts]
+        sample = f"row {self.sample_row}: {self.sample}"
+        return [self._heading(), *stream, *parts, *self._measures(), *bos, *self._findings(), sample]
+
+    def one_line(self) -> str:
+        """The line for one data set in the report of a mix."""
+        raise NotImplementedError
+
+    def _heading(self) -> str:
+        raise NotImplementedError
+
+    def _measures(self) -> list[str]:
+        raise NotImplementedError
+
+    def _findings(self) -> list[str]:
+        return self._drops()
+
+    def _drops(self) -> list[str]:
+        lines = []
+        for dropped in self.dropped:
+            more = ", …" if dropped["count"] > len(dropped["rows"]) else ""
+            which = ", ".join(map(str, dropped["rows"]))
+            lines.append(f"warning: {_rows(dropped['count'])} dropped: {dropped['reason']} (row {which}{more})")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers, strings, lists and dicts."""
+        return {**asdict(self), "parts": [part.to_dict() for part in self.parts]}
+
+
+@dataclass(kw_only=True)
+class PromptReport(Report):
+    """The report of prompts.
+
+    Args:
+        conversational: whether the prompts are conversations, and not strings.
+        cut: prompts that lost their beginning to fit `max_prompt_length` (None: no limit).
+        columns: the columns that reward functions can read.
+    """
+
+    conversational: bool
+    cut: int = 0
+    max_prompt_length: int | None = None
+    columns: list[str] = field(default_factory=list)
+
+    COUNTS: ClassVar[tuple[str, ...]] = (*Report.COUNTS, "cut")
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Any], name: str, sentence: str) -> Any:
+        report = super().of_parts(parts, name, sentence)
+        report.columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+        return report
+
+    def _heading(self) -> str:
+        return f"{self.one_line()}; columns for reward functions: {', '.join(self.columns) or 'none'}"
+
+    def one_line(self) -> str:
+        return f"{self.name}: {self.rows_kept:,} prompts; {self.sentence}"
+
+    def _measures(self) -> list[str]:
+        lengths = self.lengths
+        return [
+            f"prompt lengths: shortest {lengths['min']:,}, median {lengths['median']:,}, longest {lengths['max']:,} "
+            "tokens"
+        ]
+
+    def _findings(self) -> list[str]:
+        cut = f"warning: {self.cut:,} prompts lost their beginning to fit max_prompt_length={self.max_prompt_length}"
+        return [*([cut] if self.cut else []), *self._drops()]
+
+
+@dataclass(kw_only=True)
+class DataReport(Report):
+    """The report of rows that are trained on. Counts of tokens are after the cut unless they say otherwise.
+
+    Args:
+        tokens, trained_tokens: numbers of tokens, and of those in the loss.
+        max_length: the limit of a row in tokens. None: no limit.
+        rows_cut, tokens_cut, trained_tokens_cut: rows longer than `max_length`, and the tokens that they lost.
+        end_of_turn: the kept rows in which the token that ends the last turn, or the text, is trained.
+        end_of_turn_token: that token.
+        boundary_tokens: the rows in which one token covers both the end of the prompt and the beginning of the
+            completion. It is not trained.
+        packing: how the rows were packed, if they were.
+    """
+
+    tokens: int
+    trained_tokens: int
+    max_length: int | None = None
+    rows_cut: int = 0
+    tokens_cut: int = 0
+    trained_tokens_cut: int = 0
+    end_of_turn: int = 0
+    end_of_turn_token: str | None = None
+    boundary_tokens: int = 0
+    packing: Packing | None = None
+
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        *Report.COUNTS,
+        *("tokens", "trained_tokens", "rows_cut", "tokens_cut", "trained_tokens_cut"),
+        *("end_of_turn", "boundary_tokens"),
+    )
 
     @property
     def trains(self) -> bool:
-        """Whether the rows are trained on; of those of an evaluation, nothing is said of what a model learns."""
+        """Whether the rows are trained on. Warnings about what a model learns are left out for evaluation data."""
         return not self.name.startswith(("eval", "test"))
 
     @property
@@ -88,21 +229,13 @@ class DataReport:
         """Trained tokens over tokens, 0 to 1."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
-    def lines(self) -> list[str]:
-        """The report as plain lines, warnings last but for the sample."""
-        lines = [
-            f"{self.name}: {_rows(self.rows_read)} read, {self.rows_kept:,} kept; {self.sentence}",
-            *(f"  {part.one_line()}" for part in self.parts),
-            *self._measures(),
-        ]
-        if self.looked_at is not None:
-            first = f"first {self.looked_at:,} rows" if self.looked_at > 1 else "first row"
-            lines.insert(1, f"this is a stream, tokenised as it is read: all that is said here is of its {first}")
-        if self.bos_doubled:
-            lines.append(f"beginning of text: written in {_rows(self.bos_doubled)} already, so not added a second time")
+    def _heading(self) -> str:
+        return f"{self.name}: {_rows(self.rows_read)} read, {self.rows_kept:,} kept; {self.sentence}"
+
+    def _findings(self) -> list[str]:
         packing = self.packing.lines() if self.packing is not None else []
         ending = self._ending() if self.trains else []
-        return [*lines, *packing, *ending, *self._losses(), f"row {self.sample_row}: {self.sample}"]
+        return [*packing, *ending, *self._losses()]
 
     def _measures(self) -> list[str]:
         lengths = self.lengths
@@ -114,7 +247,6 @@ class DataReport:
         ]
 
     def one_line(self) -> str:
-        """What the report of a mix says of one of its parts."""
         return (
             f"{self.name}: {_rows(self.rows_read)} read, {self.rows_kept:,} kept, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} trained; {self.sentence}"
@@ -151,20 +283,12 @@ class DataReport:
             )
         return lines
 
-    def _drops(self) -> list[str]:
-        lines = []
-        for dropped in self.dropped:
-            more = ", …" if dropped["count"] > len(dropped["rows"]) else ""
-            which = ", ".join(map(str, dropped["rows"]))
-            lines.append(f"warning: {_rows(dropped['count'])} dropped: {dropped['reason']} (row {which}{more})")
-        return lines
-
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "share": self.share, "parts": [part.to_dict() for part in self.parts]}
+        return {**super().to_dict(), "share": self.share}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PreferenceReport(DataReport):
     """What `preference.prepare_preferences` read, kept, cut and dropped.
 
@@ -191,7 +315,7 @@ class PreferenceReport(DataReport):
         *("prompts_cut", "prompt_tokens_cut", "completions_cut", "completion_tokens_cut"),
         *("empty_completions", "labels_true", "labels_false"),
     )
-    SPREADS: ClassVar[tuple[str, ...]] = ("lengths", "prompt_lengths", "completion_lengths")
+    SUMMARIES: ClassVar[tuple[str, ...]] = ("lengths", "prompt_lengths", "completion_lengths")
 
     def _measures(self) -> list[str]:
         def long(lengths: dict[str, int]) -> str:
@@ -240,7 +364,7 @@ class PreferenceReport(DataReport):
         return lines
 
 
-def _spread_of(parts: Sequence[dict[str, int]]) -> dict[str, int]:
+def _joined(parts: Sequence[dict[str, int]]) -> dict[str, int]:
     return {
         "min": min(part["min"] for part in parts),
         "median": round(median(part["median"] for part in parts)),

@@ -31,9 +31,10 @@ from transformers import GenerationConfig
 from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields
 from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.batching.collate import Tree
-from trl.data.mixture import Mixture
+from trl.data.mixture import is_stream, prepare
 from trl.data.reading import sources
-from trl.data.tokenizing.prompts import PromptReport, prepare_prompt_mixture, prepare_prompt_stream, prepare_prompts
+from trl.data.report import PromptReport
+from trl.data.tokenizing.prompts import Prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
 from trl.engine.score import score
@@ -248,26 +249,18 @@ class OnlineTrainer(ReferencedTrainer):
 
     def rows(self, dataset: Any, name: str) -> tuple[Dataset, PromptReport]:
         args = self.args
-        options: dict[str, Any] = {
-            "max_prompt_length": args.max_prompt_length,
-            "chat_template_kwargs": args.chat_template_kwargs,
-            "columns": args.columns,
-            "skip_bad_rows": args.skip_bad_rows,
-            "name": name,
-        }
-        stream = isinstance(dataset, IterableDataset) or (isinstance(dataset, Mixture) and dataset.streaming)
-        if stream and args.dynamic_sampling and name.startswith("train"):
+        if is_stream(dataset) and args.dynamic_sampling and name.startswith("train"):
             raise ValueError(
                 "dynamic_sampling draws further prompts from the whole data set, which a stream does not have: load it "
                 "whole, or set dynamic_sampling=False"
             )
-        if isinstance(dataset, Mixture):
-            return prepare_prompt_mixture(
-                dataset.parts, self.processing_class, num_proc=args.dataset_num_proc, **options
-            )
-        if stream:
-            return prepare_prompt_stream(dataset, self.processing_class, **options)
-        return prepare_prompts(dataset, self.processing_class, num_proc=args.dataset_num_proc, **options)
+        recipe = Prompts(
+            columns=args.columns,
+            skip_bad_rows=args.skip_bad_rows,
+            max_prompt_length=args.max_prompt_length,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        return prepare(recipe, dataset, self.processing_class, name, args.dataset_num_proc)
 
     def is_prepared(self, dataset: Any) -> bool:
         return False if not isinstance(dataset, Dataset) else super().is_prepared(dataset)

@@ -11,9 +11,9 @@ from datasets import Dataset
 from datasets import IterableDataset as Stream
 from transformers import TrainerCallback
 
-from trl.data.mixture import Mixture
+from trl.data.mixture import prepare
 from trl.data.report import DataReport
-from trl.data.tokenizing.comparisons import prepare_preference_stream, prepare_preferences
+from trl.data.tokenizing.comparisons import Preferences
 from trl.models import shards
 from trl.models.unwrap import evaluating
 from trl.notices import notify_once
@@ -67,14 +67,10 @@ class PreferenceTrainer(BaseTrainer):
             "truncation_mode": args.truncation_mode,
             **self.row_options(name),
         }
-        if isinstance(dataset, Mixture):
-            return dataset.prepare(self.processing_class, name, args.dataset_num_proc, **options)
-        if isinstance(dataset, Stream):
-            return prepare_preference_stream(dataset, self.processing_class, name=name, **options)
-        return prepare_preferences(dataset, self.processing_class, name=name, num_proc=args.dataset_num_proc, **options)
+        return prepare(Preferences(**options), dataset, self.processing_class, name, args.dataset_num_proc)
 
     def row_options(self, name: str) -> dict[str, Any]:
-        """What the method adds to the options of `prepare_preferences`."""
+        """What the method adds to the options of `Preferences`."""
         return {}
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,9 +12,9 @@ from trl.config import BaseConfig, RouterFields, SequenceFields
 from trl.data.batching import collate
 from trl.data.batching.collate import Tree
 from trl.data.batching.packing import STRATEGIES, packed, strategy_of
-from trl.data.mixture import Mixture
+from trl.data.mixture import is_stream, prepare
 from trl.data.report import DataReport
-from trl.data.tokenizing.sequences import prepare, prepare_stream
+from trl.data.tokenizing.sequences import Sequences
 from trl.engine.forest import Batch, trained
 from trl.engine.score import score
 from trl.losses.sft import LOSSES, label_smoothing
@@ -121,31 +121,25 @@ class SFTTrainer(BaseTrainer):
 
     def rows(self, dataset: Any, name: str) -> tuple[Dataset | IterableDataset, DataReport]:
         args = self.args
-        stream = isinstance(dataset, IterableDataset) or (isinstance(dataset, Mixture) and dataset.streaming)
         training = name.startswith("train")
         packs = args.packing if training or args.eval_packing is None else args.eval_packing
         window = args.max_length or self.window()
         if packs and window is None:
             raise ValueError("packing needs max_length: neither the model nor the tokenizer says how long a row may be")
-        if packs and stream:
+        if packs and is_stream(dataset):
             raise ValueError("packing looks at all rows at once, which a stream does not have: load the data set whole")
-        options = {
-            "columns": args.columns,
-            "skip_bad_rows": args.skip_bad_rows,
-            "text_field": args.dataset_text_field,
-            "formatting_func": self.formatting_func,
-            # What a strategy splits must not be cut first.
-            "max_length": None if packs and args.packing_strategy != "bfd" else window,
-            "truncation_mode": args.truncation_mode,
-            "completion_only_loss": args.completion_only_loss,
-            "assistant_only_loss": args.assistant_only_loss,
-        }
-        if isinstance(dataset, Mixture):
-            rows, report = dataset.prepare(self.processing_class, name, args.dataset_num_proc, **options)
-        elif stream:
-            rows, report = prepare_stream(dataset, self.processing_class, name=name, **options)
-        else:
-            rows, report = prepare(dataset, self.processing_class, name=name, num_proc=args.dataset_num_proc, **options)
+        recipe = Sequences(
+            columns=args.columns,
+            skip_bad_rows=args.skip_bad_rows,
+            text_field=args.dataset_text_field,
+            formatting_func=self.formatting_func,
+            # A strategy that splits rows needs them whole.
+            max_length=None if packs and args.packing_strategy != "bfd" else window,
+            truncation_mode=args.truncation_mode,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+        )
+        rows, report = prepare(recipe, dataset, self.processing_class, name, args.dataset_num_proc)
         if args.shuffle_dataset:
             rows = rows.shuffle(seed=args.seed)
         if packs:

@@ -14,7 +14,6 @@ The whole data set is packed at once, and not batch by batch.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import datasets
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from trl.data.reading.sources import DataError
+from trl.data.report import Packing
 
 RECIPE = 1  # raise it when the same rows come to be packed in another way, so that no stale cache is read
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
@@ -39,39 +39,6 @@ class Pieces(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.first_M1) - 1
-
-
-@dataclass
-class Packing:
-    """What `packed` did. `fill` is tokens over the room there is, 0 to 1; `labels_lost` counts the tokens that were to
-    be trained on, and are not because they begin a further piece of a row that was split."""
-
-    strategy: str
-    capacity: int
-    rows: int
-    packed_rows: int
-    tokens: int
-    fill: float
-    rows_split: int = 0
-    labels_lost: int = 0
-    tokens_cut: int = 0
-
-    def lines(self) -> list[str]:
-        lines = [
-            f"packing ({self.strategy}): {self.rows:,} rows in {self.packed_rows:,} of {self.capacity:,} tokens, "
-            f"{self.fill:.1%} full"
-        ]
-        if self.rows_split:
-            lines.append(
-                f"packing: {self.rows_split:,} rows are split; the {self.labels_lost:,} trained tokens that then begin "
-                "a piece have nothing to be predicted from"
-            )
-        if self.tokens_cut:
-            lines.append(f"warning: packing cut off {self.tokens_cut:,} tokens of rows longer than {self.capacity:,}")
-        return lines
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def strategy_of(name: str) -> str:

@@ -11,7 +11,6 @@ from trl.data.reading.sources import DataError, line_of
 
 MOST = 20  # rows that an error names
 KEPT = 0  # the column `_dropped` of a row that stays; other values are reasons of a recipe
-SKIPPED = "cannot be read, left out by skip_bad_rows"
 
 Encode = Callable[[Mapping[str, list[Any]], list[int]], dict[str, list[Any]]]
 

@@ -39,8 +39,13 @@ class Shape:
     numbers: tuple[str, ...] = ()
 
     def with_template(self, there_is_one: bool) -> "Shape":
-        """Two strings, a question and its answer, are a conversation where the tokenizer has a chat template; so is a
-        transcript."""
+        """The shape for a tokenizer with a chat template, or without one.
+
+        Where there is one, a question and its answer that are strings are a conversation, and so is a transcript.
+        """
+        if self.kind == "prompts" and there_is_one and not self.conversational:
+            hint = "the model has a chat template: give lists of messages to use it"
+            return replace(self, sentence=f"{self.sentence} ({hint})")
         if self.kind not in ("dialogue", "ranked", "transcripts") or self.conversational:
             return self
         if self.kind == "transcripts":

@@ -7,7 +7,7 @@ alone and all of these texts begin; what follows them is the completion, so that
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import numpy as np
@@ -31,7 +31,7 @@ from trl.data.reading.sources import DataError
 from trl.data.report import PreferenceReport, show
 from trl.data.tokenizing import chat, recipe
 from trl.data.tokenizing.encode import Encoder, Text, Tokens
-from trl.data.tokenizing.recipe import Recipe
+from trl.data.tokenizing.recipe import TrainedRecipe
 
 EQUAL_CUT, PROMPT_FILLS, ALL_CUT = range(NO_CHOICE + 1, NO_CHOICE + 4)
 REASONS = {
@@ -102,13 +102,14 @@ KINDS = {
 
 
 def prepare_preferences(
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    num_proc: int | None = None,
     name: str = "train",
+    num_proc: int | None = None,
+    look_at: int = 1000,
     **options: Any,
-) -> tuple[datasets.Dataset, PreferenceReport]:
+) -> tuple[Any, PreferenceReport]:
     """Turns rows of judged completions into tokens; `options` are the fields of `Preferences`, of which `kind` is one.
 
     Returns a data set, whose `row` is the index in `dataset`, and the report of what was done. Its columns are
@@ -124,23 +125,12 @@ def prepare_preferences(
     names the row, the field and the remedy, for a row that cannot be read, for options that do not fit, and when no row
     is left.
     """
-    return recipe.prepare(Preferences(**options), dataset, tokenizer, num_proc, name)  # type: ignore[return-value]
-
-
-def prepare_preference_stream(
-    stream: datasets.IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    name: str = "train",
-    look_at: int = 1000,
-    **options: Any,
-) -> tuple[datasets.IterableDataset, PreferenceReport]:
-    """`prepare_preferences` for a stream, as `recipe.prepare_stream` says."""
-    return recipe.prepare_stream(Preferences(**options), stream, tokenizer, name, look_at)  # type: ignore[return-value]
+    preferences = Preferences(**options)
+    return recipe.prepare(preferences, dataset, tokenizer, name=name, num_proc=num_proc, look_at=look_at)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preferences(Recipe):
+class Preferences(TrainedRecipe):
     """Rows to prompts and completions. `kind` is a key of `KINDS`.
 
     `max_prompt_length` keeps the end of a prompt, `max_completion_length` the beginning of a completion. What is then
@@ -157,6 +147,8 @@ class Preferences(Recipe):
     step_separator: str = "\n"
     train_on_last_step_only: bool = False
 
+    counters: ClassVar[tuple[str, ...]] = COUNTERS
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataError(f"kind={self.kind!r} is not known: choose one of {', '.join(map(repr, KINDS))}.")
@@ -171,8 +163,7 @@ class Preferences(Recipe):
 
     def check(self, shape: Shape, tokenizer: PreTrainedTokenizerBase) -> None:
         for option in ("max_prompt_length", "max_completion_length"):
-            if (value := getattr(self, option)) is not None and value < 1:
-                raise DataError(f"{option}={value} leaves nothing: give at least 1, or None for no limit.")
+            recipe.check_limit(self, option)
         if self.kind == "steps" and not tokenizer(self.step_separator, add_special_tokens=False)["input_ids"]:
             raise DataError(
                 f"step_separator={self.step_separator!r} has no token, and its last one is where a step is judged: "
@@ -180,8 +171,8 @@ class Preferences(Recipe):
             )
         super().check(shape, tokenizer)
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, first_row: int = 0) -> "Tokenise":
-        return Tokenise(tokenizer, shape, self, first_row)
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, first_row: int = 0) -> "ComparisonEncoder":
+        return ComparisonEncoder(tokenizer, shape, self, first_row)
 
     def cut(self, prompt: int, completions: Sequence[int]) -> tuple[int, list[slice]] | None:
         """Where a prompt of so many tokens begins, and what stays of completions of so many; None where the prompt
@@ -212,8 +203,8 @@ class Preferences(Recipe):
         name: str,
         first_row: int = 0,
     ) -> tuple[datasets.Dataset, PreferenceReport]:
-        count = recipe.counters(table)
-        prepared, dropped = recipe.left(table, count, shape, name, first_row, REASONS, REMEDIES, MAIN_PARTS)
+        count = self.count(table)
+        prepared, dropped = recipe.drop_rows(self, table, shape, name, first_row, REASONS, REMEDIES, MAIN_PARTS)
         kept = count["_dropped"] == KEPT
         prompt, first, second, prompt_kept, completions_kept, trainable, trained, empty = (
             count[counter][kept]
@@ -232,7 +223,7 @@ class Preferences(Recipe):
             rows_kept=int(kept.sum()),
             tokens=int((prompt_kept + completions_kept).sum()),
             trained_tokens=int(trained.sum()),
-            lengths=recipe.spread(prompt + np.maximum(first, second)),
+            lengths=recipe.length_summary(prompt + np.maximum(first, second)),
             max_length=self.max_length,
             rows_cut=int(((prompt_kept < prompt) | (completions_kept < completions)).sum()),
             tokens_cut=int((prompt - prompt_kept + completions - completions_kept).sum()),
@@ -245,8 +236,8 @@ class Preferences(Recipe):
             sample=_shown(tokenizer, self.kind, prepared[0]),
             sample_row=int(prepared[0]["row"]) - first_row,
             kind=self.kind,
-            prompt_lengths=recipe.spread(prompt),
-            completion_lengths=recipe.spread(np.concatenate([first, second[second >= 0]])),
+            prompt_lengths=recipe.length_summary(prompt),
+            completion_lengths=recipe.length_summary(np.concatenate([first, second[second >= 0]])),
             limits={limit: value for limit in limits if (value := getattr(self, limit)) is not None},
             prompts_cut=int((prompt_kept < prompt).sum()),
             prompt_tokens_cut=int((prompt - prompt_kept).sum()),
@@ -287,9 +278,10 @@ class _Encoded:
     empty: int = 0
 
 
-class Tokenise(Encoder):
+class ComparisonEncoder(Encoder):
     """Batches of rows to prompts and completions."""
 
+    features: datasets.Features
     recipe: Preferences
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, recipe: Preferences, first_row: int = 0):

@@ -48,11 +48,11 @@ def bos_doubled(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int
 class Encoder:
     """Base of the functions that `datasets.map` runs over batches: pickled and hashed, so it holds plain values only.
 
-    A subclass makes of a batch the columns of `features`. Those that begin with `_` are counters: they travel beside
-    the tokens until the report is written. `_dropped` is one of them, and 0 for a row that is kept.
+    A subclass turns a batch into the columns of `features`, or, where these are None, into columns whose types are
+    those of their values. The recipe's counters are among them.
     """
 
-    features: datasets.Features
+    features: datasets.Features | None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, recipe: Any, first_row: int = 0):
         self.tokenizer = tokenizer
@@ -247,7 +247,7 @@ class Encoder:
         doubled = bos_doubled(self.tokenizer, text.text, ids)
         if doubled:
             ids, mask = ids[1:], mask[1:]
-        if plain and self.recipe.add_eos and not text.open and eos is not None:
+        if plain and not text.open and self.recipe.add_eos and eos is not None:
             if ids and ids[-1] == eos:
                 mask[-1] = True  # also where the tokenizer added it, at no place of the text
             else:

@@ -6,7 +6,7 @@ Masks are made from positions, never from token ids: the end of a turn is traine
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -29,7 +29,7 @@ from trl.data.reading.sources import DataError
 from trl.data.report import DataReport, show
 from trl.data.tokenizing import recipe
 from trl.data.tokenizing.encode import Encoder, Text, Tokens
-from trl.data.tokenizing.recipe import Recipe
+from trl.data.tokenizing.recipe import TrainedRecipe
 
 UNTRAINED_LABEL = -100  # what `labels` hold where no loss is taken, as everywhere in PyTorch
 
@@ -58,13 +58,14 @@ FEATURES = datasets.Features(
 
 
 def prepare(
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    num_proc: int | None = None,
     name: str = "train",
+    num_proc: int | None = None,
+    look_at: int = 1000,
     **options: Any,
-) -> tuple[datasets.Dataset, DataReport]:
+) -> tuple[Any, DataReport]:
     """Turns rows of any known shape into token ids and loss masks; `options` are the fields of `Sequences`.
 
     Returns a data set with the columns `input_ids` (list of int32, length L), `loss_mask` (list of bool, length L:
@@ -74,23 +75,12 @@ def prepare(
     Raises `DataError`, which names the row, the field and the remedy, for a row that cannot be read, for options that
     do not fit the data, and when no row at all is left.
     """
-    return recipe.prepare(Sequences(**options), dataset, tokenizer, num_proc, name)
-
-
-def prepare_stream(
-    stream: datasets.IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    name: str = "train",
-    look_at: int = 1000,
-    **options: Any,
-) -> tuple[datasets.IterableDataset, DataReport]:
-    """`prepare` for a stream, as `recipe.prepare_stream` says; rows without a trained token are left out."""
-    return recipe.prepare_stream(Sequences(**options), stream, tokenizer, name, look_at)
+    sequences = Sequences(**options)
+    return recipe.prepare(sequences, dataset, tokenizer, name=name, num_proc=num_proc, look_at=look_at)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences(Recipe):
+class Sequences(TrainedRecipe):
     """Rows to sequences with a loss mask.
 
     `text_field` names the column of text, or of conversations. `formatting_func` makes a text or messages of a row.
@@ -102,6 +92,8 @@ class Sequences(Recipe):
     formatting_func: Callable[[Any], Any] | None = None
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
+
+    counters: ClassVar[tuple[str, ...]] = COUNTERS
 
     def detect(self, dataset: datasets.Dataset) -> Shape:
         return detect(dataset, self.text_field, self.columns, self.formatting_func)
@@ -119,8 +111,8 @@ class Sequences(Recipe):
             )
         super().check(shape, tokenizer)
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, first_row: int = 0) -> "Tokenise":
-        return Tokenise(tokenizer, shape, self, first_row)
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, shape: Shape, first_row: int = 0) -> "SequenceEncoder":
+        return SequenceEncoder(tokenizer, shape, self, first_row)
 
     def aggregate(
         self,
@@ -130,9 +122,9 @@ class Sequences(Recipe):
         name: str,
         first_row: int = 0,
     ) -> tuple[datasets.Dataset, DataReport]:
-        count = recipe.counters(table)
+        count = self.count(table)
         parts = ("input_ids", "text", "messages", "prompt", "input", "completion")
-        prepared, dropped = recipe.left(table, count, shape, name, first_row, REASONS, REMEDIES, parts)
+        prepared, dropped = recipe.drop_rows(self, table, shape, name, first_row, REASONS, REMEDIES, parts)
         kept = count["_dropped"] == KEPT
         lengths, trainable, trained = count["_length"][kept], count["_trainable"][kept], count["_trained"][kept]
         lengths_after = lengths if self.max_length is None else np.minimum(lengths, self.max_length)
@@ -146,7 +138,7 @@ class Sequences(Recipe):
             rows_kept=int(kept.sum()),
             tokens=int(lengths_after.sum()),
             trained_tokens=int(trained.sum()),
-            lengths=recipe.spread(lengths),
+            lengths=recipe.length_summary(lengths),
             max_length=self.max_length,
             rows_cut=int((lengths > lengths_after).sum()),
             tokens_cut=int((lengths - lengths_after).sum()),
@@ -161,7 +153,7 @@ class Sequences(Recipe):
         )
 
 
-class Tokenise(Encoder):
+class SequenceEncoder(Encoder):
     """Batches of rows to sequences and masks."""
 
     features = FEATURES
