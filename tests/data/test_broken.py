@@ -13,7 +13,8 @@ import pytest
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, system, user, word_tokenizer
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
 from trl.data.tokenizing.sequences import prepare
 
 TALK = [user("hello"), assistant("good day")]

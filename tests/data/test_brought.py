@@ -15,9 +15,10 @@ from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
 from trl.data.batching.batches import StreamBatches
 from trl.data.mixture import DatasetMixtureConfig, load_mixture
+from trl.data.reading.errors import DataError
 from trl.data.reading.formats import detect
 from trl.data.reading.messages import messages_of, pop_flags
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.sources import load
 from trl.data.report import show
 from trl.data.tokenizing.comparisons import prepare_preferences
 from trl.data.tokenizing.prompts import Prompts, prepare_prompts

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
-from trl.data.reading.sources import DataError, load
-from trl.data.tokenizing.chat import ChatTemplate, assistant_spans, chat_template, mask_tokens, render, trims_offsets
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
+from trl.data.tokenizing.chat import ChatTemplate, chat_template, render
 from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.spans import AssistantSpans, assistant_spans, mask_tokens, trims_offsets
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 Table = list[tuple[str, bool]]
@@ -341,7 +343,7 @@ def test_two_renderings_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, conversations, prompt, **options)
 
     monkeypatch.setattr(ChatTemplate, "_apply", counting)
-    template.spans_all([TALK] * 10)
+    AssistantSpans(template).find_all([TALK] * 10)
     assert rendered == [10, 10]
 
 
@@ -385,7 +387,7 @@ def test_every_way_agrees(pairs: list[tuple[str, str]]) -> None:
     # A template that replaces one sentinel loses it, so that only the differences are left.
     eaten = "message['content'].replace('\ue001', '')"
     template = ChatTemplate(of_bytes(tiny.CHATML.replace("message['content']", eaten)))
-    assert template.spans(talk) == by_sentinels
+    assert AssistantSpans(template).find(talk) == by_sentinels
 
 
 # -- tokens ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
 from trl.data.mixture import DatasetMixtureConfig, Mixture, Part, load_mixture
-from trl.data.reading.sources import DataError, load
-from trl.data.tokenizing.comparisons import ComparisonEncoder, Preferences, prepare_preferences
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
+from trl.data.tokenizing.comparison_encoder import ComparisonEncoder
+from trl.data.tokenizing.comparisons import Preferences, prepare_preferences
 from trl.data.tokenizing.sequences import prepare
 
 ASKED = [user("hello")]

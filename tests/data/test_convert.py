@@ -26,7 +26,7 @@ from trl import (
     unpair_preference_dataset,
 )
 from trl.data import convert
-from trl.data.reading.sources import DataError
+from trl.data.reading.errors import DataError
 
 ASKED, SAID, WORSE = [user("hi")], assistant("ho"), assistant("he")
 HEAD = (

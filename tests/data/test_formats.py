@@ -14,9 +14,10 @@ import datasets
 import pyarrow as pa
 import pytest
 
+from trl.data.reading.errors import DataError
 from trl.data.reading.formats import detect
 from trl.data.reading.messages import messages_of, text_of
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.sources import load
 
 ROWS = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

@@ -11,7 +11,8 @@ import pytest
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
 from trl.data.mixture import DatasetConfig, DatasetMixtureConfig, load_mixture
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
 from trl.data.tokenizing.sequences import Sequences, prepare
 
 TALKS = [{"messages": [user("hello"), assistant(word)], "id": word} for word in ("good", "day", "more", "bye")]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.data.tiny_tokenizers import word_tokenizer
 from trl.data.batching.collate import sequences
 from trl.data.batching.packing import Pieces, pack, pack_dataset, packed
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
 from trl.data.tokenizing.sequences import prepare
 
 

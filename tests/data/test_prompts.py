@@ -13,7 +13,8 @@ from tokenizers import processors
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, system, user, word_tokenizer
 from trl.data.mixture import Mixture, Part
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
 from trl.data.tokenizing.prompts import PromptEncoder, Prompts, prepare_prompts
 
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"

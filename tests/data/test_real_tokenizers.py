@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.tiny_tokenizers import assistant, system, user
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
 from trl.data.report import show
 from trl.data.tokenizing.sequences import prepare
 from trl.data.tokenizing.words import Words

@@ -11,7 +11,8 @@ from transformers import ByT5Tokenizer
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
 from trl.data.tokenizing.sequences import SequenceEncoder, Sequences, detect, prepare
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.tiny_tokenizers import byte_tokenizer, word_tokenizer
 from trl.data.reading.sources import load
-from trl.data.tokenizing.chat import mask_tokens
 from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.spans import mask_tokens
 from trl.data.tokenizing.words import Words
 
 LLAMA3 = (

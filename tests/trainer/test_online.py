@@ -266,7 +266,7 @@ def test_a_text_prompt_has_one_beginning(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, rows=[{"prompt": f"{bos}hello"}, {"prompt": "hello"}])
     ids = tokenizer("hello", add_special_tokens=False)["input_ids"]
     assert list(trainer.train_dataset["prompt_ids"]) == [[tokenizer.bos_token_id, *ids]] * 2
-    assert any("written in 1 prompts already" in line for line in trainer.report())
+    assert any("written in 1 row already" in line for line in trainer.report())
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.reading.sources import DataError
+from trl.data.reading.errors import DataError
 from trl.data.tokenizing.chat import common_prefix
 
 __all__ = [

@@ -10,7 +10,8 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.reading.sources import DataError, load
+from trl.data.reading.errors import DataError
+from trl.data.reading.sources import load
 from trl.data.tokenizing import recipe
 from trl.data.tokenizing.recipe import Recipe
 from trl.near import near

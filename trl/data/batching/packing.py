@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from trl.data.reading.sources import DataError
+from trl.data.reading.errors import DataError
 from trl.data.report import Packing
 
 RECIPE = 1  # raise it when the same rows come to be packed in another way, so that no stale cache is read

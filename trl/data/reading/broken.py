@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from trl.data.reading.sources import DataError, line_of
+from trl.data.reading.errors import DataError
+from trl.data.reading.files import line_of
 
 MOST = 20  # rows that an error names
 KEPT = 0  # the column `_dropped` of a row that stays; other values are reasons of a recipe

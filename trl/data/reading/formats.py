@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from trl.data.reading.errors import DataError
 from trl.data.reading.messages import FLAGS, NO_IMAGES, is_talk
 from trl.data.reading.readings import (
     COMPLETION_CONTENTS,
@@ -18,7 +19,6 @@ from trl.data.reading.readings import (
     Part,
     Reading,
 )
-from trl.data.reading.sources import DataError
 
 
 @dataclass(frozen=True)

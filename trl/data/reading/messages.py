@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl.data.reading.sources import DataError
+from trl.data.reading.errors import DataError
 
 NO_IMAGES = "images are not supported yet"
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from trl.data.reading.broken import KEPT
+from trl.data.reading.errors import DataError
 from trl.data.reading.formats import Shape
 from trl.data.reading.messages import FLAGS, dialogue_of, headed_text, messages_of, place, text_of, with_system
-from trl.data.reading.sources import DataError
 
 NO_PROMPT, EMPTY, IDENTICAL, PARTED, NO_CHOICE = range(1, 6)  # why a row cannot be used; `preference` has more
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from trl.data.reading.errors import DataError
 from trl.data.reading.formats import Shape
 from trl.data.reading.messages import place, without_none
-from trl.data.reading.sources import DataError
 from trl.data.tokenizing import chat
+from trl.data.tokenizing.spans import AssistantSpans, Span, first_token_at, mask_tokens, trims_offsets
 from trl.data.tokenizing.words import Words
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Text(NamedTuple):
     gets nothing that ends a text."""
 
     text: str
-    spans: list[chat.Span] | None = None
+    spans: list[Span] | None = None
     open: bool = False
 
 
@@ -122,14 +123,15 @@ class Encoder:
         options: list[dict[str, Any]] | None,
         indices: Sequence[int],
         column: str,
-    ) -> list[tuple[str, list[chat.Span]]]:
+    ) -> list[tuple[str, list[Span]]]:
         template = chat.chat_template(self.tokenizer)
-        results: list[tuple[str, list[chat.Span]] | DataError]
+        spans = AssistantSpans(template)
+        results: list[tuple[str, list[Span]] | DataError]
         if options is None:
-            results = template.spans_all(conversations)
+            results = spans.find_all(conversations)
         else:
             pairs = zip(conversations, options, strict=True)
-            results = [template.spans_or_error(messages, **option) for messages, option in pairs]
+            results = [spans.find_or_error(messages, **option) for messages, option in pairs]
         found = []
         for number, (result, row) in enumerate(zip(results, indices, strict=True)):
             if isinstance(result, DataError):
@@ -190,7 +192,7 @@ class Encoder:
             return_offsets_mapping=masked,
             verbose=False,
         )
-        trimmed = masked and chat.trims_offsets(self.tokenizer)
+        trimmed = masked and trims_offsets(self.tokenizer)
         rows = []
         for index, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
             straddles = False
@@ -198,9 +200,9 @@ class Encoder:
                 mask = [True] * len(ids)
             else:
                 offsets = encoded["offset_mapping"][index]
-                mask = chat.mask_tokens(offsets, text.spans, trimmed)
+                mask = mask_tokens(offsets, text.spans, trimmed)
                 if plain:
-                    first = chat.first_token_at(offsets, text.spans[0][0], trimmed)
+                    first = first_token_at(offsets, text.spans[0][0], trimmed)
                     straddles = first > 0 and offsets[first - 1][1] > text.spans[0][0]
             if plain and text.open and (after := self._frame()[1]):
                 ids, mask = ids[: -len(after)], mask[: -len(after)]

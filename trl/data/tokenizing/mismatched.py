@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from trl.data.reading.sources import DataError
+from trl.data.reading.errors import DataError
 
 COLUMN = "kl_completion_ids"
 STREAM_ROWS = 1000  # of a stream, the completion comes from one of so many rows

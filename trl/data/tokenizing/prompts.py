@@ -9,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.reading.broken import KEPT
+from trl.data.reading.errors import DataError
 from trl.data.reading.formats import Shape, part_to_column
 from trl.data.reading.messages import is_talk, messages_of, place, text_of
-from trl.data.reading.sources import DataError
 from trl.data.report import PromptReport, show
 from trl.data.tokenizing import recipe
 from trl.data.tokenizing.encode import Encoder, Text

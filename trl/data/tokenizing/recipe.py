@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.data.reading import broken
 from trl.data.reading.broken import KEPT
+from trl.data.reading.errors import DataError
+from trl.data.reading.files import ORIGIN
 from trl.data.reading.formats import Shape
-from trl.data.reading.sources import ORIGIN, DataError, as_shown, from_rows
+from trl.data.reading.sources import as_shown, from_rows
 from trl.data.report import Dropped
 from trl.data.tokenizing import chat
 from trl.data.tokenizing.encode import Encoder

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.reading.broken import KEPT
+from trl.data.reading.errors import DataError
 from trl.data.reading.formats import Shape, call_formatting, check_formatted, detect
 from trl.data.reading.messages import (
     answer_of,
@@ -25,7 +26,6 @@ from trl.data.reading.messages import (
     text_of,
     with_system,
 )
-from trl.data.reading.sources import DataError
 from trl.data.report import DataReport, show
 from trl.data.tokenizing import recipe
 from trl.data.tokenizing.encode import Encoder, Text, Tokens
