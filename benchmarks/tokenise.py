@@ -124,11 +124,11 @@ def _processor() -> float:
 
 
 def _ours(tokenizer: Any, settings: dict[str, Any]) -> Any:
-    from trl.data.tokenizing.sequences import prepare
+    from trl.data.tokenizing.sequences import prepare_sequences
 
     def run(rows: Any, template: str, masks: bool) -> Any:
         tokenizer.chat_template = template
-        return prepare(rows, tokenizer, assistant_only_loss=masks, max_length=settings["max_length"],
+        return prepare_sequences(rows, tokenizer, assistant_only_loss=masks, max_length=settings["max_length"],
                        num_proc=settings["num_proc"])[0]  # fmt: skip
 
     return run

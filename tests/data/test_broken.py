@@ -15,7 +15,7 @@ from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, system, user, word_tokenizer
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import prepare_sequences
 
 TALK = [user("hello"), assistant("good day")]
 
@@ -171,7 +171,7 @@ BROKEN = {
     ),
     "an unknown speaker": Broken(
         lines({"conversations": [{"from": "narrator", "value": "a"}]}),
-        "row 0: `conversations[0].from` is 'narrator', who is not known. Known are human, user, gpt, ",
+        "row 0: `conversations[0].from` is 'narrator', which is not a known role. Known are human, user, gpt, ",
     ),
     "a turn without a value": Broken(
         lines({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}),
@@ -263,7 +263,7 @@ def test_broken(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, cap
     source = case.write(folder)
     tokenizer = word_tokenizer(tiny.GEMMA_TOKENS, tiny.GEMMA, bos="<bos>", eos="<eos>")
     with pytest.raises(DataError) as error:
-        prepare(load(source), tokenizer, **case.options)
+        prepare_sequences(load(source), tokenizer, **case.options)
     assert case.sentence.replace("FILE", str(source)) in str(error.value)
     assert "Traceback" not in capfd.readouterr().err
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]

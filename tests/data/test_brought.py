@@ -22,7 +22,7 @@ from trl.data.reading.sources import load
 from trl.data.report import show
 from trl.data.tokenizing.comparisons import prepare_preferences
 from trl.data.tokenizing.prompts import Prompts, prepare_prompts
-from trl.data.tokenizing.sequences import Sequences, prepare
+from trl.data.tokenizing.sequences import Sequences, prepare_sequences
 
 TALK = [user("hello"), assistant("good day")]
 BLOCKS = """\
@@ -40,7 +40,7 @@ def chatml(template: str = tiny.CHATML) -> Any:
 
 def trained(rows: Any, tokenizer: Any = None, **options: Any) -> list[str]:
     tokenizer = tokenizer or chatml()
-    prepared, _ = prepare(load(rows), tokenizer, **options)
+    prepared, _ = prepare_sequences(load(rows), tokenizer, **options)
     return [show(tokenizer, row["input_ids"], row["loss_mask"]) for row in prepared]
 
 
@@ -71,8 +71,8 @@ def test_class_labels_are_their_names() -> None:
     rows = datasets.Dataset.from_dict({"question": ["hello", "what"], "answer": [1, 0]}, features=features)
     wanted = [{"question": "hello", "answer": "day"}, {"question": "what", "answer": "night"}]
     assert trained(rows) == trained(wanted)
-    stream, _ = prepare(rows.to_iterable_dataset(), chatml())
-    assert [row["input_ids"] for row in stream] == prepare(load(wanted), chatml())[0]["input_ids"][:]
+    stream, _ = prepare_sequences(rows.to_iterable_dataset(), chatml())
+    assert [row["input_ids"] for row in stream] == prepare_sequences(load(wanted), chatml())[0]["input_ids"][:]
 
 
 def test_labels_that_are_classes() -> None:
@@ -199,7 +199,7 @@ DEAF = tiny.CHATML.replace("message['content']", "(message['content'] if message
 @pytest.mark.parametrize("assistant_only", [False, True])
 def test_nothing_vanishes_in_silence(row: Any, template: str, sentence: str, assistant_only: bool) -> None:
     with pytest.raises(DataError) as error:
-        prepare(load([row]), chatml(template), assistant_only_loss=assistant_only)
+        prepare_sequences(load([row]), chatml(template), assistant_only_loss=assistant_only)
     assert str(error.value).startswith("row 0: `messages`: " + sentence)
     prompt = {**row, "messages": [*row["messages"], user("so")]}
     with pytest.raises(DataError) as error:
@@ -240,8 +240,8 @@ def test_numbers_are_text() -> None:
     wanted = [{"question": "hello", "answer": "4"}, {"question": "what", "answer": "2.5"}]
     assert trained(rows) == trained(wanted)
     assert "; numbers in `answer` read as text" in detect(load(rows)).sentence
-    stream, _ = prepare(load(rows).to_iterable_dataset(), chatml())
-    assert [row["input_ids"] for row in stream] == prepare(load(wanted), chatml())[0]["input_ids"][:]
+    stream, _ = prepare_sequences(load(rows).to_iterable_dataset(), chatml())
+    assert [row["input_ids"] for row in stream] == prepare_sequences(load(wanted), chatml())[0]["input_ids"][:]
 
 
 @pytest.mark.parametrize("columns", [{"question": "q", "answer": "a"}, {"q": "question", "a": "answer"}])
@@ -273,7 +273,7 @@ def broken(tmp_path: Path) -> str:
 def test_all_broken_rows_are_named_by_the_lines_of_their_file(tmp_path: Path) -> None:
     path = broken(tmp_path)
     with pytest.raises(DataError) as error:
-        prepare(load(path), chatml())
+        prepare_sequences(load(path), chatml())
     lines = str(error.value).splitlines()
     assert lines[0] == "3 rows cannot be read. skip_bad_rows=True (--skip_bad_rows) leaves such rows out."
     assert lines[1].startswith("  row 1: `messages` is None.")
@@ -281,16 +281,16 @@ def test_all_broken_rows_are_named_by_the_lines_of_their_file(tmp_path: Path) ->
     assert lines[2].startswith("  row 3: `messages`: message 1 has the role 'asistant'")
     assert lines[2].endswith(f"(line 5 of '{path}')") and len(lines) == 3
     with pytest.raises(DataError, match="line 3, 6 of"):  # also where the rows begin later in the file
-        prepare(load(path, "train[1:]"), chatml())
+        prepare_sequences(load(path, "train[1:]"), chatml())
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     path = broken(tmp_path)
-    prepared, report = prepare(load(path), chatml(), skip_bad_rows=True)
+    prepared, report = prepare_sequences(load(path), chatml(), skip_bad_rows=True)
     assert prepared["row"][:] == [0, 2]
     assert (report.rows_read, report.rows_kept) == (5, 2)
     assert "warning: 3 rows dropped: cannot be read, left out by skip_bad_rows (row 1, 3, 4)" in report.lines()
-    stream, report = prepare(load(path, streaming=True), chatml(), skip_bad_rows=True)
+    stream, report = prepare_sequences(load(path, streaming=True), chatml(), skip_bad_rows=True)
     assert [row["row"] for row in stream] == [0, 2] and report.rows_read == 5
     mixed, report = load_mixture([path, path])["train"].prepare(Sequences(skip_bad_rows=True), chatml())
     assert mixed["row"][:] == [0, 2, 5, 7] and report.rows_read == 10
@@ -301,7 +301,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_the_first_twenty(tmp_path: Path) -> None:
     rows = [{"text": "a"}, *[{"text": None}] * 30]
     with pytest.raises(DataError, match="^At least 30 rows cannot be read. These are the first 20. skip_"):
-        prepare(load(rows).select(range(31)), word_tokenizer(), num_proc=None)
+        prepare_sequences(load(rows).select(range(31)), word_tokenizer(), num_proc=None)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"text":\n{"text": "b"}\n[]\n')
     with pytest.raises(DataError, match="line 2 is not valid JSON .* line 4 is not a JSON object"):
@@ -313,8 +313,8 @@ def test_the_first_twenty(tmp_path: Path) -> None:
 
 def test_the_end_of_the_last_turn_is_what_counts() -> None:
     rows = load([{"messages": [*TALK, user("more"), assistant("bye bye bye")]}, {"messages": TALK}])
-    _, whole = prepare(rows, chatml(), assistant_only_loss=True)
-    _, cut = prepare(rows, chatml(), assistant_only_loss=True, max_length=20)
+    _, whole = prepare_sequences(rows, chatml(), assistant_only_loss=True)
+    _, cut = prepare_sequences(rows, chatml(), assistant_only_loss=True, max_length=20)
     assert (whole.end_of_turn, cut.end_of_turn) == (2, 1)
     pairs = load([{"prompt": "hello", "chosen": " day bye", "rejected": " bye"}])
     reports = [prepare_preferences(pairs, word_tokenizer(), kind="pairs", max_completion_length=n)[1] for n in (9, 2)]

@@ -13,7 +13,7 @@ from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, 
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
 from trl.data.tokenizing.chat import ChatTemplate, chat_template, render
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import prepare_sequences
 from trl.data.tokenizing.spans import AssistantSpans, assistant_spans, mask_tokens, trims_offsets
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
@@ -29,7 +29,7 @@ def yes(*tokens: str) -> Table:
 
 
 def table(tokenizer: Any, messages: list[dict[str, Any]]) -> Table:
-    prepared, _ = prepare(load([{"messages": messages}]), tokenizer, assistant_only_loss=True)
+    prepared, _ = prepare_sequences(load([{"messages": messages}]), tokenizer, assistant_only_loss=True)
     row = prepared[0]
     return list(zip(tokenizer.convert_ids_to_tokens(row["input_ids"]), row["loss_mask"], strict=True))
 
@@ -174,7 +174,7 @@ def test_tool_calls() -> None:
         think + "bye<|im_end|>",
     ]
     # The same through a table, where every message has every field.
-    prepared, _ = prepare(load([{"messages": talk}]), tokenizer, assistant_only_loss=True)
+    prepared, _ = prepare_sequences(load([{"messages": talk}]), tokenizer, assistant_only_loss=True)
     row = prepared[0]
     kept = [token for token, on in zip(row["input_ids"], row["loss_mask"], strict=True) if on]
     assert tokenizer.decode(kept) == think + written + think + "x is 7<|im_end|>"
@@ -421,7 +421,7 @@ def test_the_real_tokenizer(smol_path: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
-    prepared, report = prepare(load([{"messages": TALK}]), tokenizer, assistant_only_loss=True)
+    prepared, report = prepare_sequences(load([{"messages": TALK}]), tokenizer, assistant_only_loss=True)
     row = prepared[0]
     kept = [token for token, on in zip(row["input_ids"], row["loss_mask"], strict=True) if on]
     assert tokenizer.decode(kept) == "good day<|im_end|>bye<|im_end|>"

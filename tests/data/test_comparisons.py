@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
-from trl.data.mixture import DatasetMixtureConfig, Mixture, Part, load_mixture
+from trl.data.mixture import DatasetMixtureConfig, Mixture, MixturePart, load_mixture
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
 from trl.data.tokenizing.comparison_encoder import ComparisonEncoder
 from trl.data.tokenizing.comparisons import Preferences, prepare_preferences
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import prepare_sequences
 
 ASKED = [user("hello")]
 GOOD, BAD = assistant("good day"), assistant("bye")
@@ -104,7 +104,7 @@ def test_a_completion_ends_where_the_turn_does(special: tuple[str, ...], templat
     _, chosen, _ = texts({"prompt": talk, "chosen": [GOOD], "rejected": [BAD]}, tokenizer)
     assert chosen == end
     # As it is in fine-tuning, whatever of the beginning the template writes itself.
-    prepared, _ = prepare(load([{"prompt": talk, "completion": [GOOD]}]), tokenizer)
+    prepared, _ = prepare_sequences(load([{"prompt": talk, "completion": [GOOD]}]), tokenizer)
     trained = [token for token, on in zip(prepared[0]["input_ids"], prepared[0]["loss_mask"], strict=True) if on]
     assert chosen.endswith(tokenizer.decode(trained).lstrip())
 
@@ -338,7 +338,7 @@ def test_the_users_columns() -> None:
     assert texts(row, word_tokenizer(), columns=columns) == ("the sky", " is blue</s>", " is</s>")
     with pytest.raises(DataError, match="columns=.* names `c`, but the columns are `q`"):
         texts(row, word_tokenizer(), columns={"prompt": "q", "chosen": "a", "rejected": "c"})
-    with pytest.raises(DataError, match="does not fit the data: `b` holds numbers, and what is wanted is text."):
+    with pytest.raises(DataError, match="does not fit the data: `b` holds numbers, but text is needed."):
         texts({**row, "b": 1}, word_tokenizer(), columns=columns)
 
 
@@ -673,14 +673,14 @@ def test_mixes(tmp_path: Any) -> None:
     assert [row["chosen_ids"] for row in stream] == prepared["chosen_ids"][:]
     assert (total.rows_read, total.prompt_lengths["max"], total.kind) == (4, 9, "pairs")
     labelled = load([{"prompt": ASKED, "completion": [GOOD], "label": True}])
-    mixture = Mixture([Part(labelled, "labelled"), Part(load([PAIR]), "pairs")])
+    mixture = Mixture([MixturePart(labelled, "labelled"), MixturePart(load([PAIR]), "pairs")])
     prepared, report = mixture.prepare(Preferences(kind="unpaired"), chatml())
     assert prepared["label"][:] == [True, True, False] and prepared["row"][:] == [0, 1, 1]
     assert report.parts[1].sentence.endswith("; 1 pair read as 2 rows")
 
 
 def test_a_column_that_only_some_have_is_left_out() -> None:
-    mixture = Mixture([Part(load([{**PAIR, "margin": 1.0}]), "one"), Part(load([PAIR]), "two")])
+    mixture = Mixture([MixturePart(load([{**PAIR, "margin": 1.0}]), "one"), MixturePart(load([PAIR]), "two")])
     prepared, report = mixture.prepare(Preferences(kind="pairs"), chatml())
     assert prepared.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "row"]
     assert report.sentence == "a mix of 2 data sets (`margin` left out: not all of them have it)"

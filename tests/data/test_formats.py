@@ -385,7 +385,7 @@ def test_the_users_columns() -> None:
          "`answer` (text), `n` (numbers). Did you mean 'answer'?"),
         ({"prmpt": "question"}, "no row has a part 'prmpt'; parts are answer, answers, "),
         ({"tools": "question"}, "does not describe a whole row. Understood are `text`"),
-        ({"text": "n"}, "does not fit the data: `n` holds numbers, and what is wanted is text."),
+        ({"text": "n"}, "does not fit the data: `n` holds numbers, but text is needed."),
     ],
 )  # fmt: skip
 def test_the_users_columns_that_do_not_fit(columns: dict[str, str], sentence: str) -> None:
@@ -498,7 +498,7 @@ def test_detect_two_conversations() -> None:
         ),
         (
             [{"from": "narrator", "value": "a"}],
-            "row 3: `m[0].from` is 'narrator', who is not known. Known are human, "
+            "row 3: `m[0].from` is 'narrator', which is not a known role. Known are human, "
             "user, gpt, assistant, chatgpt, chatbot, bing, bard, model, ai, bot, function_call, tool_call, tool, "
             "observation, function_response, tool_response, function, system, developer.",
         ),

@@ -13,7 +13,7 @@ from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
 from trl.data.mixture import DatasetConfig, DatasetMixtureConfig, load_mixture
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
-from trl.data.tokenizing.sequences import Sequences, prepare
+from trl.data.tokenizing.sequences import Sequences, prepare_sequences
 
 TALKS = [{"messages": [user("hello"), assistant(word)], "id": word} for word in ("good", "day", "more", "bye")]
 PAIRS = [{"question": "what is x", "answer": "x is 7"}, {"question": "what", "answer": " sky"}]
@@ -38,7 +38,7 @@ def test_each_is_read_by_its_own_shape(files: dict[str, str]) -> None:
     mixture = load_mixture([{"path": files["talks"]}, {"path": files["pairs"]}, files["turns"]])["train"]
     assert len(mixture) == 7
     prepared, report = mixture.prepare(Sequences(assistant_only_loss=True), chatml())
-    alone = [prepare(load(rows), chatml(), assistant_only_loss=True)[0] for rows in (TALKS, PAIRS, TURNS)]
+    alone = [prepare_sequences(load(rows), chatml(), assistant_only_loss=True)[0] for rows in (TALKS, PAIRS, TURNS)]
     assert prepared["input_ids"][:] == [ids for part in alone for ids in part["input_ids"]]
     assert prepared["loss_mask"][:] == [mask for part in alone for mask in part["loss_mask"]]
     assert prepared["row"][:] == list(range(7))

@@ -16,7 +16,7 @@ from trl.data.batching.collate import sequences
 from trl.data.batching.packing import Pieces, pack, pack_dataset, packed
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import prepare_sequences
 
 
 def bins(pieces: Pieces) -> list[list[tuple[int, int, int]]]:
@@ -153,7 +153,7 @@ def test_a_split_row_loses_the_first_label_of_each_further_piece() -> None:
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 def test_packed_sequences_are_the_rows(strategy: str) -> None:
     rows = [{"text": " ".join(["the sky is blue and"] * (1 + number % 7))} for number in range(40)]
-    dataset, _ = prepare(load(rows), word_tokenizer())
+    dataset, _ = prepare_sequences(load(rows), word_tokenizer())
     together, report = packed(dataset, 64, strategy, seed=3)
     assert report.packed_rows == len(together) < 40
     trees = sequences(together)

@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, system, user, word_tokenizer
-from trl.data.mixture import Mixture, Part
+from trl.data.mixture import Mixture, MixturePart
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
 from trl.data.tokenizing.prompts import PromptEncoder, Prompts, prepare_prompts
@@ -178,9 +178,9 @@ def test_a_stream_whose_first_rows_are_all_bad_goes_on() -> None:
     assert (report.rows_read, report.rows_kept) == (9, 1)
 
 
-def parts(*tables: Any, streaming: bool = False) -> list[Part]:
+def parts(*tables: Any, streaming: bool = False) -> list[MixturePart]:
     opened = [load(rows, streaming=streaming) for rows in tables]
-    return [Part(rows, label) for rows, label in zip(opened, "AB", strict=False)]
+    return [MixturePart(rows, label) for rows, label in zip(opened, "AB", strict=False)]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

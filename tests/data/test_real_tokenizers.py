@@ -15,7 +15,7 @@ from tests.data.tiny_tokenizers import assistant, system, user
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
 from trl.data.report import show
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import prepare_sequences
 from trl.data.tokenizing.words import Words
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("<think>\nhm\n</think>\n\nbye")]
@@ -36,7 +36,7 @@ def yes(*tokens: str) -> list[tuple[str, bool]]:
 
 def test_smollm2(smol_path: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
-    prepared, _ = prepare(load([{"messages": [system("Be kind."), *TALK[:3], assistant("bye")]}]), tokenizer,
+    prepared, _ = prepare_sequences(load([{"messages": [system("Be kind."), *TALK[:3], assistant("bye")]}]), tokenizer,
                           assistant_only_loss=True)  # fmt: skip
     tokens = tokenizer.convert_ids_to_tokens(prepared[0]["input_ids"])
     assert list(zip(tokens, prepared[0]["loss_mask"], strict=True)) == [
@@ -91,15 +91,15 @@ SHOWN = {
 @pytest.mark.parametrize("name", SHOWN)
 def test_templates_of_others(name: str, fetch: Any) -> None:
     tokenizer = fetch(name)
-    prepared, _ = prepare(load([{"messages": TALK}]), tokenizer, assistant_only_loss=True)
+    prepared, _ = prepare_sequences(load([{"messages": TALK}]), tokenizer, assistant_only_loss=True)
     assert show(tokenizer, prepared[0]["input_ids"], prepared[0]["loss_mask"]) == SHOWN[name]
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     talk = [user("a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
     if name == "gemma3":  # which has no tool calls
         with pytest.raises(DataError, match="row 0: `messages`: the chat template leaves out `tool_calls`"):
-            prepare(load([{"messages": talk}]), tokenizer)
+            prepare_sequences(load([{"messages": talk}]), tokenizer)
     else:
-        prepared, _ = prepare(load([{"messages": talk}]), tokenizer)
+        prepared, _ = prepare_sequences(load([{"messages": talk}]), tokenizer)
         assert '{"name": "f", "arguments": {"x": 1}}' in tokenizer.decode(prepared[0]["input_ids"])
 
 

@@ -9,7 +9,7 @@ from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
 from trl.data.reading.sources import load
 from trl.data.report import DataReport, show
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import prepare_sequences
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 
@@ -19,7 +19,9 @@ def chatml() -> Any:
 
 
 def test_a_good_data_set() -> None:
-    _, report = prepare(load([{"messages": TALK}, {"messages": TALK[:2]}]), chatml(), assistant_only_loss=True)
+    _, report = prepare_sequences(
+        load([{"messages": TALK}, {"messages": TALK[:2]}]), chatml(), assistant_only_loss=True
+    )
     assert report.lines() == [
         "train: 2 rows read, 2 kept; columns messages: read as conversations in `messages`",
         "tokens: 38, of which 8 are trained on (21.1%)",
@@ -32,14 +34,14 @@ def test_a_good_data_set() -> None:
 
 def test_a_bad_data_set() -> None:
     rows = [{"messages": TALK}] * 3 + [{"messages": TALK[:2]}, {"messages": TALK[:1]}]
-    _, report = prepare(load(rows), chatml(), assistant_only_loss=True, max_length=24, name="eval")
+    _, report = prepare_sequences(load(rows), chatml(), assistant_only_loss=True, max_length=24, name="eval")
     # 24 tokens cut the last newline off: no harm to the loss.
     assert report.lines()[3:-1] == [
         # Of an evaluation, nothing is said of what the model learns.
         "warning: 3 rows cut to 24 tokens; 3 tokens lost, 0 of them in the loss (raise `max_length` to keep them)",
         "warning: 1 row dropped: no token to train on (row 4)",
     ]
-    _, report = prepare(load(rows), chatml(), assistant_only_loss=True, max_length=11)
+    _, report = prepare_sequences(load(rows), chatml(), assistant_only_loss=True, max_length=11)
     assert report.lines()[3:-1] == [
         "warning: no end of turn and no end of text is in the loss, so the model does not learn to stop; check the "
         "chat template, `eos_token` and `max_length`",
@@ -51,7 +53,7 @@ def test_a_bad_data_set() -> None:
 
 def test_few_trained_tokens_and_some_ends_missing() -> None:
     rows = [{"prompt": "hello " * 60, "completion": "bye"}, {"prompt": "hello" + " hello" * 80, "completion": " bye"}]
-    _, report = prepare(load(rows), word_tokenizer(), max_length=82)
+    _, report = prepare_sequences(load(rows), word_tokenizer(), max_length=82)
     lines = report.lines()
     assert (
         "warning: the end of turn '</s>' is trained in only 1 of 2 rows; on the others the model does not learn to stop"
@@ -62,7 +64,7 @@ def test_few_trained_tokens_and_some_ends_missing() -> None:
 
 
 def test_to_dict_is_plain() -> None:
-    _, report = prepare(load([{"messages": TALK}]), chatml(), assistant_only_loss=True, max_length=100)
+    _, report = prepare_sequences(load([{"messages": TALK}]), chatml(), assistant_only_loss=True, max_length=100)
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain == report.to_dict()
     assert plain["share"] == 5 / 25 and plain["max_length"] == 100 and plain["name"] == "train"

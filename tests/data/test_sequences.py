@@ -13,7 +13,7 @@ from tests.data import tiny_tokenizers as tiny
 from tests.data.tiny_tokenizers import assistant, byte_tokenizer, system, user, word_tokenizer
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
-from trl.data.tokenizing.sequences import SequenceEncoder, Sequences, detect, prepare
+from trl.data.tokenizing.sequences import SequenceEncoder, Sequences, detect, prepare_sequences
 
 TALK = [user("hello"), assistant("good day"), user("more"), assistant("bye")]
 
@@ -23,7 +23,7 @@ def chatml(**options: Any) -> Any:
 
 
 def tables(rows: Any, tokenizer: Any, **options: Any) -> list[list[tuple[str, bool]]]:
-    prepared, _ = prepare(load(rows), tokenizer, **options)
+    prepared, _ = prepare_sequences(load(rows), tokenizer, **options)
     assert prepared.column_names == ["input_ids", "loss_mask", "row"]
     return [
         list(zip(tokenizer.convert_ids_to_tokens(row["input_ids"]), row["loss_mask"], strict=True)) for row in prepared
@@ -52,7 +52,7 @@ def test_text() -> None:
 
 
 def test_types_of_the_columns() -> None:
-    prepared, _ = prepare(load([{"text": "the sky"}]), word_tokenizer())
+    prepared, _ = prepare_sequences(load([{"text": "the sky"}]), word_tokenizer())
     assert prepared.features == {
         "input_ids": datasets.List(datasets.Value("int32")),
         "loss_mask": datasets.List(datasets.Value("bool")),
@@ -89,7 +89,9 @@ def test_the_end_is_trained_where_it_is_also_padding() -> None:
 
 
 def test_a_doubled_beginning_is_counted() -> None:
-    _, report = prepare(load([{"text": "<s>hello"}, {"text": "hello"}]), word_tokenizer(bos="<s>", add_bos=True))
+    _, report = prepare_sequences(
+        load([{"text": "<s>hello"}, {"text": "hello"}]), word_tokenizer(bos="<s>", add_bos=True)
+    )
     assert report.bos_doubled == 1
 
 
@@ -147,7 +149,7 @@ def test_standard_completion_with_a_beginning() -> None:
 @pytest.mark.parametrize("trim", [False, True])
 def test_a_token_over_the_boundary_is_not_trained_and_is_counted(trim: bool) -> None:
     tokenizer = byte_tokenizer(trim_offsets=trim, merges=(("Ġ", "b"),))
-    prepared, report = prepare(
+    prepared, report = prepare_sequences(
         load([{"prompt": "a ", "completion": "bc"}, {"prompt": "a", "completion": " bc"}]), tokenizer
     )
     tokens = [tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in prepared]
@@ -216,7 +218,7 @@ def test_turns_of_from_and_value() -> None:
 
 def test_an_instruction_is_a_conversation_where_there_is_a_template() -> None:
     row = {"instruction": "answer", "input": "what is x", "output": "good day"}
-    prepared, report = prepare(load([row]), chatml())
+    prepared, report = prepare_sequences(load([row]), chatml())
     tokens = chatml().convert_ids_to_tokens(prepared[0]["input_ids"])
     assert tokens == [
         *("<|im_start|>", "user", "\n", "answer", "\n", "\n", "what", " is", " x", "<|im_end|>", "\n"),
@@ -235,7 +237,7 @@ def test_an_instruction_is_a_conversation_where_there_is_a_template() -> None:
 
 def test_an_instruction_is_text_where_there_is_no_template() -> None:
     row = {"instruction": "hello", "input": "x", "output": "bye", "system": "be kind"}
-    prepared, report = prepare(load([row]), byte_tokenizer())
+    prepared, report = prepare_sequences(load([row]), byte_tokenizer())
     text = byte_tokenizer().decode(prepared[0]["input_ids"])
     assert text == "be kind\n\n### Instruction:\nhello\n\n### Input:\nx\n\n### Response:\nbye</s>"
     assert prepared[0]["loss_mask"] == [False] * (len(text) - 7) + [True] * 4
@@ -284,14 +286,14 @@ def test_the_users_columns_and_functions() -> None:
 )
 def test_formatting_functions_that_fail_later(function: Any, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
-        prepare(load([{"q": "a"}, {"q": "b"}, {"q": "c"}]), word_tokenizer(), formatting_func=function)
+        prepare_sequences(load([{"q": "a"}, {"q": "b"}, {"q": "c"}]), word_tokenizer(), formatting_func=function)
 
 
 def test_another_formatting_function_is_not_read_from_the_cache(tmp_path: Any) -> None:
     load([{"q": "the sky"}]).save_to_disk(str(tmp_path / "data"))
     lengths = []
     for more in ("", " is", " is blue"):
-        prepared, _ = prepare(
+        prepared, _ = prepare_sequences(
             load(tmp_path / "data"), word_tokenizer(), formatting_func=lambda row, more=more: row["q"] + more
         )
         lengths.append(len(prepared[0]["input_ids"]))
@@ -310,7 +312,7 @@ def test_arguments_are_written_as_json_whatever_the_template_expects(written: st
     tokenizer = byte_tokenizer((), WRITES_CALLS.replace("ARGUMENTS", written))
     call = {"type": "function", "function": {"name": "f", "arguments": given}}
     row = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    prepared, _ = prepare(load([row]), tokenizer)
+    prepared, _ = prepare_sequences(load([row]), tokenizer)
     assert tokenizer.decode(prepared[0]["input_ids"]) == 'user:a</s>assistant:[f{"x": "é", "n": 1}]</s>'
 
 
@@ -330,7 +332,7 @@ def test_arguments_are_written_as_json_whatever_the_template_expects(written: st
     ],
 )
 def test_tokens_with_masks(columns: dict[str, Any], options: dict[str, Any], mask: list[int]) -> None:
-    prepared, _ = prepare(load([{"input_ids": [5, 6, 7, 8], **columns}]), word_tokenizer(), **options)
+    prepared, _ = prepare_sequences(load([{"input_ids": [5, 6, 7, 8], **columns}]), word_tokenizer(), **options)
     assert prepared[0] == {"input_ids": [5, 6, 7, 8], "loss_mask": [bool(on) for on in mask], "row": 0}
 
 
@@ -340,7 +342,7 @@ def test_tokens_with_masks(columns: dict[str, Any], options: dict[str, Any], mas
 def test_cut_at_the_end() -> None:
     rows = [{"text": "the sky is blue"}, {"text": "the sky"}]
     tokenizer = word_tokenizer()
-    prepared, report = prepare(load(rows), tokenizer, max_length=3)
+    prepared, report = prepare_sequences(load(rows), tokenizer, max_length=3)
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in prepared["input_ids"]] == [
         ["the", " sky", " is"],
         ["the", " sky", "</s>"],
@@ -352,7 +354,7 @@ def test_cut_at_the_end() -> None:
 
 def test_cut_at_the_start() -> None:
     tokenizer = word_tokenizer()
-    prepared, report = prepare(
+    prepared, report = prepare_sequences(
         load([{"prompt": "the sky is", "completion": " blue"}]), tokenizer, max_length=3, truncation_mode="keep_end"
     )
     assert tokenizer.convert_ids_to_tokens(prepared[0]["input_ids"]) == [" is", " blue", "</s>"]
@@ -367,7 +369,7 @@ def test_dropped_rows() -> None:
         {"prompt": "", "completion": ""},
         {"prompt": "hello", "completion": ""},
     ]
-    prepared, report = prepare(load(rows), word_tokenizer(), max_length=4)
+    prepared, report = prepare_sequences(load(rows), word_tokenizer(), max_length=4)
     assert prepared["row"][:] == [0, 3]
     assert (report.rows_read, report.rows_kept) == (4, 2)
     assert report.dropped == [
@@ -380,7 +382,7 @@ def test_dropped_rows() -> None:
 
 def test_rows_without_an_assistant_are_dropped() -> None:
     rows = [{"messages": [user("hello")]}] * 7 + [{"messages": TALK}]
-    prepared, report = prepare(load(rows), chatml(), assistant_only_loss=True)
+    prepared, report = prepare_sequences(load(rows), chatml(), assistant_only_loss=True)
     assert prepared["row"][:] == [7]
     assert report.dropped == [{"reason": "no token to train on", "count": 7, "rows": [0, 1, 2, 3, 4]}]
     assert "warning: 7 rows dropped: no token to train on (row 0, 1, 2, 3, 4, …)" in report.lines()
@@ -439,12 +441,12 @@ def test_rows_without_an_assistant_are_dropped() -> None:
 )
 def test_sentences(rows: list[dict[str, Any]], options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
-        prepare(load(rows), chatml(), **options)
+        prepare_sequences(load(rows), chatml(), **options)
 
 
 def test_an_empty_data_set() -> None:
     with pytest.raises(DataError, match="eval: the data set has no rows."):
-        prepare(datasets.Dataset.from_dict({"text": []}), word_tokenizer(), name="eval")
+        prepare_sequences(datasets.Dataset.from_dict({"text": []}), word_tokenizer(), name="eval")
 
 
 @pytest.mark.parametrize("assistant_only", [False, True])
@@ -452,7 +454,7 @@ def test_a_refused_row_is_named(assistant_only: bool) -> None:
     tokenizer = word_tokenizer((), tiny.LLAMA2, bos="<s>")
     rows = [{"messages": TALK}, {"messages": [user("hello"), user("more"), assistant("bye")]}]
     with pytest.raises(DataError) as error:
-        prepare(load(rows), tokenizer, assistant_only_loss=assistant_only)
+        prepare_sequences(load(rows), tokenizer, assistant_only_loss=assistant_only)
     assert str(error.value) == (
         "row 1: `messages`: the chat template refuses the conversation with the roles [user, user, assistant]: roles "
         "must take turns, the user first. Change the messages to what it accepts, or set another "
@@ -462,7 +464,7 @@ def test_a_refused_row_is_named(assistant_only: bool) -> None:
 
 def test_conversations_without_a_template() -> None:
     with pytest.raises(DataError, match="The data are conversations, but the tokenizer has no chat template."):
-        prepare(load([{"messages": TALK}]), word_tokenizer())
+        prepare_sequences(load([{"messages": TALK}]), word_tokenizer())
 
 
 # -- the pass itself ------------------------------------------------------------------------------------------------
@@ -470,21 +472,21 @@ def test_conversations_without_a_template() -> None:
 
 def test_rows_keep_their_order_and_number_over_batches() -> None:
     dataset = load([{"text": f"{number} sky"} for number in range(2500)])
-    prepared, report = prepare(dataset, word_tokenizer())
+    prepared, report = prepare_sequences(dataset, word_tokenizer())
     assert prepared["row"][:] == list(range(2500))
     assert report.rows_kept == 2500 and report.tokens == sum(len(ids) for ids in prepared["input_ids"])
 
 
 def test_several_processes_give_the_same() -> None:
     dataset = load([{"messages": TALK}, {"messages": TALK[:2]}] * 3)
-    alone, report = prepare(dataset, chatml(), assistant_only_loss=True)
-    together, report_together = prepare(dataset, chatml(), assistant_only_loss=True, num_proc=2)
+    alone, report = prepare_sequences(dataset, chatml(), assistant_only_loss=True)
+    together, report_together = prepare_sequences(dataset, chatml(), assistant_only_loss=True, num_proc=2)
     assert alone[:] == together[:] and report == report_together
 
 
 def test_a_formatted_dataset_is_read_as_plain_values() -> None:
     dataset = load([{"input_ids": [5, 6, 7]}]).with_format("numpy")
-    prepared, _ = prepare(dataset, word_tokenizer())
+    prepared, _ = prepare_sequences(dataset, word_tokenizer())
     assert prepared[0] == {"input_ids": [5, 6, 7], "loss_mask": [False, True, True], "row": 0}
 
 
@@ -493,13 +495,13 @@ def test_the_second_time_comes_from_the_cache(tmp_path: Any, monkeypatch: pytest
     calls = []
     original = SequenceEncoder.__call__
     monkeypatch.setattr(SequenceEncoder, "__call__", lambda *arguments: calls.append(1) or original(*arguments))
-    first, report = prepare(load(tmp_path / "data"), word_tokenizer())
+    first, report = prepare_sequences(load(tmp_path / "data"), word_tokenizer())
     assert len(calls) == 1
-    second, again = prepare(load(tmp_path / "data"), word_tokenizer())
+    second, again = prepare_sequences(load(tmp_path / "data"), word_tokenizer())
     assert len(calls) == 1 and first[:] == second[:] and report == again
     for options in ({"max_length": 2}, {"add_eos": False}):
-        prepare(load(tmp_path / "data"), word_tokenizer(), **options)
-    prepare(load(tmp_path / "data"), word_tokenizer(bos="<s>", add_bos=True))
+        prepare_sequences(load(tmp_path / "data"), word_tokenizer(), **options)
+    prepare_sequences(load(tmp_path / "data"), word_tokenizer(bos="<s>", add_bos=True))
     assert len(calls) == 4
 
 

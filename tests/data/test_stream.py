@@ -13,7 +13,7 @@ from tests.data.tiny_tokenizers import assistant, user, word_tokenizer
 from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.reading.errors import DataError
 from trl.data.reading.sources import load
-from trl.data.tokenizing.sequences import SequenceEncoder, prepare
+from trl.data.tokenizing.sequences import SequenceEncoder, prepare_sequences
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [user("hello " * (number % 5)), assistant(f"{number} day")], "id": number} for number in range(350)
@@ -31,8 +31,8 @@ def stream_of(rows: list[dict[str, Any]]) -> datasets.IterableDataset:
 
 
 def test_the_rows_of_a_stream_are_those_of_a_table() -> None:
-    stream, report = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=10)
-    table, whole = prepare(load(ROWS), chatml(), assistant_only_loss=True)
+    stream, report = prepare_sequences(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=10)
+    table, whole = prepare_sequences(load(ROWS), chatml(), assistant_only_loss=True)
     assert list(stream) == list(table)
     assert (report.rows_read, report.rows_kept, whole.rows_kept) == (10, 9, 347)
     assert report.lines()[0].startswith("train: 10 rows read, 9 kept; columns messages, id: read as conversations")
@@ -47,7 +47,7 @@ def test_only_what_is_asked_for_is_read() -> None:
             read.append(number)
             yield {"text": f"{number} sky"}
 
-    stream, _ = prepare(datasets.IterableDataset.from_generator(rows), word_tokenizer(), look_at=20)
+    stream, _ = prepare_sequences(datasets.IterableDataset.from_generator(rows), word_tokenizer(), look_at=20)
     assert len(read) <= 21
     first = next(iter(stream))
     assert first["row"] == 0 and len(read) < 250
@@ -57,36 +57,36 @@ def test_a_stream_without_column_names_and_with_gaps() -> None:
     rows = [{"prompt": "the sky", "completion": " is blue", "id": 0}, {"prompt": "hello", "completion": " bye"}]
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
     assert stream.column_names is None
-    prepared, _ = prepare(stream, word_tokenizer())
-    assert list(prepared) == list(prepare(load(rows), word_tokenizer())[0])
+    prepared, _ = prepare_sequences(stream, word_tokenizer())
+    assert list(prepared) == list(prepare_sequences(load(rows), word_tokenizer())[0])
     broken = datasets.IterableDataset.from_generator(lambda: iter([*rows, {"prompt": "hello"}]))
-    prepared, _ = prepare(broken, word_tokenizer(), look_at=2)
+    prepared, _ = prepare_sequences(broken, word_tokenizer(), look_at=2)
     with pytest.raises(DataError, match="row 2: `completion` is None."):
         list(prepared)
 
 
 def test_sentences() -> None:
     with pytest.raises(DataError, match="train: the stream has no rows."):
-        prepare(datasets.IterableDataset.from_generator(lambda: iter([])), word_tokenizer())
+        prepare_sequences(datasets.IterableDataset.from_generator(lambda: iter([])), word_tokenizer())
     with pytest.raises(DataError, match="Cannot read the rows: the columns are `n`"):
-        prepare(stream_of([{"n": 1}] * 3), word_tokenizer())
+        prepare_sequences(stream_of([{"n": 1}] * 3), word_tokenizer())
 
 
 @pytest.mark.parametrize("stop", [0, 1, 99, 100, 130, 346])
 def test_a_stream_goes_on_where_it_was(stop: int) -> None:
-    stream, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
-    rows = prepare(load(ROWS), chatml(), assistant_only_loss=True)[0][:]["row"]
+    stream, _ = prepare_sequences(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    rows = prepare_sequences(load(ROWS), chatml(), assistant_only_loss=True)[0][:]["row"]
     iterator = iter(stream)
     for _ in range(stop):
         next(iterator)
     state = stream.state_dict()
-    again, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    again, _ = prepare_sequences(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
     again.load_state_dict(state)
     assert [row["row"] for row in again] == rows[stop:]
 
 
 def test_going_on_tokenises_at_most_one_batch_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    stream, _ = prepare_sequences(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
     iterator = iter(stream)
     for _ in range(320):
         next(iterator)
@@ -99,7 +99,7 @@ def test_going_on_tokenises_at_most_one_batch_again(monkeypatch: pytest.MonkeyPa
         return original(self, batch, indices)
 
     monkeypatch.setattr(SequenceEncoder, "__call__", counting)
-    again, _ = prepare(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
+    again, _ = prepare_sequences(stream_of(ROWS), chatml(), assistant_only_loss=True, look_at=5)
     seen.clear()
     again.load_state_dict(state)
     list(again)
@@ -117,7 +117,7 @@ def numbers(batches: Any) -> list[list[int]]:
 def test_batches_are_those_of_a_table(drop_last: bool) -> None:
     rows = [{"text": f"{number} sky"} for number in range(23)]
     for rank in range(2):
-        stream, _ = prepare(stream_of(rows), word_tokenizer())
+        stream, _ = prepare_sequences(stream_of(rows), word_tokenizer())
         of_stream = StreamBatches(stream, 4, ranks=2, rank=rank, drop_last=drop_last)
         of_table = RowBatches(23, 4, shuffle=False, ranks=2, rank=rank, drop_last=drop_last)
         assert numbers(of_stream) == list(of_table)
@@ -129,7 +129,7 @@ def test_batches_go_on_where_they_were(shuffled: bool, stop: int) -> None:
     def made() -> StreamBatches:
         stream = stream_of([{"text": f"{number} sky"} for number in range(130)])
         return StreamBatches(
-            prepare(stream.shuffle(seed=3, buffer_size=16) if shuffled else stream, word_tokenizer())[0], 4
+            prepare_sequences(stream.shuffle(seed=3, buffer_size=16) if shuffled else stream, word_tokenizer())[0], 4
         )
 
     def contents(batches: StreamBatches) -> list[list[int]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.tiny_tokenizers import byte_tokenizer, word_tokenizer
 from trl.data.reading.sources import load
-from trl.data.tokenizing.sequences import prepare
+from trl.data.tokenizing.sequences import prepare_sequences
 from trl.data.tokenizing.spans import mask_tokens
 from trl.data.tokenizing.words import Words
 
@@ -128,7 +128,7 @@ def test_what_is_not_known_is_refused() -> None:
 def test_a_character_that_is_cut_otherwise_is_left_to_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Words.of(byte_tokenizer())
     assert words is not None and words.encode("naïve") is not None
-    monkeypatch.setattr(words, "_cuts_alike", lambda character: character != "é")
+    monkeypatch.setattr(words, "_is_cut_alike", lambda character: character != "é")
     assert words.encode("café") is None and words.encode("naïve café") is None
     assert words.encode_spans("café", [(0, 2)]) is None
 
@@ -140,9 +140,9 @@ def test_a_difference_is_noticed_and_mended(caplog: pytest.LogCaptureFixture) ->
     words.table["sky"] = (0,)
     words.texts = 0
     with caplog.at_level(logging.WARNING):
-        prepared, _ = prepare(load([{"text": "sky"}, {"text": "sky"}]), tokenizer)
+        prepared, _ = prepare_sequences(load([{"text": "sky"}, {"text": "sky"}]), tokenizer)
     assert [tokenizer.decode(ids) for ids in prepared["input_ids"]] == ["sky</s>"] * 2
-    assert caplog.messages[0].startswith("Tokens by the word differ from the tokenizer's own, which are used from here")
+    assert caplog.messages[0].startswith("Word-by-word tokenisation differs from the tokenizer, which is used alone")
     assert Words.of(tokenizer) is None
 
 

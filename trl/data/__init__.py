@@ -1,1 +1,1 @@
-"""Rows to tokens and masks: deterministic, without a model and without a device."""
+"""Rows to tokens and masks. Nothing here needs a model or a GPU, and the same rows always give the same tokens."""

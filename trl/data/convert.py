@@ -1,4 +1,4 @@
-"""From one shape of rows to another, for those who prepare a data set themselves. The trainers need none of it."""
+"""Functions that convert rows from one shape to another, for users. The trainers do not need them."""
 
 import os.path
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.reading.errors import DataError
-from trl.data.tokenizing.chat import common_prefix
+from trl.data.tokenizing.chat import common_prefix_length
 
 __all__ = [
     "apply_chat_template",
@@ -22,7 +22,7 @@ __all__ = [
     "unpair_preference_dataset",
 ]
 
-TALKS = ("prompt", "chosen", "rejected", "completion", "messages")  # the fields that may hold messages
+MESSAGE_FIELDS = ("prompt", "chosen", "rejected", "completion", "messages")  # the fields that may hold messages
 ROWS = (
     {"messages"},
     {"prompt"},
@@ -34,16 +34,16 @@ ROWS = (
 
 
 def is_conversational(example: Mapping[str, Any]) -> bool:
-    """Whether the row's texts are lists of messages {role, content}."""
-    return next((_is_talk(example[field], {"role"}) for field in TALKS if field in example), False)
+    """Whether the texts of a row are lists of messages {role, content}."""
+    return next((_has_messages(example[field], {"role"}) for field in MESSAGE_FIELDS if field in example), False)
 
 
 def is_conversational_from_value(example: Mapping[str, Any]) -> bool:
-    """Whether the row has `conversations` of {from, value}."""
-    return _is_talk(example.get("conversations"), {"from", "value"})
+    """Whether a row has `conversations` of {from, value}."""
+    return _has_messages(example.get("conversations"), {"from", "value"})
 
 
-def _is_talk(value: Any, keys: set[str]) -> bool:
+def _has_messages(value: Any, keys: set[str]) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and keys <= set(value[0])
 
 
@@ -53,14 +53,21 @@ def apply_chat_template(
     tools: Sequence[dict | Callable] | None = None,
     **template_kwargs: Any,
 ) -> dict[str, Any]:
-    """The row with its messages rendered as text.
+    """Renders the messages of a row as text.
 
-    `messages` becomes `text`. A prompt gets what the assistant's turn begins with, or, where the assistant speaks last,
-    is left open for it to go on; its completions are what follows it. The row's own `chat_template_kwargs` and those
-    given here reach the template. A tokenizer's template is used, or a processor's. Raises `DataError` for fields that
-    make no row.
+    `messages` becomes `text`. A prompt gets the generation prompt. If its last message is the assistant's, it stays
+    open instead, so that the assistant continues it. Completions are the text after the prompt.
+
+    Args:
+        example: a row of `messages`, or of `prompt`, alone or with `completion` or with `chosen` and `rejected`. Its
+            `chat_template_kwargs` reach the template too.
+        processing_class: a tokenizer or a processor with a chat template.
+        tools: functions or their JSON schemas; None by default.
+        template_kwargs: further arguments of the template. They take precedence over those of the row.
+
+    Raises `DataError` for a row with other fields, and for a prompt that ends with another role.
     """
-    found = {field for field in (*TALKS, "label") if field in example}
+    found = {field for field in (*MESSAGE_FIELDS, "label") if field in example}
     if found not in ROWS:
         raise DataError(
             f"The fields {sorted(example)} make no row that can be rendered: give `messages`, or `prompt`, alone or "
@@ -73,7 +80,7 @@ def apply_chat_template(
 
     if "messages" in example:
         return {"text": render(example["messages"])}
-    said = [field for field in ("completion", "chosen", "rejected") if field in example]
+    completions = [field for field in ("completion", "chosen", "rejected") if field in example]
     rendered: dict[str, Any] = {}
     if "prompt" in example:
         role = example["prompt"][-1]["role"]
@@ -84,12 +91,13 @@ def apply_chat_template(
             )
         goes_on = role == "assistant"
         prompt = render(example["prompt"], add_generation_prompt=not goes_on, continue_final_message=goes_on)
-        wholes = {field: render(example["prompt"] + example[field]) for field in said}
-        # What a template writes at the end of a prompt alone may be missing before a completion.
-        prompt = prompt[: min((common_prefix(prompt, whole) for whole in wholes.values()), default=len(prompt))]
-        rendered = {"prompt": prompt, **{field: whole[len(prompt) :] for field, whole in wholes.items()}}
+        full_texts = {field: render(example["prompt"] + example[field]) for field in completions}
+        # The end of a prompt alone may differ from its end before a completion: only the common part is the prompt.
+        common = [common_prefix_length(prompt, text) for text in full_texts.values()]
+        prompt = prompt[: min(common, default=len(prompt))]
+        rendered = {"prompt": prompt, **{field: text[len(prompt) :] for field, text in full_texts.items()}}
     else:
-        rendered = {field: render(example[field]) for field in said}
+        rendered = {field: render(example[field]) for field in completions}
     if "label" in example:
         rendered["label"] = example["label"]
     return rendered
@@ -101,17 +109,18 @@ def maybe_apply_chat_template(
     tools: Sequence[dict | Callable] | None = None,
     **template_kwargs: Any,
 ) -> Mapping[str, Any]:
-    """`apply_chat_template` for a row of messages; any other row as it is."""
+    """`apply_chat_template` for a row of messages. Any other row is returned as it is."""
     if not is_conversational(example):
         return example
     return apply_chat_template(example, processing_class, tools, **template_kwargs)
 
 
 def extract_prompt(example: Mapping[str, Any]) -> dict[str, Any]:
-    """What `chosen` and `rejected` begin with alike, as `prompt`, and the rest of both.
+    """The common beginning of `chosen` and `rejected` as `prompt`, and the rest of both.
 
-    Both are texts or lists of messages. The space before a word is left to the word. Where one of them begins with all
-    of the other, the last character or message of the shorter stays.
+    Both are texts, or both are lists of messages. A space before a word belongs to the word. If one begins with all of
+    the other, the last character or message of the shorter is not part of the prompt. Raises `DataError` if one is
+    empty.
     """
     chosen, rejected = example["chosen"], example["rejected"]
     shorter = min(len(chosen), len(rejected))
@@ -129,8 +138,10 @@ def extract_prompt(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def maybe_extract_prompt(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`extract_prompt` for a row of `chosen` and `rejected` without a prompt, or with one that is text where they are
-    messages, which begin with it then; any other row as it is."""
+    """`extract_prompt` for a row of `chosen` and `rejected` without a prompt. Any other row is returned as it is.
+
+    A prompt that is text, beside completions that are messages and contain it, counts as none.
+    """
     if "chosen" not in example or "rejected" not in example:
         return example
     if "prompt" in example and is_conversational({"chosen": example["chosen"]}) == is_conversational(
@@ -141,9 +152,11 @@ def maybe_extract_prompt(example: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
-    """The row with turns of {from, value} as messages {role, content}, and `conversations` called `messages`. It is
-    changed in place; roles keep their names."""
-    for field in (*TALKS, "conversations"):
+    """Turns of {from, value} to messages {role, content}, and `conversations` to `messages`.
+
+    The row is changed in place. Roles keep their names.
+    """
+    for field in (*MESSAGE_FIELDS, "conversations"):
         turns = example.get(field)
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
@@ -156,10 +169,13 @@ def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpair_preference_dataset(dataset: Any, **map_kwargs: Any) -> Any:
-    """Two rows of each pair: `completion` is the chosen one with `label` true, and the rejected one with false.
+    """Makes two rows of each pair: one of the chosen `completion` with `label` True, one of the rejected with False.
 
-    `dataset` is a `datasets.Dataset`, an `IterableDataset` or a dict of them; `map_kwargs` are for its `map`. In each
-    batch of `map` the chosen ones come first. Other columns stay, in both rows.
+    Args:
+        dataset: a `datasets.Dataset`, an `IterableDataset`, or a dict of them.
+        map_kwargs: arguments of its `map`.
+
+    In each batch of `map` the chosen ones come first. Other columns stay, in both rows.
     """
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     columns = first.column_names or list(next(iter(first)))
@@ -178,7 +194,7 @@ def _unpaired(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 def maybe_unpair_preference_dataset(
     dataset: datasets.Dataset | datasets.DatasetDict, num_proc: int | None = None, desc: str | None = None
 ) -> datasets.Dataset | datasets.DatasetDict:
-    """`unpair_preference_dataset` for a data set that has the columns `chosen` and `rejected`; any other as it is."""
+    """`unpair_preference_dataset` for a data set with the columns `chosen` and `rejected`. Any other stays as it is."""
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     if not {"chosen", "rejected"} <= set(first.column_names):
         return dataset

@@ -1,4 +1,4 @@
-"""Several data sets trained on as one: each is read by its own shape, and all are tokenised into one table."""
+"""Mixes: several data sets that are trained on as one. Each is read by its own shape."""
 
 import contextlib
 import dataclasses
@@ -19,10 +19,16 @@ from trl.near import near
 
 @dataclass
 class DatasetConfig:
-    """One data set of a mix. `path`, `name`, `data_dir`, `data_files` and `split` say what `sources.load` opens.
+    """One data set of a mix.
 
-    `columns` is a list of those to keep, or says which column is which, as in `{"prompt": "question", "completion":
-    "answer"}`. `fraction`, above 0 and at most 1, is the share of the rows to take, drawn by the seed.
+    Args:
+        path, name, data_dir, data_files, split: the arguments `source`, `config`, `data_dir`, `data_files` and `split`
+            of `sources.load`.
+        columns: a list of the columns to keep, or which column holds which part, as in `{"prompt": "question",
+            "completion": "answer"}`. None (the default) keeps all.
+        fraction: the share of the rows to take, above 0 and at most 1, drawn by the seed. None (the default): all.
+
+    Raises `DataError` for any other fraction.
     """
 
     path: str
@@ -40,16 +46,24 @@ class DatasetConfig:
 
 @dataclass
 class DatasetMixtureConfig:
-    """A mix of data sets. `datasets` are `DatasetConfig`s or dicts of their fields. With `test_split_size` (a share of
-    the rows, below 1, or their number) so many rows, of each data set its share, are set aside for evaluation."""
+    """A mix of data sets.
+
+    Args:
+        datasets: a `DatasetConfig`, a dict of its fields, or a path or name for each.
+        streaming: read all of them as streams. False by default.
+        test_split_size: the rows that are set aside for evaluation, from every data set its share: a share below 1, or
+            a number. None (the default): none.
+
+    Raises `DataError` for an entry that is not a data set.
+    """
 
     datasets: list[Any] = field(
         default_factory=list,
         metadata={"help": 'Data sets trained on as one: files or names, or JSON like {"path": "a", "fraction": 0.5}.'},
     )
-    streaming: bool = field(default=False, metadata={"help": "As dataset_streaming, for all data sets of the mix."})
+    streaming: bool = field(default=False, metadata={"help": "Streams all data sets of the mix."})
     test_split_size: float | None = field(
-        default=None, metadata={"help": "Rows of the mix set aside for evaluation: a share below 1, or a number."}
+        default=None, metadata={"help": "Rows of the mix to set aside for evaluation: a share below 1, or a number."}
     )
 
     def __post_init__(self) -> None:
@@ -75,8 +89,8 @@ def _config(entry: Any, number: int) -> DatasetConfig:
 
 
 @dataclass
-class Part:
-    """A data set of a mix, opened: its rows, what it is called, and which column is which where the user says so."""
+class MixturePart:
+    """An opened data set of a mix: its rows, its name in reports, and the user's `columns` for it, if there are any."""
 
     rows: Any
     label: str
@@ -85,12 +99,13 @@ class Part:
 
 @dataclass
 class Mixture:
-    """Data sets to be trained on as one. `prepare` turns them into tokens."""
+    """Opened data sets that are trained on as one. `prepare` tokenises them."""
 
-    parts: list[Part]
+    parts: list[MixturePart]
 
     @property
     def streaming(self) -> bool:
+        """Whether a part is a stream."""
         return any(isinstance(part.rows, datasets.IterableDataset) for part in self.parts)
 
     def __len__(self) -> int:
@@ -99,11 +114,15 @@ class Mixture:
     def prepare(
         self, wanted: Recipe, tokenizer: PreTrainedTokenizerBase, name: str = "train", num_proc: int | None = None
     ) -> tuple[Any, Any]:
-        """Tokenises all parts by one recipe, each by its own shape, one after the other.
+        """Tokenises all parts by one recipe, each by its own shape.
 
-        Returns one table, or one stream if a part is a stream, and its report, which has one for each part under
-        `parts`. In a table, rows are numbered through all parts. `wanted`, `tokenizer`, `name` and `num_proc` are those
-        of `recipe.prepare`. Raises `DataError` as it does, with the part that is meant.
+        Args:
+            wanted: the recipe. The `columns` of a part take precedence over those of the recipe.
+            tokenizer, name, num_proc: as in `recipe.prepare`.
+
+        Returns the parts one after the other, as one table, or as one stream if a part is a stream, and the report. The
+        report has one for each part in `parts`. In a table, rows are numbered through all parts; in a stream, each part
+        has its own numbers. Raises `DataError` as `recipe.prepare` does; it names the part.
         """
         columns = wanted.columns
         recipes = [dataclasses.replace(wanted, columns=part.columns or columns) for part in self.parts]
@@ -150,8 +169,8 @@ class Mixture:
 
 
 @contextlib.contextmanager
-def _named(part: Part) -> Iterator[None]:
-    """Errors in the data begin with the name of the part."""
+def _named(part: MixturePart) -> Iterator[None]:
+    """Puts the name of the part at the beginning of a `DataError`."""
     try:
         yield
     except DataError as error:
@@ -159,7 +178,7 @@ def _named(part: Part) -> Iterator[None]:
 
 
 def _joined(wanted: Recipe, parts: list[Any]) -> tuple[Any, str]:
-    """The parts one after the other, and a remark for the report.
+    """The parts as one table or stream, one after the other, and a remark for the report.
 
     A recipe that keeps all columns fills those that a part lacks with None. Otherwise a column that not all parts have
     is left out, and the remark names it.
@@ -199,7 +218,15 @@ def is_stream(rows: Any) -> bool:
 
 
 def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) -> dict[str, Mixture]:
-    """Opens every data set of a mix. Returns `{"train": …}`, and `"test"` when some rows are set aside."""
+    """Opens every data set of a mix.
+
+    Args:
+        config: a `DatasetMixtureConfig`, or a list of its `datasets`.
+        seed: the seed of the rows that `fraction` and `test_split_size` draw; 0 by default.
+
+    Returns `{"train": Mixture}`, with "test" too if rows are set aside. Raises `DataError` for a mix without data sets,
+    for one that cannot be opened, and for a split of a stream.
+    """
     if not isinstance(config, DatasetMixtureConfig):
         config = DatasetMixtureConfig(datasets=list(config))
     if not config.datasets:
@@ -219,11 +246,11 @@ def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) ->
 
 
 def get_dataset(mixture_config: DatasetMixtureConfig) -> dict[str, Mixture]:
-    """A mix of data sets by split, as upstream names it: every trainer takes its parts as data sets."""
+    """`load_mixture`, under the name that it has in upstream TRL. Every trainer takes the mixes as data sets."""
     return load_mixture(mixture_config)
 
 
-def _open(entry: DatasetConfig, streaming: bool, seed: int) -> Part:
+def _open(entry: DatasetConfig, streaming: bool, seed: int) -> MixturePart:
     rows = load(
         entry.path,
         entry.split,
@@ -242,13 +269,13 @@ def _open(entry: DatasetConfig, streaming: bool, seed: int) -> Part:
         rows = rows.select_columns(entry.columns)
     if entry.fraction is not None and entry.fraction < 1:
         rows = _share(rows, entry.fraction, seed, entry.path)
-    return Part(rows, entry.path, entry.columns if isinstance(entry.columns, dict) else None)
+    return MixturePart(rows, entry.path, entry.columns if isinstance(entry.columns, dict) else None)
 
 
 def _share(rows: Any, fraction: float, seed: int, path: str) -> Any:
-    """So many of the rows, in their order; of a stream, each with this probability, by its number."""
+    """A share of the rows, in their order. In a stream, each row is kept with this probability, drawn by its number."""
     if isinstance(rows, datasets.IterableDataset):
-        return rows.filter(_Drawn(fraction, seed), with_indices=True)
+        return rows.filter(_IsDrawn(fraction, seed), with_indices=True)
     count = round(fraction * len(rows))
     if count == 0:
         raise DataError(
@@ -257,7 +284,9 @@ def _share(rows: Any, fraction: float, seed: int, path: str) -> Any:
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]))
 
 
-class _Drawn:
+class _IsDrawn:
+    """Whether the row with this number of a stream is kept."""
+
     def __init__(self, fraction: float, seed: int):
         self.fraction, self.seed = fraction, seed
 
@@ -265,7 +294,7 @@ class _Drawn:
         return bool(np.random.default_rng([self.seed, index]).random() < self.fraction)
 
 
-def _split(parts: list[Part], size: float, seed: int) -> dict[str, Mixture]:
+def _split(parts: list[MixturePart], size: float, seed: int) -> dict[str, Mixture]:
     total = sum(len(part.rows) for part in parts)
     share = size if size < 1 else size / total
     if not 0 < share < 1:

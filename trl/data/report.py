@@ -1,4 +1,4 @@
-"""What will be trained on, in a few lines that a person reads before the first step."""
+"""Reports of what will be trained on, in a few lines that a person reads before the first step."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -7,13 +7,13 @@ from typing import Any, ClassVar, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-FEW_TRAINED = 0.05  # a smaller share of trained tokens is worth a warning
+FEW_TRAINED = 0.05  # a smaller share of trained tokens causes a warning
 UNREADABLE = "cannot be read, left out by skip_bad_rows"  # a reason in `Dropped`
 OPENING, CLOSING = "⟦", "⟧"  # around the trained parts of the sample
 
 
 class Dropped(TypedDict):
-    """Rows left out for one reason; `rows` are the indices of the first five."""
+    """Rows left out for one reason. `rows` are the numbers of the first five."""
 
     reason: str
     count: int
@@ -22,8 +22,16 @@ class Dropped(TypedDict):
 
 @dataclass
 class Packing:
-    """What `packed` did. `fill` is tokens over the room there is, 0 to 1; `labels_lost` counts the tokens that were to
-    be trained on, and are not because they begin a further piece of a row that was split."""
+    """How rows were packed.
+
+    Args:
+        strategy, capacity: the strategy, and the most tokens of a packed row.
+        rows, packed_rows, tokens: numbers of rows before and after, and of tokens after.
+        fill: tokens over capacity, 0 to 1.
+        rows_split: rows that were split into pieces.
+        labels_lost: trained tokens that lost their label, because they begin a piece of a split row.
+        tokens_cut: tokens beyond the capacity that were cut off.
+    """
 
     strategy: str
     capacity: int
@@ -36,6 +44,7 @@ class Packing:
     tokens_cut: int = 0
 
     def lines(self) -> list[str]:
+        """The report as plain lines."""
         lines = [
             f"packing ({self.strategy}): {self.rows:,} rows in {self.packed_rows:,} of {self.capacity:,} tokens, "
             f"{self.fill:.1%} full"
@@ -50,6 +59,7 @@ class Packing:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers and strings."""
         return asdict(self)
 
 
@@ -290,12 +300,19 @@ class DataReport(Report):
 
 @dataclass(kw_only=True)
 class PreferenceReport(DataReport):
-    """What `preference.prepare_preferences` read, kept, cut and dropped.
+    """The report of judged completions.
 
-    Tokens are distinct ones: a prompt counts once, however many completions it has. `lengths` are those of prompts with
-    the longer completion. `trained_tokens` are those of the completions, and of steps those where one is judged.
-    `boundary_tokens` counts the rows whose completions do not begin where the prompt alone ends. `limits` are the
-    options that say how long something may be; `labels_true` and `labels_false` count rows, or steps.
+    A prompt counts once in all counts of tokens, however many completions it has. `lengths` are those of prompts with
+    the longer completion. `trained_tokens` are those of the completions; in rows of steps, one for each judged step.
+    `boundary_tokens` counts the rows in which the prompt alone has other tokens at its end than before a completion.
+
+    Args:
+        kind: "pairs", "unpaired" or "steps".
+        prompt_lengths, completion_lengths: summaries like `lengths`, of prompts and of completions.
+        limits: the options that limit lengths, by name.
+        prompts_cut, prompt_tokens_cut, completions_cut, completion_tokens_cut: what the limits removed.
+        empty_completions: completions without text.
+        labels_true, labels_false: numbers of rows, or of steps, with these labels.
     """
 
     kind: str = "pairs"
@@ -380,7 +397,11 @@ def _rows(count: int) -> str:
 def show(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_mask: Sequence[bool | int], limit: int = 160
 ) -> str:
-    """The text of a row on one line, its trained parts in ⟦ ⟧. The middle of a part longer than `limit` is left out."""
+    """The text of a row on one line, its trained parts in ⟦ ⟧.
+
+    `input_ids` and `loss_mask` have the same length. A part longer than `limit` characters (160 by default) loses its
+    middle.
+    """
     parts = []
     start = 0
     for end in range(1, len(input_ids) + 1):

@@ -1,1 +1,1 @@
-"""Tokens to batches: packing, the order of rows, trees."""
+"""Tokens to batches: packing, the order of rows, trees, collators."""

@@ -1,4 +1,4 @@
-"""Which rows form which micro-batch: the order of the data, the same on every machine and after every restart."""
+"""The order of rows: which rows form which micro-batch, the same on every machine and after every restart."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -7,17 +7,25 @@ from typing import Any
 
 import numpy as np
 
-TOGETHER = 50  # optimizer steps whose rows are sorted by length together
+TOGETHER = 50  # the rows of this many optimizer steps are sorted by length together
 
 
 class RowBatches:
-    """A batch sampler whose every epoch is a pure function of (seed, epoch).
+    """A batch sampler in which the order of an epoch depends on (seed, epoch) alone.
 
-    The rows of one optimizer step are a run of the epoch's order, however it is split into micro-batches and ranks. All
-    ranks get the same number of micro-batches; at the end of an epoch some may be smaller, or empty.
+    The rows of one optimizer step are contiguous in the order of the epoch, whatever the micro-batches and ranks. All
+    ranks get the same number of micro-batches. At the end of an epoch some may be smaller, or empty.
 
-    With `lengths` [rows], rows of similar length come together: runs of `TOGETHER` steps of `step_rows` rows are sorted
-    by length, the longest first.
+    Args:
+        rows: the number of rows.
+        batch_size: rows of a micro-batch of one rank.
+        shuffle: whether the order is random (the default) or that of the rows.
+        seed: the seed of the order; 0 by default.
+        ranks, rank: the number of ranks, and this one; 1 and 0 by default.
+        drop_last: leave out an incomplete last batch. By default (False) it is spread over the ranks.
+        lengths: [rows]. If given, runs of `TOGETHER` steps are sorted by length, the longest first, so that rows of
+            similar length meet in a batch. None by default.
+        step_rows: rows of an optimizer step, for `lengths`; 1 by default.
     """
 
     def __init__(
@@ -56,22 +64,24 @@ class RowBatches:
         order, together = self.order(), self.batch_size * self.ranks
         for number in range(len(self)):
             rows = order[number * together : (number + 1) * together]
-            # A short last batch is spread over the ranks, as evenly as it goes.
+            # A short last batch is spread over the ranks as evenly as possible.
             yield np.array_split(rows, self.ranks)[self.rank].tolist()
 
     def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch whose order comes next."""
         self.epoch = epoch
 
     @property
     def batch_sampler(self) -> "RowBatches":
-        """Itself: transformers looks one level down for the sampler whose epoch it sets (5.17 to 5.23)."""
+        """Itself: transformers (5.17 to 5.23) looks for this attribute to find the sampler whose epoch it sets."""
         return self
 
 
 class SamplerBatches(RowBatches):
-    """The micro-batches of rows that a sampler of the user's own puts in order, cut as `RowBatches` does.
+    """The micro-batches of rows in the order of the user's own sampler, cut as by `RowBatches`.
 
-    `like` gives batch size and ranks. `agree` makes one order of those that the ranks have drawn.
+    `sampler` yields row numbers. `like` gives batch size and ranks. `agree` turns the orders that the ranks have drawn
+    into one. `order` raises `ValueError` if the sampler does not yield row numbers.
     """
 
     def __init__(self, sampler: Iterable[int], like: RowBatches, agree: Callable[[list[int]], list[int]]) -> None:
@@ -93,14 +103,17 @@ class SamplerBatches(RowBatches):
 
 
 class StreamBatches:
-    """The micro-batches of a stream of prepared rows, split over the ranks as `RowBatches` does.
+    """The micro-batches of a stream of prepared rows, split over the ranks as by `RowBatches`.
 
     Every rank reads the whole stream and takes its part of each batch, so that the rows of an optimizer step do not
-    depend on the number of ranks. `state_dict`, asked for after a batch, is a place to go on from: after
-    `load_state_dict` the next epoch begins with the batch that follows, and no row before it is tokenised again.
+    depend on the number of ranks. `state_dict` after a batch is a position in the stream. After `load_state_dict` the
+    next pass begins with the following batch, and no earlier row is tokenised again.
 
-    With `forever`, one pass follows another without an end, each with an epoch number of its own: the n-th batch is
-    then the same wherever a run begins to count, and an optimizer step may span the end of a pass.
+    Args:
+        stream: an iterable with `state_dict`, `load_state_dict` and `set_epoch`.
+        batch_size, ranks, rank, drop_last: as in `RowBatches`.
+        forever: start a new pass, with the next epoch number, after each pass. The n-th batch is then the same wherever
+            a run starts, and an optimizer step may cross the end of a pass. False by default.
     """
 
     def __init__(
@@ -146,17 +159,19 @@ class StreamBatches:
             yield [batch[index] for index in parts[self.rank]]
 
     def _set_stream_epoch(self) -> None:
-        # A stream that has been shuffled draws anew for each epoch.
+        # A shuffled stream draws a new order for each epoch.
         self.stream.set_epoch(self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next pass, unless a loaded state has set it."""
         if not self._resumed:
             self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the batch that was yielded last ends; None before the first."""
+        """The position after the last yielded batch; None before the first."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a position that `state_dict` returned."""
         self._state, self._resumed, self.epoch = state, True, state["epoch"]
         self._set_stream_epoch()

@@ -1,4 +1,4 @@
-"""What the engine is fed: prompts as roots, the continuations of a prompt as branches."""
+"""Trees, the input of the engine: prompts are roots, and the completions of a prompt are its branches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,8 +9,10 @@ import numpy as np
 class Branch(NamedTuple):
     """A run of tokens, and which of them are trained.
 
-    `ids` are token ids, length L. `mask` has length L too; truthy means that the loss is taken on predicting this
-    token from those before it. `row` is the index of the row in the user's data set where it is not that of the tree.
+    Args:
+        ids: L token ids.
+        mask: L values. Truthy means that the loss is taken on predicting this token from those before it.
+        row: the index of the row in the user's data set, if it is not that of the tree. None by default.
     """
 
     ids: Sequence[int]
@@ -19,11 +21,15 @@ class Branch(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """One prompt and what grows from it.
+    """A prompt and its completions.
 
-    Every branch continues the root. A plain sequence is a root alone. A root that has branches and trained tokens is a
-    sequence of its own, before them. `row` is the index of the row in the user's data set, for error messages; -1 when
-    there is none.
+    Every branch continues the root. A plain sequence is a root alone. A root with branches and trained tokens is a
+    sequence of its own, which comes before theirs.
+
+    Args:
+        root: the prompt.
+        branches: its completions; none by default.
+        row: the index of the row in the user's data set, for error messages; -1 (the default) if there is none.
     """
 
     root: Branch
@@ -32,11 +38,10 @@ class Tree(NamedTuple):
 
 
 def sequences(rows: Sequence[Mapping[str, Any]]) -> list[Tree]:
-    """Rows with `input_ids`, `loss_mask` and `row` (as `tokens.prepare` makes them) to one tree each, root only.
+    """One tree, a root alone, for each row with `input_ids`, `loss_mask` and `row` (from `prepare_sequences`).
 
-    `labels` that were added to the rows since (-100 where not trained) are stronger than `loss_mask`.
-
-    A packed row (as `packing.packed` makes them: with `lengths`, and a list under `row`) gives one tree for each piece.
+    `labels` in a row (-100 where not trained) take precedence over `loss_mask`. A packed row (from `packing.packed`,
+    with `lengths`, and a list in `row`) gives one tree for each piece.
     """
     trees = []
     for row in rows:
@@ -44,7 +49,7 @@ def sequences(rows: Sequence[Mapping[str, Any]]) -> list[Tree]:
         start = 0
         for length, number in [(len(ids), row["row"])] if lengths is None else zip(lengths, row["row"], strict=True):
             end = start + int(length)
-            # Nothing stands before the first token, so nothing can predict it.
+            # No token stands before the first one, so it cannot be predicted.
             root = Branch(ids=ids[start:end], mask=[False, *mask[start + 1 : end]])
             trees.append(Tree(root=root, row=int(number)))
             start = end
@@ -52,7 +57,10 @@ def sequences(rows: Sequence[Mapping[str, Any]]) -> list[Tree]:
 
 
 def trained_mask(row: Mapping[str, Any]) -> list[bool]:
-    """Which tokens of a prepared row are trained: as its labels say, if it has any, else its `loss_mask`."""
+    """Which tokens of a prepared row are trained: by its `labels`, if it has any, else by its `loss_mask`.
+
+    Raises `ValueError` if the labels are not the tokens themselves or -100.
+    """
     if row.get("labels") is None:
         return list(row["loss_mask"])
     ids, labels = row["input_ids"], row["labels"]
@@ -64,8 +72,11 @@ def trained_mask(row: Mapping[str, Any]) -> list[bool]:
 
 
 class PaddableRow(dict):
-    """A prepared row as collators of transformers know rows: `input_ids`, `attention_mask` and `labels` (-100 where not
-    trained). The other columns can be asked for by name, but are in no list of keys: a tokenizer pads all keys."""
+    """A prepared row for collators of transformers, with `input_ids`, `attention_mask` and `labels`.
+
+    A label is the token, or -100 where it is not trained. The other columns can be read by name, but are not among the
+    keys, because a tokenizer pads all keys.
+    """
 
     def __init__(self, row: Mapping[str, Any], labels: bool = True) -> None:
         ids, mask = list(row["input_ids"]), [1] * len(row["input_ids"])
@@ -86,10 +97,16 @@ class PaddableRow(dict):
 
 
 def labelled(batch: Mapping[str, Any], rows: Sequence[int]) -> list[Tree]:
-    """What a collator of transformers makes (`input_ids` and `labels` [B, L], maybe `attention_mask`) to trees.
+    """The batch of a collator of transformers, as one tree for each row.
 
-    Padding is what the attention mask leaves out; a token is trained where its label is not -100. Rows that stand one
-    after the other in a single row (`DataCollatorWithFlattening`) begin where `position_ids` is 0.
+    Args:
+        batch: `input_ids` and `labels` [B, L], maybe `attention_mask` [B, L], which is 0 at padding. A token is trained
+            if its label is not -100. Rows one after another in a single row (`DataCollatorWithFlattening`) begin where
+            `position_ids` [1, L] is 0.
+        rows: the index of each row in the user's data set.
+
+    Raises `ValueError` for a batch without these keys, with another number of rows, or with labels that differ from
+    `input_ids`.
     """
     trees = []
     for number, (ids, labels) in enumerate(zip(*_pieces(batch, len(rows)), strict=True)):
@@ -124,7 +141,7 @@ def _pieces(batch: Mapping[str, Any], count: int) -> tuple[list[np.ndarray], lis
 
 
 def by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """An order of the rows in which equal prompts (`prompt_ids`) stand together, the earliest first."""
+    """An order of the rows in which equal prompts (`prompt_ids`) are neighbours, the earliest first."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(tuple(row["prompt_ids"]), []).append(index)
@@ -132,7 +149,7 @@ def by_prompt(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def tokens_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> int:
-    """Tokens of the rows, each prompt counted once in each row, whatever rows share a batch."""
+    """The number of tokens in `prompt_ids` and in the completions of `columns`. A prompt counts once in each row."""
     return sum(len(row["prompt_ids"]) + sum(len(row[column]) for column in columns) for row in rows)
 
 
@@ -141,10 +158,12 @@ def under_prompts(
     columns: Sequence[str],
     trained: Callable[[Sequence[int]], Sequence[bool]] = lambda ids: [True] * len(ids),
 ) -> list[Tree]:
-    """Rows with `prompt_ids`, `row` and the completions in `columns` to one tree for each run of equal prompts.
+    """One tree for each run of rows with equal prompts.
 
-    The branches are the completions, row by row, each row's in the order of `columns`; `trained` says which tokens of a
-    completion are trained.
+    Args:
+        rows: rows with `prompt_ids`, `row`, and completions (token ids) in `columns`.
+        columns: the columns of completions. The branches of a tree are the completions row by row, in this order.
+        trained: takes the token ids of a completion and returns which of them are trained; all by default.
     """
     trees: list[Tree] = []
     prompt: Sequence[int] | None = None

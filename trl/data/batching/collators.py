@@ -1,6 +1,8 @@
-"""Collators that pad, under upstream's names: for loops of one's own. Trainers here lay their batches out themselves.
+"""Collators that pad, with the names of upstream TRL, for users' own loops. Our trainers do not use them.
 
-Each takes a list of tokenised rows and returns right-padded tensors, [rows, longest].
+Each takes a list of tokenised rows and returns right-padded tensors, [rows, longest row]. `pad_token_id` fills up
+`input_ids`. `pad_to_multiple_of` (None by default) widens the tensors to a multiple. `return_tensors` can only be "pt".
+Other values raise `ValueError`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # labels that no loss reads
+IGNORED = -100  # the label of tokens that are not trained
 
 
 @dataclass
 class DataCollatorForLanguageModeling:
-    """Rows of `input_ids`, with `labels` or trained throughout."""
+    """Rows of `input_ids`, maybe with `labels`; without them all tokens are trained."""
 
     pad_token_id: int
     padding_free: bool = False
@@ -43,7 +45,11 @@ class DataCollatorForLanguageModeling:
 
 @dataclass
 class DataCollatorForPreference:
-    """Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`: all chosen texts, then all rejected ones."""
+    """Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`: first all chosen texts, then all rejected ones.
+
+    A text longer than `max_length` (None by default: no limit) is cut; `truncation_mode` says which end stays,
+    "keep_start" (the default) or "keep_end".
+    """
 
     pad_token_id: int
     max_length: int | None = None
@@ -69,7 +75,10 @@ class DataCollatorForPreference:
 
 @dataclass
 class DataCollatorForPairs:
-    """`reward_trainer`'s DataCollatorForPreference: whole texts `chosen_ids` and `rejected_ids`, and `margin`."""
+    """Rows of `chosen_ids` and `rejected_ids`, which contain the prompt, and maybe `margin`.
+
+    In upstream TRL it is `reward_trainer.DataCollatorForPreference`.
+    """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
@@ -91,8 +100,11 @@ class DataCollatorForPairs:
 
 @dataclass
 class DataCollatorForUnpairedPreference:
-    """Rows of `prompt_ids`, `completion_ids` and `label`, and where they have them `KL_completion_ids` (a completion of
-    another prompt) and the reference's log-probs."""
+    """Rows of `prompt_ids`, `completion_ids` and `label`.
+
+    They may have `KL_completion_ids` (a completion of another prompt) and log-probs of the reference. A text longer
+    than `max_length` (None by default: no limit) loses its end.
+    """
 
     pad_token_id: int
     max_length: int | None = None
@@ -117,7 +129,10 @@ class DataCollatorForUnpairedPreference:
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, multiple: int | None = None) -> Tensor:
-    """The rows, filled up on the right to the longest, or to the next multiple of `multiple`."""
+    """The rows as one tensor [rows, width], filled up on the right with `value`.
+
+    The width is that of the longest row, or the next multiple of `multiple`.
+    """
     width = max(map(len, rows), default=0)
     if multiple:
         width = -(-width // multiple) * multiple

@@ -1,4 +1,4 @@
-"""The collator of older scripts that finds completions by a piece of text."""
+"""The collator of older scripts that finds completions by a template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,22 @@ from transformers import PreTrainedTokenizerBase
 
 
 class DataCollatorForCompletionOnlyLM:
-    """Trains on what follows `response_template`, found by its token ids; with `instruction_template`, on every
-    response up to the next instruction.
+    """Trains on the tokens after the last response template of a row, found by its token ids.
 
-    Prefer prompt–completion rows or `assistant_only_loss`: they go by position and cannot miss. A row in which the
-    template is not found is an error that names it, where older libraries trained on nothing and said so in a warning.
-    Returns `input_ids`, `labels` and `attention_mask` [B, L], right-padded.
+    Prefer rows of prompt and completion, or `assistant_only_loss`: they use positions and cannot fail. Returns
+    `input_ids`, `labels` and `attention_mask` [B, L], right-padded.
+
+    Args:
+        response_template: a text, or its token ids.
+        instruction_template: a text, or its token ids. If given, every response up to the next instruction is trained.
+            None by default.
+        tokenizer: the tokenizer. It is required.
+        mlm: must be False, the default.
+        ignore_index: the label of tokens that are not trained; -100 by default.
+        padding_free: has no effect, because trainers lay out rows themselves.
+
+    Raises `TypeError` without a tokenizer, and `ValueError` for `mlm` and for a row without the template, which it
+    names. Older libraries print a warning there and train on nothing.
     """
 
     def __init__(
@@ -70,5 +80,5 @@ class DataCollatorForCompletionOnlyLM:
 
 
 def _find(tokens: list[int], piece: list[int]) -> list[int]:
-    """Where `piece` stands in `tokens`."""
+    """The places in `tokens` at which `piece` begins."""
     return [at for at in range(len(tokens) - len(piece) + 1) if tokens[at : at + len(piece)] == piece]

@@ -1,15 +1,16 @@
-"""Several rows in one, so that every row of a batch is about as long; the samples in it never see each other.
+"""Packing: several rows in one, so that all rows of a batch have about the same length. Packed samples do not attend to
+each other.
 
-What is packed are *pieces*: whole rows, or parts of rows that are longer than the capacity. A packed row keeps the
-lengths of its pieces, and each piece is a sequence of its own for the model, in every strategy:
+Packed rows consist of *pieces*: whole rows, or parts of rows longer than the capacity. A packed row keeps the lengths
+of its pieces, and each piece is a separate sequence for the model. The strategies are
 
-    bfd         best-fit decreasing: the longest first, each into the fullest packed row that has space for it. A row
-                longer than the capacity is cut to it.
-    bfd_split   the same, but a longer row is split into pieces; nothing is lost, except that the first token of a
-                further piece has nothing before it to predict it from.
-    wrapped     all rows one behind the other, cut wherever the capacity is reached.
+    bfd         best-fit decreasing: the longest row first, each into the fullest packed row that has room for it. A row
+                longer than the capacity is cut.
+    bfd_split   the same, but a longer row is split into pieces. No token is lost, but the first token of a later piece
+                is not trained, because no token stands before it.
+    wrapped     all rows one after another, cut wherever the capacity is reached.
 
-The whole data set is packed at once, and not batch by batch.
+The whole data set is packed at once, not batch by batch.
 """
 
 import hashlib
@@ -23,14 +24,17 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from trl.data.reading.errors import DataError
 from trl.data.report import Packing
 
-RECIPE = 1  # raise it when the same rows come to be packed in another way, so that no stale cache is read
+CACHE_VERSION = 1  # raise it when the same rows are packed in another way, so that no stale cache is read
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 OLD_NAMES = {"ffd": "bfd", "bfd-requeue": "bfd_split", "bfd_requeue": "bfd_split", "bfd-split": "bfd_split"}
 
 
 class Pieces(NamedTuple):
-    """Packed row m holds the pieces `first_M1[m]` to `first_M1[m + 1]`; piece p is the tokens from `start_P[p]` on of
-    row `row_P[p]`, `length_P[p]` of them."""
+    """Which pieces (P) form which packed rows (M).
+
+    Packed row m holds the pieces from `first_M1[m]` up to `first_M1[m + 1]`. Piece p is `length_P[p]` tokens of row
+    `row_P[p]`, from `start_P[p]` on.
+    """
 
     row_P: np.ndarray
     start_P: np.ndarray
@@ -42,7 +46,7 @@ class Pieces(NamedTuple):
 
 
 def strategy_of(name: str) -> str:
-    """A strategy by its name, or by a name that it once had."""
+    """A strategy by its name or by an older name. Raises `DataError` for any other."""
     strategy = OLD_NAMES.get(name, name)
     if strategy not in STRATEGIES:
         raise DataError(f"packing strategy {name!r} is not known: choose {', '.join(map(repr, STRATEGIES))}.")
@@ -50,7 +54,11 @@ def strategy_of(name: str) -> str:
 
 
 def pack(lengths: np.ndarray, capacity: int, strategy: str = "bfd") -> Pieces:
-    """Which pieces of rows of these `lengths` go together into packed rows of at most `capacity` tokens."""
+    """Finds which pieces of rows form packed rows.
+
+    `lengths` [rows] are in tokens, at least 1. `capacity` is the most tokens of a packed row, at least 2. `strategy` is
+    "bfd" by default. Raises `DataError` for other values.
+    """
     strategy = strategy_of(strategy)
     lengths = np.asarray(lengths, dtype=np.int64)
     if capacity < 2:
@@ -85,11 +93,11 @@ def _wrapped(lengths: np.ndarray, capacity: int) -> Pieces:
 
 
 def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each item, by best-fit decreasing.
+    """The bin of each item, by best-fit decreasing. `lengths` [items] are at most `capacity`.
 
-    Items of one length are placed together. A bin of space r takes r // length of them one after another, since after
-    the first it is still the fullest that has space; then the next fuller bin is looked for. `filled` has bit r set
-    where there are bins of space r.
+    Items of one length are placed together. A bin with space r takes r // length of them one after another, because
+    after the first it is still the fullest bin with room. Then the next fuller bin is taken. Bit r of `filled` is set
+    if there are bins with space r.
     """
     bin_of = np.empty(len(lengths), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -119,7 +127,7 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
                 else:
                     del spaces[space]
                     filled ^= 1 << space
-            # The last bin may have got fewer than it can take.
+            # The last bin may have got fewer items than it can take.
             last = placed - (take - 1) * each
             for left, some in ((space - each * length, taken[:-1]), (space - last * length, taken[-1:])):
                 if some and left:
@@ -140,11 +148,20 @@ def packed(
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[datasets.Dataset, Packing]:
-    """Packs what `tokens.prepare` returned.
+    """Packs the rows that `prepare_sequences` returned.
 
-    Returns a data set with the columns `input_ids` and `loss_mask` (the pieces one behind the other), `lengths` (of
-    the pieces) and `row` (of each piece, in the user's data set), and the report. `collate.sequences` makes one tree of
-    each piece. With a `seed` the rows are shuffled before, which matters to `wrapped`, and the packed rows after.
+    Args:
+        dataset: a table with `input_ids`, `loss_mask` and `row`.
+        capacity: the most tokens of a packed row, at least 2.
+        strategy: "bfd" (the default), "bfd_split" or "wrapped".
+        seed: shuffles the rows before packing, which matters to "wrapped", and the packed rows after it. None (the
+            default) keeps their order.
+        num_proc: processes; None (the default): this one.
+        name: what the progress bar calls the data set; "train" by default.
+
+    Returns a table with the columns `input_ids` and `loss_mask` (the pieces one after another), `lengths` (of the
+    pieces) and `row` (of each piece, in the user's data set), and the report. `collate.sequences` makes one tree of
+    each piece. Raises `DataError` for another strategy or capacity.
     """
     strategy = strategy_of(strategy)
     if seed is not None:
@@ -174,11 +191,17 @@ def packed(
 def pack_dataset(
     dataset: Any, seq_length: int, strategy: str = "bfd", map_kwargs: Mapping[str, Any] | None = None
 ) -> Any:
-    """Packs a data set whose columns all hold lists, those of a row being of equal length, such as `input_ids` and
-    `labels`. Returns the same columns with `seq_lengths`, the lengths of the pieces of each packed row.
+    """Packs a data set of lists, such as `input_ids` and `labels`. All lists of a row have the same length.
 
-    An `IterableDataset` is packed by so many rows at a time as `map_kwargs["batch_size"]` says (1000 unless told), any
-    other as a whole; the further `map_kwargs` are those of `datasets.Dataset.map`.
+    Args:
+        dataset: a `datasets.Dataset`, which is packed as a whole, or an `IterableDataset`, which is packed in blocks of
+            `map_kwargs["batch_size"]` rows (1000 by default).
+        seq_length: the most tokens of a packed row, at least 2.
+        strategy: "bfd" (the default), "bfd_split" or "wrapped".
+        map_kwargs: further arguments of `datasets.Dataset.map`; None by default.
+
+    Returns the same columns, and `seq_lengths`, the lengths of the pieces of each packed row. Raises `DataError` for a
+    column without lists and for a row whose lists differ in length.
     """
     strategy = strategy_of(strategy)
     options = {key: value for key, value in (map_kwargs or {}).items() if key not in ("batched", "batch_size", "desc")}
@@ -247,9 +270,9 @@ def _gathered(
     name: str = "",
     **map_kwargs: Any,
 ) -> datasets.Dataset:
-    """The packed rows, in the order of `order`."""
+    """The columns of the packed rows whose numbers are in `order`."""
     source = dataset.with_format("arrow")
-    key = hashlib.sha256(f"{RECIPE} {dataset._fingerprint} {options} {columns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{CACHE_VERSION} {dataset._fingerprint} {options} {columns}".encode()).hexdigest()[:16]
     if dataset.cache_files and datasets.is_caching_enabled():
         map_kwargs.setdefault("cache_file_name", dataset._get_cache_file_path(key))
     features = {column: dataset.features[column] for column in columns}
@@ -273,7 +296,7 @@ def _gathered(
 
 
 class _Gather:
-    """Numbers of packed rows -> their columns, by arrays only: no token becomes an object of Python."""
+    """Numbers of packed rows -> their columns. Works on arrays only: no token becomes a Python object."""
 
     def __init__(self, source: datasets.Dataset, pieces: Pieces, columns: tuple[str, ...], lengths_column: str):
         self.source, self.pieces, self.columns, self.lengths_column = source, pieces, columns, lengths_column
@@ -298,7 +321,7 @@ class _Gather:
             if column == "loss_mask":
                 mask = values.to_numpy(zero_copy_only=False)[tokens]
                 lost = np.add.reduceat(mask[token_ends[:-1]].astype(np.int64), piece_ends[:-1])
-                mask[token_ends[:-1]] = False  # nothing stands before the first token of a piece
+                mask[token_ends[:-1]] = False  # no token stands before the first one of a piece
                 values = pa.array(mask)
             else:
                 values = values.take(pa.array(tokens))
@@ -315,7 +338,7 @@ def _only_chunk(column: Any) -> Any:
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, … for each start, as many as its count, one behind the other."""
+    """The numbers start, start + 1, … for each start, `count` of them, one range after another."""
     ends = np.cumsum(counts)
     return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 

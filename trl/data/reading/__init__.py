@@ -1,1 +1,1 @@
-"""Rows as they are given: opening sources, the shapes of rows, messages."""
+"""Rows as the user gives them: opening sources, finding the shape of rows, reading messages and comparisons."""

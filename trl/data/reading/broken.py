@@ -1,4 +1,4 @@
-"""Rows that cannot be read: all of them at once, by the lines of their file, or left out where the user says so."""
+"""Rows that cannot be read: one error names them all, with their lines, or they are left out if the user asks so."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +10,8 @@ import numpy as np
 from trl.data.reading.errors import DataError
 from trl.data.reading.files import line_of
 
-MOST = 20  # rows that an error names
-KEPT = 0  # the column `_dropped` of a row that stays; other values are reasons of a recipe
+MOST = 20  # an error names at most this many rows
+KEPT = 0  # the counter `_dropped` of a row that stays; other values are the reasons of a recipe
 
 Encode = Callable[[Mapping[str, list[Any]], list[int]], dict[str, list[Any]]]
 
@@ -25,11 +25,18 @@ def mapped(
     alone: bool = True,
     **options: Any,
 ) -> tuple[datasets.Dataset, list[int]]:
-    """`rows.map(encode)` with row numbers, and the numbers of the rows that were left out.
+    """Applies `encode` to all rows, in batches.
 
-    Where `encode` raises `DataError`, every row is tried by itself. Without `skip` the error names the first rows that
-    cannot be read; with it they are left out, and the others keep their numbers. `fingerprint` names the result in the
-    cache of `datasets`. `alone` is False where rows cannot be tried one by one: the first error then ends it.
+    Args:
+        encode: takes a batch (a dict of columns) and the numbers of its rows, and returns columns.
+        rows: a table.
+        fingerprint: names the result in the cache of `datasets`. None (the default) lets `datasets` choose.
+        skip: leave out the rows for which `encode` raises `DataError`. The others keep their numbers. By default
+            (False), one `DataError` names the first rows that cannot be read.
+        alone: whether rows can be tried one by one (the default). If not, the first error is raised as it is.
+        options: further arguments of `datasets.Dataset.map`.
+
+    Returns the columns, and the numbers of the rows that were left out.
     """
     options = {"batched": True, "with_indices": True, **options}
     try:
@@ -47,7 +54,7 @@ def mapped(
             },
         )
         faults = {row: fault for row, fault in enumerate(looked["fault"]) if fault}
-        if not faults:  # it was not one row's
+        if not faults:  # no single row causes the error
             raise
         if not skip or len(faults) == len(rows):
             raise DataError(sentence(faults, rows)) from error
@@ -59,18 +66,18 @@ def mapped(
 
 
 def sentence(faults: Mapping[int, str], rows: datasets.Dataset) -> str:
-    """What is wrong with the rows. Faults begin with `row N`; those that say the same share a line."""
-    alike: dict[str, list[int]] = {}
+    """The message that says what is wrong with the rows. Faults begin with `row N`; equal ones share a line."""
+    same: dict[str, list[int]] = {}
     for row, fault in sorted(faults.items())[:MOST]:
-        alike.setdefault(fault.removeprefix(f"row {row}"), []).append(row)
+        same.setdefault(fault.removeprefix(f"row {row}"), []).append(row)
     lines = []
-    for fault, which in alike.items():
+    for fault, which in same.items():
         also = f" The same holds for row {', '.join(map(str, which[1:]))}." if len(which) > 1 else ""
         lines.append(f"row {which[0]}{fault}{also}{line_of(rows, which)}")
     remedy = "skip_bad_rows=True (--skip_bad_rows) leaves such rows out."
     if len(faults) == 1:
         return lines[0]
-    # Without `skip` no further batches are looked at once there are as many as are named.
+    # Without `skip`, the search ends once `MOST` rows are found.
     count = f"{len(faults)} rows cannot be read."
     if len(faults) >= MOST:
         count = f"At least {count} These are the first {MOST}."
@@ -78,7 +85,7 @@ def sentence(faults: Mapping[int, str], rows: datasets.Dataset) -> str:
 
 
 def each_alone(encode: Encode, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> list[Any]:
-    """What `encode` makes of each row by itself: its columns, or the `DataError` that it raises."""
+    """The result of `encode` for each row by itself: its columns, or the `DataError` that it raises."""
     found: list[Any] = []
     for position, index in enumerate(indices):
         try:
@@ -93,7 +100,7 @@ def _named(fingerprint: str | None, what: str) -> str | None:
 
 
 class _Faults:
-    """What is wrong with each row, None where nothing is. Without `all`, no further rows are tried after the first."""
+    """The fault of each row, None if it has none. Without `all`, rows after the first `MOST` faults are not tried."""
 
     def __init__(self, encode: Encode, all: bool) -> None:
         self.encode, self.all, self.found = encode, all, 0
@@ -113,7 +120,7 @@ class _Faults:
 
 
 class _Renumbered:
-    """The encoder for a selection of rows, which keep the numbers that they had."""
+    """The encoder for a selection of rows, under the numbers that they had before."""
 
     def __init__(self, encode: Encode, numbers: list[int]) -> None:
         self.encode, self.numbers = encode, numbers
@@ -123,8 +130,10 @@ class _Renumbered:
 
 
 class NumbersAsText:
-    """The encoder with the numbers of some columns as text: whole ones without a fraction, since a table with gaps
-    holds them with one."""
+    """The encoder, with the numbers of some columns turned into text.
+
+    Whole numbers get no fraction: a column with gaps holds them as floats.
+    """
 
     def __init__(self, encode: Encode, columns: Sequence[str]) -> None:
         self.encode, self.columns = encode, columns

@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from trl.data.reading.errors import DataError
 
-BUILDERS = {  # file name ending -> the reader of `datasets` for it
+BUILDERS = {  # ending of the file name -> the reader of `datasets`
     ".jsonl": "json",
     ".json": "json",
     ".csv": "csv",
@@ -32,19 +32,22 @@ OPENERS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".zst": lambda path, mode: pa.input_stream(str(path), compression="zstd"),
 }
-MOST_LINES = 20  # broken lines of a file that an error names
-ORIGIN = "_trl_origin"  # the attribute of a data set that holds its file, and the number of its first row there
+MOST_LINES = 20  # an error names at most this many broken lines of a file
+ORIGIN = "_trl_origin"  # attribute of a data set: the path of its file, and the number of its first row in the file
 
 
 def endings(name: str | Path) -> tuple[str, str]:
-    """The ending that tells the format, and that of the compression, or ''."""
+    """The ending of a file name that tells the format (".jsonl"), and the ending of its compression (".gz"), or ""."""
     path = Path(name)
     last = path.suffix.lower()
     return (Path(path.stem).suffix.lower(), last) if last in OPENERS else (last, "")
 
 
 def reader_of(path: Path) -> tuple[str, Path, dict[str, Any]]:
-    """The reader of `datasets` for a file, the file to give it, and its options."""
+    """The reader of `datasets` for a file, the path that it should open, and its options.
+
+    Raises `DataError` for an unknown ending and for an empty file.
+    """
     ending, _ = endings(path)
     if ending not in BUILDERS:
         raise DataError(f"Cannot tell the format of {str(path)!r} by its ending; known are {', '.join(BUILDERS)}.")
@@ -54,7 +57,10 @@ def reader_of(path: Path) -> tuple[str, Path, dict[str, Any]]:
 
 
 def _without_zstandard(path: Path) -> Path:
-    """`path`, or what a .zst file holds, written to the cache: `datasets` reads it only with one more package."""
+    """The path of the unpacked file in the cache for a .zst file; any other path as it is.
+
+    `datasets` itself needs one more package to read .zst.
+    """
     if path.suffix.lower() != ".zst":
         return path
     facts = path.stat()
@@ -75,7 +81,10 @@ def _without_zstandard(path: Path) -> Path:
 
 
 def line_of(dataset: Any, rows: Sequence[int]) -> str:
-    """Where rows of a file stand, as an error says it in brackets; nothing for other rows."""
+    """The lines of a file at which rows of a data set begin, in brackets for an error message.
+
+    The text is empty for rows that are not from a file.
+    """
     path, first = getattr(dataset, ORIGIN, (None, 0))
     if path is None:
         return ""
@@ -86,7 +95,7 @@ def line_of(dataset: Any, rows: Sequence[int]) -> str:
 
 
 def _line_numbers(path: Path) -> list[int]:
-    """The line at which each row of a file begins, counted from 1; nothing where a row has no line of its own."""
+    """The line at which each row of a file begins, counted from 1. Empty if rows have no lines of their own."""
     ending, packing = endings(path)
     if BUILDERS[ending] not in ("json", "csv"):
         return []
@@ -99,7 +108,7 @@ def _line_numbers(path: Path) -> list[int]:
             if record:
                 numbers.append(before + 1)
             before = reader.line_num
-        return numbers[1:]  # the first names the columns
+        return numbers[1:]  # the first record names the columns
     filled = [number for number, line in enumerate(lines, start=1) if line.strip()]
     return filled if filled and lines[filled[0] - 1].lstrip().startswith("{") else []
 
@@ -108,7 +117,7 @@ _PACKED = "it is not a whole file of the compression that its ending names. Copy
 
 
 def why_unreadable(path: Path) -> str | None:
-    """Names the line of a broken file of text; None where there is no telling."""
+    """Why a file cannot be read, with the broken line of a text file. None if the reason is not known."""
     ending, packing = endings(path)
     if ending == ".parquet":
         return "it is not a whole Parquet file. Copy or download it again."
@@ -151,7 +160,7 @@ def _broken_json(text: str, lines: Sequence[bytes]) -> str:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         with contextlib.suppress(json.JSONDecodeError):
-            if isinstance(json.loads(lines[0]), dict):  # lines of JSON under the name of a document
+            if isinstance(json.loads(lines[0]), dict):  # JSON lines in a file that is named .json
                 return _broken_line(lines)
         return f"line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct the file."
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a row is: which shape the rows of a data set have, and what is wrong with a row that cannot be read."""
+"""The shape of the rows of a data set, from its columns, from the user's `columns`, or from a formatting function."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from trl.data.reading.errors import DataError
-from trl.data.reading.messages import FLAGS, NO_IMAGES, is_talk
+from trl.data.reading.messages import FLAGS, NO_IMAGES, is_conversation
 from trl.data.reading.readings import (
     COMPLETION_CONTENTS,
     MESSAGE_CONTENTS,
@@ -25,10 +25,14 @@ from trl.data.reading.readings import (
 class Shape:
     """How the rows of a data set are read.
 
-    `kind` is a kind of the readings tried; `columns` maps each part of that reading to the column that holds it (absent
-    optional parts are left out); `conversational` says that the chat template is applied; `sentence` is one line for
-    people: what was seen and how it is read. `formatting` is '' or says how a `formatting_func` is called: with a
-    `row`, or with a `batch` of them. `numbers` are the columns whose numbers are read as text.
+    Args:
+        kind: the kind of the reading (see `readings`).
+        columns: part of the reading -> column that holds it. Optional parts may be absent.
+        conversational: whether the chat template is applied.
+        sentence: one line for people, about the columns and how they are read.
+        formatting: how the user's `formatting_func` is called: with a "row" or with a "batch" of rows. "" (the
+            default): there is none.
+        numbers: columns whose numbers are read as text; none by default.
     """
 
     kind: str
@@ -68,15 +72,20 @@ def detect(
     readings: Sequence[Reading] = READINGS,
     understood: str = UNDERSTOOD,
 ) -> Shape:
-    """Finds how the rows of `dataset` are to be read: by the first of `readings` that fits, which are described by
-    `understood`. `text_field` names the column of text, or of conversations.
+    """Finds how the rows of a table are read.
 
-    `columns` says which column holds which part, as in `{"prompt": "question", "completion": "answer"}`; parts have the
-    names that such a column is known by. `formatting_func` makes of a row a text or a list of messages, or of a batch
-    of rows (a dict of lists) a list of texts; it is called on the first rows to see which. Either overrides what would
-    have been found.
+    Args:
+        dataset: the table.
+        text_field: the column of text or of conversations; "text" by default.
+        columns: which column holds which part, as in `{"prompt": "question", "completion": "answer"}`. A part has the
+            names that its column is known by. None (the default) goes by the columns' names.
+        formatting_func: takes a row and returns a text or a list of messages, or takes a batch of rows (a dict of
+            lists) and returns a list of texts. It is called on the first rows to find out which. None by default. It
+            takes precedence over `columns`.
+        readings: the readings to try; the first that fits is taken. By default those of rows for SFT.
+        understood: describes the readings in the error message.
 
-    Raises `DataError`, which lists the columns seen and the shapes understood, when no reading fits.
+    Raises `DataError`, which lists the columns and the shapes that are understood, if no reading fits.
     """
     if formatting_func is not None:
         return _detect_formatting(dataset, formatting_func)
@@ -89,7 +98,7 @@ def detect(
                 f"The column `{column}` holds images, and {NO_IMAGES}. To train on the text alone, remove it with "
                 f"`dataset.remove_columns({column!r})`."
             )
-    for numbers in (False, True):  # a column of numbers is taken for text only where nothing else fits
+    for numbers in (False, True):  # a column of numbers is read as text only if nothing else fits
         for reading in readings:
             found = _match(reading, contents, text_field, numbers and reading.kind == "dialogue")
             if found is not None:
@@ -127,9 +136,9 @@ def _shape(
 
 
 def _flag_of(dataset: datasets.Dataset, column: str) -> str | None:
-    """The field by which messages say whether they are trained on, if the first rows use one."""
-    for talk in dataset.with_format(None).select_columns([column])[:100][column]:
-        for message in talk or ():
+    """The field of messages that says whether they are trained on, if the first rows have one."""
+    for messages in dataset.with_format(None).select_columns([column])[:100][column]:
+        for message in messages or ():
             for flag in FLAGS:
                 if isinstance(message, Mapping) and message.get(flag) is not None:
                     return flag
@@ -163,7 +172,7 @@ def _match(
     return columns
 
 
-_TEXTS = ("prompt", "input", "completion")  # the parts of a question and its answer, which may be numbers
+_TEXTS = ("prompt", "input", "completion")  # parts that may be numbers, read as text
 
 
 def _fits(content: str | None, part: Part, numbers: bool = False) -> bool:
@@ -190,7 +199,10 @@ def _reads_as(reading: Reading, columns: Mapping[str, str], seen: Sequence[str])
 
 
 def part_to_column(named: Mapping[str, str], there: Sequence[str]) -> dict[str, str]:
-    """`columns` as the user writes it, which is part -> column, or column -> part where only that can be meant."""
+    """The user's `columns` as part -> column. The user may also write column -> part, if no other reading is possible.
+
+    `there` are the names of the columns.
+    """
     known = set(there)
     if not set(named.values()) <= known and set(named) <= known:
         return {part: column for column, part in named.items()}
@@ -204,7 +216,7 @@ def _detect_named(
     readings: Sequence[Reading],
     understood: str,
 ) -> Shape:
-    """The reading of which `named` (part -> column) names parts, all of those that it cannot do without."""
+    """The shape by the first reading that has all parts in `named` (part -> column) and misses no part it needs."""
     named = part_to_column(named, list(contents))
     for column in named.values():
         if column not in contents:
@@ -219,7 +231,7 @@ def _detect_named(
             continue
         found = {parts[key].name: column for key, column in named.items()}
         numbers = readings is READINGS and reading.kind in ("dialogue", "prompt_completion")
-        for part in reading.parts:  # what is not named may be there under its own name
+        for part in reading.parts:  # a part that is not named may have a column under its own name
             for name in _names(part):
                 if part.name not in found and _fits(contents.get(name), part, numbers) and name not in found.values():
                     found[part.name] = name
@@ -233,9 +245,9 @@ def _detect_named(
         if bad:
             column = found[bad[0].name]
             may = " or ".join(dict.fromkeys(_CONTENTS_IN_WORDS[content] for content in bad[0].contents))
-            wrong = wrong or f"`{column}` holds {_CONTENTS_IN_WORDS[contents[column]]}, and what is wanted is {may}"
+            wrong = wrong or f"`{column}` holds {_CONTENTS_IN_WORDS[contents[column]]}, but {may} is needed"
             continue
-        # Not in the order in which the user happened to name them.
+        # In the order of the reading, not in that of `columns`.
         found = {part.name: found[part.name] for part in reading.parts if part.name in found}
         sentence, notes = _reads_as(reading, found, list(contents))
         notes.insert(0, f"as `columns` says: {', '.join(f'{key} is {column}' for key, column in named.items())}")
@@ -275,7 +287,7 @@ _CONTENTS_IN_WORDS = {
 
 
 def _contents(dataset: datasets.Dataset, column: str) -> str:
-    """A key of `_CONTENTS_IN_WORDS`: what the column holds, by its feature, or else by its first value."""
+    """What the column holds, as a key of `_CONTENTS_IN_WORDS`: by its feature, or else by its first value."""
     feature = dataset.features[column]
     if isinstance(feature, datasets.Image):
         return "images"
@@ -334,7 +346,7 @@ def _contents_of_value(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A function of the user's
+# The user's formatting function
 
 
 def _detect_formatting(dataset: datasets.Dataset, function: Callable[[Any], Any]) -> Shape:
@@ -342,8 +354,8 @@ def _detect_formatting(dataset: datasets.Dataset, function: Callable[[Any], Any]
     calling, value = "row", None
     try:
         value = function(plain[0])
-        by_row = isinstance(value, str) or is_talk(value)
-    except Exception:  # it may expect a batch
+        by_row = isinstance(value, str) or is_conversation(value)
+    except Exception:  # the function may expect a batch
         by_row = False
     if not by_row:
         size = min(2, len(plain))
@@ -354,20 +366,20 @@ def _detect_formatting(dataset: datasets.Dataset, function: Callable[[Any], Any]
         if isinstance(batch, list | tuple) and len(batch) == size and all(isinstance(text, str) for text in batch):
             calling, value = "batch", batch[0]
         else:
-            value = call_formatting(function, plain[0], 0)  # raises, and says why, if it was this that failed
+            value = call_formatting(function, plain[0], 0)  # raises an error with the reason, if the call fails
             check_formatted(value, 0)
     name = getattr(function, "__name__", type(function).__name__)
-    talk = not isinstance(value, str)
-    what = "conversations" if talk else "texts"
+    conversational = not isinstance(value, str)
+    what = "conversations" if conversational else "texts"
     sentence = f"columns {', '.join(dataset.column_names)}: read as the {what} that formatting_func `{name}` makes"
-    return Shape("messages" if talk else "text", {}, talk, sentence, calling)
+    return Shape("messages" if conversational else "text", {}, conversational, sentence, calling)
 
 
-TRANSCRIPT = "\n\nHuman:"  # how a conversation that is written out as text begins
+TRANSCRIPT = "\n\nHuman:"  # the beginning of a conversation that is written out as text
 
 
 def call_formatting(function: Callable[[Any], Any], argument: Any, row: int) -> Any:
-    """`function(argument)`; its own mistakes become a sentence that names the row."""
+    """`function(argument)`. Raises `DataError`, which names the row, for any error in it."""
     try:
         return function(argument)
     except Exception as error:
@@ -378,7 +390,8 @@ def call_formatting(function: Callable[[Any], Any], argument: Any, row: int) -> 
 
 
 def check_formatted(value: Any, row: int) -> Any:
-    if isinstance(value, str) or is_talk(value):
+    """The value that a formatting function returned for a row. Raises `DataError` if it is no text and no messages."""
+    if isinstance(value, str) or is_conversation(value):
         return value
     what = f"a list of {len(value)}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
     what = "None" if value is None else what
@@ -386,7 +399,3 @@ def check_formatted(value: Any, row: int) -> Any:
         f"row {row}: formatting_func returned {what}. It must return a string or a list of messages for a row, or a "
         "list of strings, one for each row, for a dict of columns."
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values

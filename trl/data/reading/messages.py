@@ -1,4 +1,4 @@
-"""Values of a row as texts and messages, in the one form that chat templates read."""
+"""Texts and messages of a row, in the form that chat templates read."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,13 @@ from trl.data.reading.errors import DataError
 NO_IMAGES = "images are not supported yet"
 
 
-def is_talk(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages."""
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 
 def place(row: int, field: str) -> str:
-    """How an error message names a field of a row."""
+    """The name of a field of a row in error messages."""
     return f"row {row}: `{field}`"
 
 
@@ -28,7 +29,10 @@ def text_of(value: Any, where: str) -> str:
 
 
 def answer_of(value: Any, where: str) -> str:
-    """The answer to a question: a string, the first of several, or what is under `text` in a record of them."""
+    """The answer to a question: a string, the first of several, or the field `text` of a record.
+
+    Raises `DataError`, which begins with `where`, for anything else.
+    """
     if isinstance(value, Mapping) and "text" in value:
         value = value["text"]
     if isinstance(value, list | tuple):
@@ -39,26 +43,26 @@ def answer_of(value: Any, where: str) -> str:
 
 
 def dialogue_of(prompt: str, further: str | None, system: str | None) -> list[dict[str, Any]]:
-    """The messages before the answer, of a question that is a string with maybe more to it."""
+    """The messages before the answer: a question, maybe with an input, after a system message, if there is one."""
     asked = f"{prompt}\n\n{further}" if further and further.strip() else prompt
     return with_system(system, [{"role": "user", "content": asked}])
 
 
 def headed_text(prompt: str, further: str | None, system: str | None) -> str:
-    """The same as text, for a tokenizer without a chat template."""
+    """The same as `dialogue_of`, as text, for a tokenizer without a chat template."""
     given = f"### Input:\n{further}\n\n" if further and further.strip() else ""
     before = f"{system}\n\n" if system and system.strip() else ""
     return f"{before}### Instruction:\n{prompt}\n\n{given}### Response:\n"
 
 
 def with_system(system: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`messages` after a system message, unless there is none to say, or they begin with their own."""
+    """`messages` after a system message, unless `system` is empty or they begin with a system message already."""
     if not system or not system.strip() or messages[0]["role"] in ("system", "developer"):
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-# The names that other data give to those who speak.
+# The names that other data sets give to roles.
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "chatbot", "bing", "bard", "model", "ai", "bot"), "assistant"),
@@ -69,16 +73,16 @@ ROLES = {
 }
 
 
-# The fields by which other data say of a message whether it is trained on (LLaMA-Factory, OpenAI, Axolotl).
+# The fields of a message that say whether it is trained on (in data for LLaMA-Factory, OpenAI, Axolotl).
 FLAGS = ("loss_weight", "weight", "train", "training")
 
 
 def pop_flags(messages: list[dict[str, Any]], where: str) -> list[bool] | None:
-    """Takes the fields of `FLAGS` off the messages: which of these are trained on, or None where they do not say.
+    """Removes the fields of `FLAGS` from the messages. Returns which messages are trained on, one entry for each.
 
-    Flags that are all true, with some on messages of others than the assistant, leave it to the options; so does their
-    absence. Raises `DataError`, which begins with `where`, for a weight that is neither 0 nor 1, and where messages of
-    others are to be trained on one by one.
+    Returns None if there are no flags, or if every message has one and all are true: the options decide then. Raises
+    `DataError`, which begins with `where`, for a flag other than 0 and 1, and for a true flag on a message that is not
+    the assistant's.
     """
     found: dict[int, bool] = {}
     for index, message in enumerate(messages):
@@ -105,11 +109,11 @@ def pop_flags(messages: list[dict[str, Any]], where: str) -> list[bool] | None:
 
 
 def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
-    """A list of messages as a chat template wants it: every role a string, every content a string.
+    """A list of messages as chat templates expect it: every role and every content is a string.
 
-    Turns of {from, value} become messages. Contents given as blocks of text are joined; the arguments of tool calls,
-    where they are JSON in a string, are read; fields that are None are left out, since a table gives every message the
-    fields of all others. Raises `DataError`, which begins with `where`, when a message cannot be read.
+    Turns of {from, value} become messages. Blocks of text are joined. The arguments of tool calls are parsed if they
+    are JSON in a string. Fields that are None are left out, because a table gives every message the fields of all
+    others. Raises `DataError`, which begins with `where`, if a message cannot be read.
     """
     if value is None:
         raise DataError(f"{where} is None. Fill it in, or remove such rows with `dataset.filter`.")
@@ -117,7 +121,7 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
         raise DataError(f"{where} is a {type(value).__name__}, not a list of messages {{role, content}}.")
     if not value:
         raise DataError(f"{where} is an empty list. Remove such rows with `dataset.filter`.")
-    # `place` ends in a backtick, so that the index goes inside it: `messages[3]`.
+    # `where` ends in a backtick. The index belongs before it: `messages[3]`.
     field = where.removesuffix("`")
     return [_message_of(message, field, index) for index, message in enumerate(value)]
 
@@ -149,7 +153,7 @@ def _message_of(message: Any, field: str, index: int) -> dict[str, Any]:
 
 
 def _of_blocks(blocks: Sequence[Any], where: str) -> dict[str, Any]:
-    """The fields of a message whose content is a list of blocks: its texts joined, its reasoning, its tool calls."""
+    """The fields of a message whose content is a list of blocks: the joined texts, the reasoning, the tool calls."""
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[Any] = []
@@ -157,7 +161,7 @@ def _of_blocks(blocks: Sequence[Any], where: str) -> dict[str, Any]:
         kind = str(block.get("type")) if isinstance(block, Mapping) else ""
         if "image" in kind:
             raise DataError(f"{where}.content` holds an image, and {NO_IMAGES}. Remove the row, or keep its text.")
-        # A block may have a `value` in place of a `text`: LLaMA-Factory writes {type, value}.
+        # LLaMA-Factory writes {type, value}, not {type, text}.
         value = block.get("value") if isinstance(block, Mapping) else None
         if isinstance(block, Mapping) and "text" in block and not isinstance(value, str):
             texts.append(block["text"] or "")
@@ -174,7 +178,7 @@ def _of_blocks(blocks: Sequence[Any], where: str) -> dict[str, Any]:
 
 
 def _role(role: str) -> str:
-    # `function` is a role of its own to some templates; in turns of {from, value} it is a tool's answer.
+    # Some templates have a role `function`. In turns of {from, value} it is a tool's answer.
     return role if role == "function" else ROLES.get(role.lower(), role)
 
 
@@ -183,7 +187,7 @@ def _message_of_turn(turn: Mapping[str, Any], field: str, index: int) -> dict[st
     speaker, value = turn["from"], turn.get("value")
     role = ROLES.get(str(speaker).lower())
     if role is None:
-        raise DataError(f"{where}.from` is {speaker!r}, who is not known. Known are {', '.join(ROLES)}.")
+        raise DataError(f"{where}.from` is {speaker!r}, which is not a known role. Known are {', '.join(ROLES)}.")
     if not isinstance(value, str):
         what = "None" if value is None else f"a {type(value).__name__}, not a string"
         raise DataError(f"{where}.value` is {what}. Give the turn a text, or remove the row with `dataset.filter`.")
@@ -193,7 +197,7 @@ def _message_of_turn(turn: Mapping[str, Any], field: str, index: int) -> dict[st
 
 
 def _calls_of(value: str, where: str) -> list[Any]:
-    """Tool calls that are JSON in a string: one, or a list of them."""
+    """Tool calls from JSON in a string: one call or a list of calls."""
     try:
         calls = json.loads(value)
     except json.JSONDecodeError as error:
@@ -203,7 +207,7 @@ def _calls_of(value: str, where: str) -> list[Any]:
 
 
 def _call_of(call: Any, where: str) -> Any:
-    """A tool call whose arguments are a dict: OpenAI writes them as JSON in a string, and templates write JSON too."""
+    """A tool call with its arguments as a dict. OpenAI gives them as JSON in a string, which templates quote again."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise DataError(f"{where}` is a {type(call).__name__}, not a call {{function: {{name, arguments}}}}.")
@@ -222,7 +226,7 @@ def _call_of(call: Any, where: str) -> Any:
 
 
 def without_none(value: Any) -> Any:
-    """`value` without the None entries of its dicts: a table fills the keys that a record does not have with None."""
+    """`value` without the None entries of its dicts. A table fills the keys that a record lacks with None."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

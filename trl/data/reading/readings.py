@@ -1,11 +1,11 @@
-"""The shapes of rows that are understood: which columns make one, and what they hold."""
+"""The shapes of rows that are understood: a table of readings, with the columns that each needs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """A column that a reading wants: its possible names (`()`: any name), and the contents it may have."""
+    """A part of a row: the names that its column may have (`()`: any name), and the contents that it may hold."""
 
     name: str
     columns: tuple[str, ...]
@@ -14,7 +14,7 @@ class Part(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One way of reading a row. `says` describes it, with the parts' names in braces."""
+    """One way of reading a row. `says` describes it, with the names of its parts in braces."""
 
     kind: str
     says: str
@@ -22,7 +22,7 @@ class Reading(NamedTuple):
 
 
 NAMED = "\0named"  # stands for the column that the user named with `dataset_text_field`
-TEXT = "\0text"  # the same, also when it is the default
+TEXT = "\0text"  # the same, also if the name is the default
 _SYSTEM = Part("system", ("system", "system_prompt"), ("text",), optional=True)
 
 _TOOLS = (
@@ -32,7 +32,7 @@ _TOOLS = (
 
 _MASK = ("integers", "booleans", "empty")
 MESSAGE_CONTENTS = ("messages", "from_value")
-COMPLETION_CONTENTS = (*MESSAGE_CONTENTS, "turn")  # a completion that is of messages, of one or of several
+COMPLETION_CONTENTS = (*MESSAGE_CONTENTS, "turn")  # a completion that is one message or several
 
 
 def _conversations(*names: str) -> Reading:
@@ -42,15 +42,15 @@ def _conversations(*names: str) -> Reading:
 
 
 def _dialogue(says: str, prompt: Sequence[str], further: Sequence[str], completion: Sequence[str]) -> Reading:
-    """Two strings: what is asked, maybe with more to it, and what is answered."""
+    """Two strings, a question (maybe with an input) and its answer."""
     parts = [Part("prompt", tuple(prompt), ("text",)), Part("completion", tuple(completion), ("text", "texts"))]
     if further:
         parts.insert(1, Part("input", tuple(further), ("text",), optional=True))
     return Reading("dialogue", says, (*parts, _SYSTEM))
 
 
-# The first reading whose columns are all there is taken. A further shape is one more entry here, and a function in
-# `tokens` that turns its rows into text.
+# The first reading whose columns are all present is taken. To add a shape, add an entry here, and to `sequences` a
+# function that turns its rows into text.
 READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",
@@ -119,7 +119,7 @@ _FURTHER = Part("input", ("input", "context"), ("text",), optional=True)
 
 
 def _two(contents: tuple[str, ...]) -> tuple[Part, Part]:
-    """The preferred completion and the other one."""
+    """The preferred completion and the rejected one."""
     return (
         Part("chosen", ("chosen", "chosen_response", "chosen_messages"), contents),
         Part("rejected", ("rejected", "rejected_response", "rejected_messages"), contents),
@@ -132,7 +132,7 @@ def _pairs(says: str, names: tuple[str, ...], prompt: tuple[str, ...], completio
     return Reading("pairs", says, (Part("prompt", names, prompt), *_two(completion), *extras, *_JUDGED))
 
 
-# Rows of two completions, of which one is preferred; read by `samples`.
+# Rows with two completions, one of them preferred. `samples` reads them.
 PAIR_READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",
@@ -183,7 +183,7 @@ PAIR_READINGS: tuple[Reading, ...] = (
 )
 
 
-# Rows of one completion and whether it is wanted; or else of two, each of which makes a row.
+# Rows with one completion and a label that says whether it is wanted; or pairs, each of which makes two rows.
 UNPAIRED_READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",
@@ -247,7 +247,7 @@ UNPAIRED_READINGS: tuple[Reading, ...] = (
 )
 
 
-# Rows of a solution in steps, each of which is judged.
+# Rows with a solution in steps, and a label for each step.
 STEP_READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",

@@ -1,4 +1,4 @@
-"""Where rows come from: lists, tables, files, folders, names on the Hub; and why one of them cannot be opened."""
+"""Opens sources of rows: lists, tables, files, folders, names on the Hub."""
 
 import contextlib
 import difflib
@@ -31,17 +31,21 @@ def load(
 ) -> Any:
     """Opens `source` as a data set.
 
-    `source` is a list of dicts, a dict of columns, a pandas or polars table, a pyarrow table, a `datasets.Dataset`
-    (returned as it is) or `DatasetDict`, a path
-    to a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (also with .gz, .bz2, .xz or .zst behind), a folder
-    written by `save_to_disk`, a folder of such files, or else a name on the Hugging Face Hub or of a reader of
-    `datasets` such as `json` (`config`, `data_dir` and `data_files` are its arguments). `split` may be a slice, such as
-    `"train[:10%]"`. When the split is missing and there is only one, that one is read. Where there are more, the only
-    one whose name begins with `train` stands in for "train", and the only one that begins with `test`, or else with
-    `validation` or `eval`, for "test". A log line says so.
+    Args:
+        source: a list of dicts, a dict of columns, a table of pandas, polars or pyarrow, a `datasets.Dataset`
+            (returned as it is) or `DatasetDict`, or a string or path. A path leads to a .jsonl, .json, .csv, .tsv,
+            .parquet, .arrow or .txt file (which may be packed: .jsonl.gz, .bz2, .xz, .zst), to a folder of such files,
+            or to a folder that `save_to_disk` has written. Any other string is a name on the Hugging Face Hub, or a
+            reader of `datasets` such as `json`.
+        split: the split to read, "train" by default. It may be a slice, such as "train[:10%]". If there is no such
+            split but only one other, that one is read. If there are several others, the only one whose name begins
+            with "train" stands in for "train", and the only one that begins with "test", or else with "validation" or
+            "eval", stands in for "test". A log line says so.
+        config, data_dir, data_files: arguments of `datasets.load_dataset`; None by default.
+        streaming: read rows only when they are asked for. False by default.
 
-    With `streaming`, or where `source` streams already, a `datasets.IterableDataset` is returned: rows are read as they
-    are asked for. Raises `DataError` when there is nothing to read.
+    Returns a `datasets.Dataset`. With `streaming`, or if `source` is a stream, it is a `datasets.IterableDataset`.
+    Raises `DataError` if `source` cannot be read or has no rows.
     """
     if isinstance(source, datasets.IterableDatasetDict):
         return _take_stream(source, split, "the IterableDatasetDict")
@@ -87,7 +91,7 @@ def _open(source: Any, split: str, config: str | None) -> datasets.Dataset:
 
 
 def is_data_set(value: Any) -> bool:
-    """Whether a value of a dictionary is a data set: then the dictionary holds several, and is not one of columns."""
+    """Whether a value of a dictionary is a data set. If all are, the dictionary is not a table of columns."""
     if isinstance(value, str | os.PathLike | datasets.Dataset | datasets.IterableDataset) or _is_frame(value):
         return True
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
@@ -111,7 +115,7 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _is_frame(source: Any) -> bool:
-    """Whether `source` is a table of pandas, polars or pyarrow. None of them need be installed."""
+    """Whether `source` is a table of pandas, polars or pyarrow. None of these needs to be installed."""
     return type(source).__name__ in ("DataFrame", "Table") and type(source).__module__.split(".")[0] in _FRAMES
 
 
@@ -119,7 +123,7 @@ def _from_frame(frame: Any) -> datasets.Dataset:
     library = type(frame).__module__.split(".")[0]
     try:
         return _FRAMES[library](frame)
-    except (TypeError, ValueError) as error:  # Arrow's errors are kinds of these
+    except (TypeError, ValueError) as error:  # Arrow's errors are subclasses of these
         raise DataError(
             f"Cannot read the {library} table: {error}. Give every column one type, or pass "
             "`frame.to_dict('records')`, a list of rows."
@@ -134,8 +138,10 @@ _FRAMES: dict[str, Callable[[Any], datasets.Dataset]] = {
 
 
 def as_shown(dataset: Any) -> Any:
-    """The rows as `dataset[0]` shows them, in plain values: a transform that the user has set is applied, once, and
-    class labels become their names."""
+    """The rows of a table or stream in plain values, as `dataset[0]` shows them.
+
+    A transform that the user has set is applied once. Class labels become their names.
+    """
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
         logger.warning("the data set has a transform: it is applied once, before training, and its result is kept")
         dataset = dataset.with_format(None).map(
@@ -143,7 +149,7 @@ def as_shown(dataset: Any) -> Any:
             batched=True,
             with_indices=True,
             remove_columns=dataset.column_names,
-            # The fingerprint of the data set knows its transform; to hash the function would hash the rows too.
+            # The fingerprint of the data set covers its transform. Hashing the function would hash the rows too.
             new_fingerprint=hashlib.sha256(f"shown {dataset._fingerprint}".encode()).hexdigest()[:16],
             desc="Applying the transform",
         )
@@ -159,7 +165,7 @@ def as_shown(dataset: Any) -> Any:
 
 
 class _Shown:
-    """The rows of a data set by their numbers, as it shows them."""
+    """The rows of a data set, by their numbers, with its transform applied."""
 
     def __init__(self, dataset: datasets.Dataset):
         self.dataset = dataset
@@ -169,7 +175,7 @@ class _Shown:
 
 
 class _Named:
-    """Class labels by their names; a label that is missing stays None."""
+    """Class labels to their names. A missing label stays None."""
 
     def __init__(self, names: dict[str, list[str]]):
         self.names = names
@@ -182,6 +188,7 @@ class _Named:
 
 
 def from_rows(rows: Sequence[Any]) -> datasets.Dataset:
+    """A table of rows, each a dict. A row that lacks a column has None in it. Raises `DataError` for other rows."""
     columns: dict[str, None] = {}
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -192,17 +199,18 @@ def from_rows(rows: Sequence[Any]) -> datasets.Dataset:
 
 
 def from_columns(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
+    """A table of columns. Raises `DataError` if their lengths differ, or if a column mixes types."""
     lengths = {column: len(values) for column, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"The columns have different lengths: {lengths}. Every row needs a value (or None) in each.")
     try:
         return datasets.Dataset.from_dict(dict(columns))
-    except (TypeError, ValueError) as error:  # Arrow's errors are kinds of these
+    except (TypeError, ValueError) as error:  # Arrow's errors are subclasses of these
         column, row = _first_odd_value(columns)
         values = [value for value in columns[column] if value is not None]
         for kind in (list, Mapping):
             if values and all(isinstance(value, kind) for value in values):
-                # The arguments of a tool, or contents that are text here and blocks there, have no one type.
+                # Arguments of tools, and contents that are text in one row and blocks in another, have no single type.
                 with contextlib.suppress(TypeError, ValueError):
                     return datasets.Dataset.from_dict(dict(columns), on_mixed_types="use_json")
         raise DataError(
@@ -212,7 +220,7 @@ def from_columns(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
 
 
 def _first_odd_value(columns: Mapping[str, Sequence[Any]]) -> tuple[str, int]:
-    """The column that cannot be made, and the first row at which it cannot (by bisection)."""
+    """The first column that Arrow cannot hold, and its first row of another type (by bisection)."""
 
     def readable(values: Sequence[Any]) -> bool:
         try:
@@ -246,7 +254,7 @@ def _from_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _validated(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
-    """`loaded`, whose strings are UTF-8: the reader of JSON takes them as they are, and whoever looks at one fails."""
+    """`loaded`, after a check that its strings are UTF-8. The JSON reader does not check; later reads would fail."""
     for part in loaded.values():
         for batch in part.data.table.to_batches():
             batch.validate(full=True)
@@ -261,7 +269,7 @@ def _root_cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What goes wrong while reading is said by us, in a sentence: the reader's own log lines are held back."""
+    """Holds back the log lines of `datasets`: our own error messages say what is wrong."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
@@ -278,7 +286,7 @@ def _from_folder(path: Path, split: str) -> datasets.Dataset:
             raise DataError(
                 f"Cannot read the data set saved in {str(path)!r}: {_root_cause(error)} Save or copy it again."
             ) from error
-        # A lone Dataset on disk has no split name of its own: the request for a part of it still holds.
+        # A single Dataset on disk has no split name. A slice such as "train[:10]" still applies to it.
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({_split_name(split): loaded})
         return _take(loaded, split, repr(str(path)))
@@ -293,7 +301,7 @@ def _from_folder(path: Path, split: str) -> datasets.Dataset:
             loaded = _validated(datasets.load_dataset(str(path)))
     except UNREADABLE as error:
         for file in files:
-            _from_file(file, "train")  # names the one that cannot be read
+            _from_file(file, "train")  # raises an error that names the broken file
         raise DataError(
             f"Cannot read the files of the folder {str(path)!r} as one data set, though each can be read by itself: "
             f"{_root_cause(error)}. Give all of them the same columns, or read one."
@@ -325,7 +333,7 @@ def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
 def _by_arguments(
     name: str, split: str, config: str | None, data_dir: str | None, data_files: Any, streaming: bool
 ) -> Any:
-    """What `datasets.load_dataset` makes of a name with files or a folder of it."""
+    """Loads a name with `data_files` or `data_dir`, as `datasets.load_dataset` does."""
     try:
         with _quiet():
             loaded = datasets.load_dataset(name, config, data_dir=data_dir, data_files=data_files, streaming=streaming)
@@ -363,30 +371,33 @@ def _split_name(split: str) -> str:
     return re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
 
 
-# What may stand in for a split that is missing: the only one whose name begins so, the earlier beginning first. To
-# evaluate on rows that are trained on would tell nothing, so that no `train` stands in for a `test`.
+# What may replace a missing split: the only split whose name begins like this, the earlier beginning first. No "train"
+# replaces a "test": an evaluation on training rows would tell nothing.
 STAND_INS = {"train": ("train",), "test": ("test", "validation", "eval")}
 
 
 def _other_split(there: Sequence[str], split: str, what: str) -> str:
-    """`split` with its name replaced by that of the only split there is, or of the only one that can stand in."""
+    """`split` with its name replaced by that of the only split, or of the only split that can stand in for it.
+
+    Raises `DataError` if there is no such split.
+    """
     wanted = _split_name(split)
     if len(there) == 1:
         found = there[0]
         logger.warning("%s has no split %r; its only split %r is read.", what, wanted, found)
     else:
         for beginning in STAND_INS.get(wanted, ()):
-            alike = [name for name in there if name.startswith(beginning)]
-            if alike:
+            candidates = [name for name in there if name.startswith(beginning)]
+            if candidates:
                 break
         else:
-            alike = []
-        if len(alike) != 1:
+            candidates = []
+        if len(candidates) != 1:
             names = ", ".join(map(repr, there))
             near = difflib.get_close_matches(wanted, there, n=1)
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{what} has no split {wanted!r}; it has {names}: name one of them.{meant}")
-        found = alike[0]
+        found = candidates[0]
         logger.warning("%s has no split %r; %r stands in for it.", what, wanted, found)
     return found + split[len(wanted) :]
 

@@ -1,1 +1,1 @@
-"""Rows to tokens and masks, by a recipe for each kind of row."""
+"""Rows to tokens and masks: one reader, and a recipe for sequences, one for comparisons, one for prompts."""

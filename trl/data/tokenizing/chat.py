@@ -1,4 +1,4 @@
-"""Chat templates: conversations to text, and what a template does around an assistant's turn."""
+"""Chat templates: conversations to text, and the text that a template writes around an assistant's turn."""
 
 import difflib
 import json
@@ -14,7 +14,7 @@ from trl.data.reading.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
 
-# The names that templates have for what the assistant thought before it spoke.
+# The fields in which templates read the reasoning of an assistant's message.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 KNOWN_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
@@ -22,7 +22,11 @@ KNOWN_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "fu
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False, **template_kwargs: Any
 ) -> str:
-    """The text that the tokenizer's chat template makes of `messages`. Raises `DataError` if it refuses them."""
+    """The text of a conversation by the tokenizer's chat template.
+
+    `add_generation_prompt` (False by default) adds the beginning of an assistant's turn. `template_kwargs` are further
+    arguments of the template, such as `tools`. Raises `DataError` if there is no template or it refuses the messages.
+    """
     return chat_template(tokenizer).render(messages, add_generation_prompt, **template_kwargs)
 
 
@@ -32,7 +36,10 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, *state: Any) -> "ChatTemp
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
-    """The template of `tokenizer` with what is known of it, worked out once for each state of the tokenizer."""
+    """The chat template of a tokenizer, kept for as long as the tokenizer does not change.
+
+    Raises `DataError` if the tokenizer has none.
+    """
     if not tokenizer.chat_template:
         raise DataError(
             "The data are conversations, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
@@ -43,7 +50,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a text or a turn: the tokenizer's end token, and what ends a turn in its chat template."""
+    """The ids of the tokens that end a text or a turn: EOS, and the end of turn of the chat template."""
     found = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         template = chat_template(tokenizer)
@@ -52,30 +59,36 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 class Lead(NamedTuple):
-    """What stands before an assistant content: `header`, with which the generation prompt ends, then what the template
-    writes before the content and the model must learn (`written`, usually nothing; an empty think block in some)."""
+    """The text before the content of an assistant's message.
+
+    `header` ends the generation prompt. `written` is what the template adds after it and the model must learn: usually
+    nothing, in some templates an empty think block.
+    """
 
     header: str
     written: str
 
 
 class Facts(NamedTuple):
-    """What a probe told of a template: the leads it uses, longest first, and the string that ends a turn, if any."""
+    """What a probe found of a template: its leads, the longest first, and the string that ends a turn ("": none)."""
 
     leads: tuple[Lead, ...] = ()
     end: str = ""
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer. Use `chat_template(tokenizer)` to get it."""
+    """The chat template of one tokenizer. `chat_template(tokenizer)` returns it.
+
+    In its methods, `kwargs` are further arguments of the template, such as `tools`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._facts: dict[str, Facts] = {}
         names = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-        names = {name for name in names if name.strip()}  # some vocabularies add runs of newlines
+        names = {name for name in names if name.strip()}  # some vocabularies have added tokens of newlines only
         if tokenizer.bos_token != tokenizer.eos_token:
-            names.discard(str(tokenizer.bos_token))  # it begins the next turn in some templates, and ends none
+            names.discard(str(tokenizer.bos_token))  # some templates begin a turn with it; none ends one with it
         self.special_tokens = tuple(sorted(names, key=lambda name: (-len(name), name)))
         self.special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
         self.special_after_space = re.compile(rf"\s*(?:{self.special.pattern})")
@@ -88,11 +101,14 @@ class ChatTemplate:
     def render_all(
         self, conversations: Sequence[Messages], add_generation_prompt: bool = False, **kwargs: Any
     ) -> list[str]:
-        """The texts of many conversations, for half the price of one at a time."""
+        """The texts of several conversations, in half the time that it takes one by one.
+
+        Raises `DataError`, which names the roles of the first conversation, if the template refuses any of them.
+        """
         try:
             complete = [[self.complete(message) for message in messages] for messages in conversations]
             return self._apply(complete, add_generation_prompt, **kwargs)
-        # A template is a program from elsewhere and may raise anything.
+        # A template is a program of someone else's and may raise anything.
         except Exception as error:
             roles = ", ".join(str(message.get("role")) for message in conversations[0])
             raise DataError(
@@ -108,12 +124,12 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        """The template as a program, where the tokenizer's own method does no more with it than to run it."""
+        """The compiled template. None if the tokenizer has its own way of rendering, or if it does not compile."""
         if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             return None
         try:
             return _compile_jinja_template(self.source())
-        except Exception:  # it does not compile: the usual way says why
+        except Exception:  # `apply_chat_template` will raise the same error
             return None
 
     @cached_property
@@ -121,8 +137,11 @@ class ChatTemplate:
         return dict(self.tokenizer.special_tokens_map)
 
     def complete(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message as the template expects it: no field None, a content even where there are only tool calls, the
-        content and the arguments of these as it reads them, and the thinking under the name that it reads."""
+        """A message in the form that the template reads.
+
+        No field is None. A message of tool calls alone gets an empty content. The content, the arguments of tool calls
+        and the name of the field for reasoning are those that the template reads.
+        """
         if _is_plain(message):
             return self._as_read(message)
         complete = {key: value for key, value in message.items() if value is not None}
@@ -145,7 +164,7 @@ class ChatTemplate:
     # -- what the template reads --------------------------------------------------------------------------------------
 
     def _written(self, messages: Messages, **kwargs: Any) -> str:
-        """What the template makes of messages as they are; nothing where it refuses them."""
+        """The text of messages as they are, or "" if the template refuses them."""
         try:
             return self._apply([[dict(message) for message in messages]], False, **kwargs)[0]
         except Exception:  # as in `render_all`
@@ -153,8 +172,10 @@ class ChatTemplate:
 
     @cached_property
     def _reads_blocks(self) -> frozenset[str]:
-        """The roles whose content the template reads as a list of blocks only, as those of vision models do. A string
-        would be rendered as nothing."""
+        """The roles whose content the template reads only as a list of blocks, as templates of vision models do.
+
+        Such a template would write a string as nothing.
+        """
         word = "zqcontent"
         blocks = [{"type": "text", "text": word}]
         found: set[str] = set()
@@ -176,21 +197,21 @@ class ChatTemplate:
 
     @cached_property
     def _thought(self) -> str | None:
-        """The field in which the template reads what the assistant thought."""
+        """The field in which the template reads reasoning, if there is one."""
         return next((name for name in THOUGHTS if self._writes_thought(name)), None)
 
     def _writes_thought(self, name: str, **kwargs: Any) -> bool:
         asked = self._as_read({"role": "user", "content": "zq"})
-        said = {**self._as_read({"role": "assistant", "content": "zq"}), name: "zqthought"}
-        return "zqthought" in self._written([asked, said], **kwargs)
+        answer = {**self._as_read({"role": "assistant", "content": "zq"}), name: "zqthought"}
+        return "zqthought" in self._written([asked, answer], **kwargs)
 
     @cached_property
     def _writes_calls(self) -> bool:
         function = {"name": "zqname", "arguments": {"zqkey": "zqvalue"}}
         call = {"id": "zqcall000", "type": "function", "function": function}
         asked = self._as_read({"role": "user", "content": "zq"})
-        said = self.complete({"role": "assistant", "content": "", "tool_calls": [call]})
-        return any("zqname" in self._written([asked, said], **more) for more in ({}, {"tools": [_TOOL]}))
+        answer = self.complete({"role": "assistant", "content": "", "tool_calls": [call]})
+        return any("zqname" in self._written([asked, answer], **more) for more in ({}, {"tools": [_TOOL]}))
 
     def _writes_tools(self, messages: Messages, text: str, **kwargs: Any) -> bool:
         functions = [tool.get("function") or tool for tool in kwargs["tools"]]
@@ -199,8 +220,10 @@ class ChatTemplate:
         return self.try_render(messages, **{**kwargs, "tools": None}) != self.try_render(messages, **kwargs)
 
     def check_complete(self, messages: Messages, text: str, **kwargs: Any) -> None:
-        """Raises `DataError` where `text`, the rendered messages, leaves out what the model should see: a content, tool
-        calls, tools, thinking; and for a role that nobody knows."""
+        """Raises `DataError` if the rendered `text` leaves out a part of the messages that the model should see.
+
+        Such a part is a content, a tool call, a tool or the reasoning. An unknown role is an error too.
+        """
         position = 0
         for index, message in enumerate(messages):
             role = message["role"]
@@ -223,7 +246,7 @@ class ChatTemplate:
             place = text.find(content, position)
             if place >= 0:
                 position = place + len(content)
-            # A template may take the thinking off the front, write the content as JSON, or write it in another place.
+            # A template may strip the reasoning, write the content as JSON, or write it in another place.
             elif text.find(content[-32:], position) < 0 and not self._writes_content(messages, index, **kwargs):
                 raise self._left_out("content", index, role)
         if kwargs.get("tools") and not self._writes_tools(messages, text, **kwargs):
@@ -250,8 +273,7 @@ class ChatTemplate:
 
     @cached_property
     def _wants_json_arguments(self) -> bool:
-        """Whether the template writes the arguments of a tool call as they are, so that they must be JSON in a string,
-        and not as JSON of its own making."""
+        """Whether the arguments of a tool call must be JSON in a string, because the template does not write JSON."""
 
         def written(arguments: Any) -> str:
             call = {"id": "zqcall000", "type": "function", "function": {"name": "zqname", "arguments": arguments}}
@@ -263,7 +285,7 @@ class ChatTemplate:
         return ("zqkey" not in of_dict or "'zqkey'" in of_dict) and '"zqkey"' in of_text
 
     def try_render(self, messages: Messages, add_generation_prompt: bool = False, **kwargs: Any) -> str | None:
-        """As `render`, but None when the template refuses, as it may for the first messages of a conversation."""
+        """`render`, or None if the template refuses, as some do for a part of a conversation."""
         if not messages:
             return None
         try:
@@ -285,7 +307,7 @@ class ChatTemplate:
     # -- the probe ----------------------------------------------------------------------------------------------------
 
     def facts(self, **kwargs: Any) -> Facts:
-        """What the template does around an assistant turn. Tools and documents do not change that."""
+        """What the template writes around an assistant turn. Tools and documents do not change that."""
         options = {key: value for key, value in kwargs.items() if key not in ("tools", "documents")}
         key = repr(sorted(options.items()))
         if key not in self._facts:
@@ -310,10 +332,10 @@ class ChatTemplate:
                 if lead is not None and lead not in leads:
                     leads.append(lead)
             leads.sort(key=lambda lead: -len(lead.header + lead.written))
-            # What ends a turn follows both an answer in the middle and the last one.
+            # The end of turn follows both an answer in the middle and the last one.
             middle = text[text.index(answers[0]) + len(answers[0]) : text.index(questions[1])]
             last = text[text.index(answers[1]) + len(answers[1]) :]
-            common = middle[: common_prefix(middle, last)]
+            common = middle[: common_prefix_length(middle, last)]
             specials = list(self.special.finditer(common))
             return Facts(tuple(leads), common[: specials[-1].end()].lstrip() if specials else "")
         return Facts()
@@ -323,7 +345,7 @@ class ChatTemplate:
         if prompt is None or plain is None:
             return None
         asked = text.index(question) + len(question)
-        end = min(common_prefix(prompt, text), answer)
+        end = min(common_prefix_length(prompt, text), answer)
         begin = len(plain) if prompt.startswith(plain) and asked <= len(plain) < end else asked
         return Lead(text[begin:end], text[end:answer]) if begin < end else None
 
@@ -339,7 +361,7 @@ _TOOL = {
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:
-    """Whether a message is a role and a content, strings, and nothing else: there is nothing to convert in it."""
+    """Whether a message is a role and a content, both strings, and nothing else: it needs no conversion."""
     return (
         type(message) is dict and len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str
     )
@@ -357,8 +379,8 @@ def _with_json_arguments(call: Any) -> Any:
     return {**call, "function": function} if "function" in call else function
 
 
-def common_prefix(one: str, other: str) -> int:
-    """Length of the longest common prefix. Comparing slices is far faster than comparing characters."""
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the longest common prefix of two texts or lists. Slices compare much faster than single items."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

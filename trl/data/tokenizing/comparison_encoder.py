@@ -1,4 +1,4 @@
-"""Judged completions to tokens, by the batch.
+"""The encoder of comparisons: batches of judged completions to tokens.
 
 A prompt and each of its completions are tokenised as one text. The prompt's tokens are those with which the prompt
 alone and all of these texts begin. What follows them is the completion, so that all completions continue one prompt.
@@ -26,7 +26,7 @@ from trl.data.reading.readings import (
     Reading,
 )
 from trl.data.reading.samples import EMPTY, IDENTICAL, NO_CHOICE, NO_PROMPT, Sample, number_of, truth_of
-from trl.data.tokenizing import chat
+from trl.data.tokenizing.chat import chat_template, common_prefix_length
 from trl.data.tokenizing.encode import Encoder, Text, Tokens
 
 EQUAL_CUT, PROMPT_FILLS, ALL_CUT = range(NO_CHOICE + 1, NO_CHOICE + 4)
@@ -39,7 +39,11 @@ _NUMBER = datasets.Value("float64")
 
 
 class Kind(NamedTuple):
-    """What is judged: the readings tried, the columns that are always there, and those that the data may have."""
+    """A kind of comparison.
+
+    `readings` are tried in their order, and `understood` describes them. `columns` are the features that every prepared
+    row has, and `extras` those that it has if the data have them.
+    """
 
     readings: tuple[Reading, ...]
     understood: str
@@ -75,8 +79,12 @@ KINDS = {
 
 @dataclass
 class _Encoded:
-    """A sample as tokens, before it is cut. Of steps there is one completion, `mask` is true where one ends, and
-    `labels` has an entry for each of these; else `labels` has one for each completion."""
+    """A sample as tokens, before it is cut.
+
+    `labels` has an entry for each completion. A sample of steps has one completion; its `mask` is true at the last
+    token of each step, and `labels` has an entry for each step. `straddles` says that the prompt alone has other tokens
+    at its end than before a completion. `empty` counts the completions without text.
+    """
 
     prompt: list[int] = field(default_factory=list)
     completions: list[list[int]] = field(default_factory=list)
@@ -129,7 +137,7 @@ class ComparisonEncoder(Encoder):
         return {column: [found[column] for found in made] for column in self.features}
 
     def _extras(self, values: Mapping[str, Any], row: int, label: bool) -> dict[str, Any]:
-        """What the data have beside texts."""
+        """The values of a row that are not texts: log-probs, a margin, given token ids."""
         extras = {}
         for column in self.extras:
             part = column
@@ -140,18 +148,18 @@ class ComparisonEncoder(Encoder):
             extras[column] = self._check_ids(values[part], where) if ids else number_of(values[part], where)
         return extras
 
-    # -- prompts and what continues them ------------------------------------------------------------------------------
+    # -- prompts and completions -------------------------------------------------------------------------------------
 
     def _continuations(
         self, read: list[Sample], options: list[dict[str, Any]] | None, indices: list[int]
     ) -> list[_Encoded]:
         usable = [position for position, sample in enumerate(read) if sample.dropped == KEPT]
-        wholes = [(position, completion) for position in usable for completion in read[position].completions]
+        full_texts = [(position, completion) for position in usable for completion in read[position].completions]
         if self.shape.conversational:
-            texts = self._rendered(read, usable, wholes, options, indices)
+            texts = self._rendered(read, usable, full_texts, options, indices)
         else:
             texts = [Text(read[position].prompt, open=True) for position in usable]
-            texts += [Text(read[position].prompt + completion) for position, completion in wholes]
+            texts += [Text(read[position].prompt + completion) for position, completion in full_texts]
         tokens = self._each_once(texts, plain=not self.shape.conversational)
         prompts, rest = tokens[: len(usable)], iter(tokens[len(usable) :])
         encoded = [_Encoded(labels=sample.labels, dropped=sample.dropped) for sample in read]
@@ -160,28 +168,31 @@ class ComparisonEncoder(Encoder):
             found = [next(rest) for _ in sample.completions]
             if not self.shape.conversational and prompt.ids:
                 found = [
-                    self._apart(prompt, whole, sample.prompt, text)
-                    for whole, text in zip(found, sample.completions, strict=True)
+                    self._separated(prompt, full_text, sample.prompt, text)
+                    for full_text, text in zip(found, sample.completions, strict=True)
                 ]
-            common = min(_alike(prompt.ids, whole.ids) for whole in found)
-            completions = [whole.ids[common:] for whole in found]
+            common = min(common_prefix_length(prompt.ids, full_text.ids) for full_text in found)
+            completions = [full_text.ids[common:] for full_text in found]
             encoded[position] = _Encoded(
                 prompt=found[0].ids[:common],
                 completions=completions,
                 labels=sample.labels,
                 dropped=_fault(common, completions),
-                bos_doubled=any(whole.bos_doubled for whole in found),
-                # Where the prompt is what two texts share, its end is no one's wish.
+                bos_doubled=any(full_text.bos_doubled for full_text in found),
+                # A prompt that two texts share was inferred, so its end is not reported as a boundary problem.
                 straddles=common < len(prompt.ids) and (self.shape.conversational or self.shape.kind != "implicit"),
                 empty=sum(map(_is_blank, sample.completions)),
             )
         return encoded
 
-    def _apart(self, prompt: Tokens, whole: Tokens, before: str, after: str) -> Tokens:
-        """The tokens of a prompt and its completion; where one token covers all of the prompt together with what
-        follows, so that no prompt would be left, the two tokenised apart."""
-        if _alike(prompt.ids, whole.ids):
-            return whole
+    def _separated(self, prompt: Tokens, full_text: Tokens, before: str, after: str) -> Tokens:
+        """The tokens of a prompt and its completion.
+
+        If one token covers all of the prompt and the beginning of the completion, no prompt would be left: the two are
+        then tokenised separately.
+        """
+        if common_prefix_length(prompt.ids, full_text.ids):
+            return full_text
         text = before + after
         return self._tokenise_pieces(Text(text, [(len(before), len(text))]), plain=True)
 
@@ -189,31 +200,34 @@ class ComparisonEncoder(Encoder):
         self,
         read: list[Sample],
         usable: list[int],
-        wholes: list[tuple[int, Any]],
+        full_texts: list[tuple[int, Any]],
         options: list[dict[str, Any]] | None,
         indices: list[int],
     ) -> list[Text]:
-        """The prompts with what the assistant's turn begins with, then all prompts with a completion, which end with
-        the last turn: what the template writes behind its end is nothing that a model has to say."""
+        """The prompts with the generation prompt, then all prompts with a completion, as texts.
+
+        Text that the template adds after the last turn is removed: the model should not learn it.
+        """
 
         def rendered(conversations: list[Any], of: list[int], part: str, prompt: bool) -> list[str]:
             own = None if options is None else [options[position] for position in of]
-            column = self.shape.columns[part if part in self.shape.columns else said]
+            column = self.shape.columns[part if part in self.shape.columns else completion_part]
             return self._render(conversations, own, [indices[position] for position in of], column, prompt)
 
-        template = chat.chat_template(self.tokenizer)
-        said = next(part for part in ("chosen", "completion", "responses") if part in self.shape.columns)
+        template = chat_template(self.tokenizer)
+        completion_part = next(part for part in ("chosen", "completion", "responses") if part in self.shape.columns)
         prompts = rendered([read[position].prompt for position in usable], usable, "prompt", True) if usable else []
-        whole = [read[position].prompt + completion for position, completion in wholes]
-        texts = rendered(whole, [position for position, _ in wholes], said, False) if usable else []
+        conversations = [read[position].prompt + completion for position, completion in full_texts]
+        owners = [position for position, _ in full_texts]
+        texts = rendered(conversations, owners, completion_part, False) if usable else []
         ended = [
             template.without_tail(text, **(options[position] if options is not None else {}))
-            for text, (position, _) in zip(texts, wholes, strict=True)
+            for text, (position, _) in zip(texts, full_texts, strict=True)
         ]
         return [*(Text(prompt, open=True) for prompt in prompts), *map(Text, ended)]
 
     def _each_once(self, texts: list[Text], plain: bool) -> list[Tokens]:
-        """Their tokens; a text that comes again is not tokenised again."""
+        """The tokens of texts. Equal texts are tokenised once."""
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         tokens = self._tokenise(list(places), plain)
         return [tokens[places[text]] for text in texts]
@@ -221,7 +235,7 @@ class ComparisonEncoder(Encoder):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def _steps(self, read: list[Sample], options: list[dict[str, Any]] | None, indices: list[int]) -> list[_Encoded]:
-        """Every step is tokenised by itself, and the separator's tokens follow it."""
+        """Tokenises every step by itself, followed by the tokens of the separator."""
         prompts = [sample.prompt for sample in read]
         if self.shape.conversational:
             prompts = self._render(prompts, options, indices, self.shape.columns["prompt"], True)
@@ -231,7 +245,7 @@ class ComparisonEncoder(Encoder):
         bos = self.tokenizer.bos_token_id
         encoded = []
         for sample, prompt in zip(read, tokens[: len(read)], strict=True):
-            # As a text begins, whether or not the tokenizer would say so: what the step is judged on begins a text.
+            # The prompt begins a text, so it begins with BOS, even if the tokenizer adds none.
             begins = bos is None or self.shape.conversational or prompt.ids[:1] == [bos]
             steps = [next(rest).ids for _ in sample.completions]
             mask = [
@@ -262,8 +276,8 @@ class ComparisonEncoder(Encoder):
         completions = [self._check_ids(values[part], wheres[part]) for part in parts]
         if "prompt_ids" in values:
             prompt = self._check_ids(values["prompt_ids"], wheres["prompt_ids"])
-        else:  # each completion is told with its prompt
-            common = min(_alike(*completions), *(max(len(ids) - 1, 0) for ids in completions))
+        else:  # each completion contains its prompt
+            common = min(common_prefix_length(*completions), *(max(len(ids) - 1, 0) for ids in completions))
             prompt, completions = completions[0][:common], [ids[common:] for ids in completions]
         labels: tuple[bool, ...] = (True, False)
         mask: list[bool] = []
@@ -282,7 +296,7 @@ class ComparisonEncoder(Encoder):
     # -- cutting and counting -----------------------------------------------------------------------------------------
 
     def _rows(self, sample: _Encoded, stops: set[int]) -> list[dict[str, Any]]:
-        """The rows that a sample makes, without what the data say of it beside texts."""
+        """The rows of a sample, without the values that are not texts."""
         if self.recipe.kind != "unpaired":
             return [self._row(sample, sample.completions, stops)]
         rows = []
@@ -336,14 +350,6 @@ class ComparisonEncoder(Encoder):
         return row
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """With how many tokens both begin."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    return next(at for at in range(shorter) if one[at] != other[at])
-
-
 def _fault(prompt: int, completions: Sequence[Sequence[int]]) -> int:
     if not prompt:
         return NO_PROMPT
@@ -353,15 +359,14 @@ def _fault(prompt: int, completions: Sequence[Sequence[int]]) -> int:
 
 
 def _is_blank(completion: Any) -> bool:
-    """Whether a completion, a text or messages, says nothing."""
+    """Whether a completion, a text or messages, has no text and no tool calls."""
     if isinstance(completion, str):
         return not completion.strip()
     return not any(str(message.get("content") or "").strip() or message.get("tool_calls") for message in completion)
 
 
 def _ends(completions: Sequence[Sequence[int]], kept: Sequence[slice], stops: set[int]) -> int:
-    """The token that ends the first completion, if every one has such a token in what is kept of it; else -1. The last
-    end of a turn is what counts."""
+    """The token that ends the first completion, or -1 if the kept part of a completion lacks its last end of turn."""
     ends = []
     for ids, part in zip(completions, kept, strict=True):
         last = next((at for at in reversed(range(len(ids))) if ids[at] in stops), -1)

@@ -1,7 +1,7 @@
-"""Judged completions to tokens: pairs of which one is preferred, single ones with a label, solutions in steps.
+"""Comparisons: judged completions to tokens.
 
-A prompt and each of its completions are tokenised as one text. The prompt's tokens are those with which the prompt
-alone and all of these texts begin; what follows them is the completion, so that all completions continue one prompt.
+They are pairs with a preferred completion, single completions with a label, or solutions in steps with a label for each
+step.
 """
 
 from collections import Counter
@@ -57,20 +57,20 @@ def prepare_preferences(
     look_at: int = 1000,
     **options: Any,
 ) -> tuple[Any, PreferenceReport]:
-    """Turns rows of judged completions into tokens; `options` are the fields of `Preferences`, of which `kind` is one.
+    """Tokenises judged completions. `options` are the fields of `Preferences`; `kind` is required. The other arguments
+    are those of `recipe.prepare`.
 
-    Returns a data set, whose `row` is the index in `dataset`, and the report of what was done. Its columns are
-    `prompt_ids` and
+    Returns a table or a stream, as `dataset` is, and the report. The columns are `prompt_ids` (token ids), `row` (index
+    in `dataset`), and
 
-    - of "pairs": `chosen_ids`, `rejected_ids`, and where the data have them `margin`, `ref_chosen_logps` and
-      `ref_rejected_logps`;
-    - "unpaired": `completion_ids`, `label`, and maybe `ref_logps`; a pair makes two rows;
-    - "steps": `completion_ids`, `step_mask` (true at the last token of each step) and `step_labels` (1 or 0, one for
-      each step).
+    - for "pairs": `chosen_ids` and `rejected_ids` (token ids), and, if the data have them, the numbers `margin`,
+      `ref_chosen_logps` and `ref_rejected_logps`;
+    - for "unpaired": `completion_ids` (token ids), `label` (bool), and, if the data have it, the number `ref_logps`. A
+      pair makes two rows;
+    - for "steps": `completion_ids` (L token ids), `step_mask` (L bools, true at the last token of each step) and
+      `step_labels` (1 or 0 for each step).
 
-    A data set that has these columns already is cut and checked, and else stays as it is. Raises `DataError`, which
-    names the row, the field and the remedy, for a row that cannot be read, for options that do not fit, and when no row
-    is left.
+    Rows that have these columns already are only checked and cut. Raises `DataError` as `recipe.prepare` does.
     """
     preferences = Preferences(**options)
     return recipe.prepare(preferences, dataset, tokenizer, name=name, num_proc=num_proc, look_at=look_at)
@@ -78,14 +78,18 @@ def prepare_preferences(
 
 @dataclass(frozen=True, kw_only=True)
 class Preferences(TrainedRecipe):
-    """Rows to prompts and completions. `kind` is a key of `KINDS`.
+    """Rows to prompts and completions.
 
-    `max_prompt_length` keeps the end of a prompt, `max_completion_length` the beginning of a completion. What is then
-    longer than `max_length` is cut as `truncation_mode` says: `keep_start` cuts completions at their end, and a row
-    whose prompt leaves no room for them is dropped; `keep_end` cuts the prompt at its beginning, by what the longer
-    completion needs, but for its last token, and then completions at their beginning.
-
-    Of steps: `step_separator` is written after each; `train_on_last_step_only` judges the last alone.
+    Args:
+        kind: "pairs", "unpaired" or "steps".
+        max_prompt_length: the most tokens of a prompt, which loses its beginning. None (the default): no limit.
+        max_completion_length: the most tokens of a completion, which loses its end. None (the default): no limit.
+        truncation_mode: how a row is cut that is then still longer than `max_length`. "keep_start" (the default) cuts
+            completions at their end, and drops a row whose prompt leaves no room for them. "keep_end" cuts the prompt
+            at its beginning, down to its last token if the longer completion needs the room, and then completions at
+            their beginning.
+        step_separator: the text after each step; a newline by default.
+        train_on_last_step_only: judge only the last step. False by default.
     """
 
     kind: str
@@ -122,8 +126,11 @@ class Preferences(TrainedRecipe):
         return ComparisonEncoder(tokenizer, shape, self, first_row)
 
     def cut(self, prompt: int, completions: Sequence[int]) -> tuple[int, list[slice]] | None:
-        """Where a prompt of so many tokens begins, and what stays of completions of so many; None where the prompt
-        leaves no room for them."""
+        """How a row is cut, for a prompt and completions of these lengths in tokens.
+
+        Returns where the kept part of the prompt begins, and the kept slice of each completion. Returns None if the
+        prompt leaves no room for completions.
+        """
         begin = 0 if self.max_prompt_length is None else max(0, prompt - self.max_prompt_length)
         longest = self.max_completion_length
         ends = [length if longest is None else min(length, longest) for length in completions]
@@ -157,7 +164,7 @@ class Preferences(TrainedRecipe):
             count[counter][kept]
             for counter in ("_prompt", "_first", "_second", "_prompt_kept", "_kept", "_trainable", "_trained", "_empty")
         )
-        completions = first + np.maximum(second, 0)  # -1: there is no second one
+        completions = first + np.maximum(second, 0)  # -1: there is no second completion
         ends = Counter(count["_end"][kept].tolist())
         ending = sum(ends.values()) - ends.pop(-1, 0)
         limits = ("max_length", "max_prompt_length", "max_completion_length")

@@ -1,6 +1,6 @@
-"""Texts and conversations to tokens: what a row goes through whatever it is for.
+"""Texts and conversations to tokens: the steps that all recipes share.
 
-A text is tokenised whole, never in parts, so that its tokens are those that the model meets elsewhere.
+A text is tokenised as a whole, not in parts, so that its tokens are those that the model knows from other texts.
 """
 
 import contextlib
@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Text(NamedTuple):
-    """A text to be tokenised, and which characters of it are trained (None: all). Of an `open` text more follows: it
-    gets nothing that ends a text."""
+    """A text to tokenise.
+
+    `spans` are the characters that are trained; None means all. An `open` text is continued, so it gets no token that
+    ends a text.
+    """
 
     text: str
     spans: list[Span] | None = None
@@ -32,7 +35,12 @@ class Text(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A text as tokens, before it is cut."""
+    """A text as tokens, before it is cut.
+
+    `ids` and `mask` (whether a token is trained) have the same length. `bos_doubled` says that the text has a beginning
+    of text of its own, so that the tokenizer's is left out. `straddles` says that one token covers both the end of the
+    prompt and the beginning of the first span.
+    """
 
     ids: list[int]
     mask: list[bool]
@@ -41,13 +49,13 @@ class Tokens(NamedTuple):
 
 
 def bos_doubled(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
-    """Whether the tokenizer added a beginning of text to a text that has one."""
+    """Whether the tokenizer added a beginning of text (BOS) to a text that already has one."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(ids[:2]) == [bos, bos] and text.startswith(str(tokenizer.bos_token))
 
 
 class Encoder:
-    """Base of the functions that `datasets.map` runs over batches: pickled and hashed, so it holds plain values only.
+    """Base of the functions that `datasets.map` applies to batches. They are pickled, so they hold plain values only.
 
     A subclass turns a batch into the columns of `features`, or, where these are None, into columns whose types are
     those of their values. The recipe's counters are among them.
@@ -69,7 +77,7 @@ class Encoder:
     # -- conversations to text ----------------------------------------------------------------------------------------
 
     def _template_options(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[dict[str, Any]] | None:
-        """The keyword arguments for the template of each row, or None if no row has any."""
+        """The keyword arguments of the chat template for each row, or None if no row has any."""
         tools, further = self.shape.columns.get("tools"), self.shape.columns.get("chat_template_kwargs")
         if tools is None and further is None:
             return None
@@ -77,7 +85,7 @@ class Encoder:
         for position, row in enumerate(indices):
             option = dict(without_none(batch[further][position] or {})) if further else {}
             value = batch[tools][position] if tools else None
-            in_json = isinstance(value, str)  # there a null is meant, and not what a table fills gaps with
+            in_json = isinstance(value, str)  # a null in JSON is meant; in a table it fills a gap
             if isinstance(value, str) and value.strip():
                 try:
                     value = json.loads(value)
@@ -105,7 +113,7 @@ class Encoder:
         texts: list[str | None] = [None] * len(conversations)
         if options is None:
             options = [{}] * len(conversations)
-            with contextlib.suppress(DataError):  # else one by one, to find the row
+            with contextlib.suppress(DataError):  # after an error one by one, to find the row
                 texts = [*template.render_all(conversations, add_generation_prompt)]
         found = []
         for messages, text, row, option in zip(conversations, texts, indices, options, strict=True):
@@ -146,7 +154,7 @@ class Encoder:
     # -- text to tokens -----------------------------------------------------------------------------------------------
 
     def _tokenise(self, texts: list[Text], plain: bool) -> list[Tokens]:
-        """`plain` text gets the tokenizer's special tokens and an EOS; a rendered conversation has its own."""
+        """The tokens of texts. Only `plain` texts get special tokens and EOS; rendered conversations have their own."""
         if not self.tokenizer.is_fast:
             return [self._tokenise_pieces(text, plain) for text in texts]
         words = Words.of(self.tokenizer)
@@ -155,8 +163,8 @@ class Encoder:
         rows = [self._tokenise_words(words, text, plain) for text in texts]
         if not words.right:
             logger.warning(
-                "Tokens by the word differ from the tokenizer's own, which are used from here on. Please report the "
-                "name of this tokenizer; to be certain of the rows before, prepare the data again in this process."
+                "Word-by-word tokenisation differs from the tokenizer, which is used alone from here on. Please report "
+                "the name of this tokenizer. To be certain of earlier rows, prepare the data again in this process."
             )
             return self._tokenise_batch(texts, plain)
         missing = [index for index, row in enumerate(rows) if row is None]
@@ -210,12 +218,12 @@ class Encoder:
         return rows
 
     def _tokenise_pieces(self, text: Text, plain: bool) -> Tokens:
-        """Without offsets: every trained piece, and every piece between two, is tokenised on its own."""
+        """The tokens of a text whose tokenizer gives no offsets: each span, and each piece between spans, by itself."""
         ids: list[int] = []
         mask: list[bool] = []
-        whole = len(text.text)
+        length = len(text.text)
         position = 0
-        for start, end in [*([(0, whole)] if text.spans is None else text.spans), (whole, whole)]:
+        for start, end in [*([(0, length)] if text.spans is None else text.spans), (length, length)]:
             for trained, piece in ((False, text.text[position:start]), (True, text.text[start:end])):
                 new = self._encode(piece, special=False) if piece else []
                 ids += new
@@ -234,7 +242,7 @@ class Encoder:
         return [*before, *ids, *after], [False] * len(before) + mask + [text.spans is None] * len(after)
 
     def _frame(self) -> tuple[list[int], list[int]]:
-        """The tokens that the tokenizer sets around a text."""
+        """The tokens that the tokenizer adds before and after a text."""
         if self.frame is None:
             bare, framed = self._encode("a", special=False), self._encode("a", special=True)
             before = next(shift for shift in range(len(framed)) if framed[shift : shift + len(bare)] == bare)
@@ -251,13 +259,13 @@ class Encoder:
             ids, mask = ids[1:], mask[1:]
         if plain and not text.open and self.recipe.add_eos and eos is not None:
             if ids and ids[-1] == eos:
-                mask[-1] = True  # also where the tokenizer added it, at no place of the text
+                mask[-1] = True  # also if the tokenizer added it, where no span covers it
             else:
                 ids, mask = [*ids, eos], [*mask, True]
         return Tokens(ids, mask, doubled, straddles)
 
     def _check_ids(self, ids: Any, where: str) -> list[int]:
-        """`ids` if they are tokens of this tokenizer. Raises `DataError`, which begins with `where`."""
+        """The token ids of a row. Raises `DataError`, which begins with `where`, if the tokenizer lacks one of them."""
         if ids is None:
             raise DataError(f"{where} is None. Remove such rows with `dataset.filter`.")
         for index, token in enumerate(ids):
@@ -271,5 +279,5 @@ class Encoder:
         return list(ids)
 
     def _stops(self) -> set[int]:
-        """The tokens that end a text or a turn."""
+        """The ids of the tokens that end a text or a turn."""
         return chat.end_tokens(self.tokenizer)

@@ -1,4 +1,4 @@
-"""Prompts with completions of other prompts: what an estimate of the divergence from a reference is taken on."""
+"""Prompts paired with completions of other prompts. KTO estimates the divergence from the reference on them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +9,21 @@ from datasets import Dataset, IterableDataset
 from trl.data.reading.errors import DataError
 
 COLUMN = "kl_completion_ids"
-STREAM_ROWS = 1000  # of a stream, the completion comes from one of so many rows
+STREAM_ROWS = 1000  # in a stream, rows exchange completions within blocks of this many rows
 
 
 def mismatched(rows: Dataset | IterableDataset, *, seed: int, max_length: int | None) -> Dataset | IterableDataset:
-    """The rows with a completion of another prompt beside their own, in the column `kl_completion_ids`.
+    """Adds to each row a completion of another prompt, in the column `kl_completion_ids`.
 
-    Which one is drawn once, by `seed`, out of the whole data set (of a stream: out of a thousand rows), so that it
-    depends neither on the batch nor on the rank. It is cut so that prompt and completion have `max_length` tokens at
-    most. Raises `DataError` when there is no other row to draw from.
+    The completion is drawn once from the whole data set (in a stream: from a block of `STREAM_ROWS` rows), so that it
+    does not depend on the batch or the rank.
+
+    Args:
+        rows: rows with `prompt_ids` and `completion_ids`. Rows that have the column already stay as they are.
+        seed: the seed of the draw.
+        max_length: the most tokens of a prompt with its new completion, which is cut to fit. None: no limit.
+
+    Raises `DataError` if there is only one row.
     """
     if COLUMN in (rows.column_names or ()):
         return rows
@@ -35,7 +41,7 @@ def mismatched(rows: Dataset | IterableDataset, *, seed: int, max_length: int | 
 
 
 def partners(prompts: Sequence[Sequence[int]], seed: int) -> np.ndarray:
-    """For each row another one, of another prompt where there is one; each row is drawn about once."""
+    """For each row the index of another row, [rows], with another prompt if there is one. Each is drawn about once."""
     count = len(prompts)
     generator = np.random.default_rng(seed)
     order = generator.permutation(count)
@@ -53,6 +59,7 @@ def partners(prompts: Sequence[Sequence[int]], seed: int) -> np.ndarray:
 def cut(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], drawn: np.ndarray, max_length: int | None
 ) -> list[Sequence[int]]:
+    """The completions of the rows `drawn`, each cut so that it fits with its new prompt, but never to nothing."""
     chosen = [completions[index] for index in drawn]
     if max_length is None:
         return chosen

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data.reading.broken import KEPT
 from trl.data.reading.errors import DataError
 from trl.data.reading.formats import Shape, part_to_column
-from trl.data.reading.messages import is_talk, messages_of, place, text_of
+from trl.data.reading.messages import is_conversation, messages_of, place, text_of
 from trl.data.report import PromptReport, show
 from trl.data.tokenizing import recipe
 from trl.data.tokenizing.encode import Encoder, Text
@@ -84,7 +84,7 @@ class Prompts(Recipe):
                 "Name one `prompt`, with `columns` (as in columns={'prompt': 'task'}) or `dataset.rename_column`."
             )
         first = dataset.with_format(None).select_columns([column])[:100][column]
-        conversational = is_talk(next((value for value in first if value), None))
+        conversational = is_conversation(next((value for value in first if value), None))
         how = "conversations, through the chat template" if conversational else "strings, tokenised as they are"
         options = {each: each for each in OPTIONS if conversational and each in dataset.column_names}
         return Shape("prompts", {"prompt": column, **options}, conversational, f"`{column}` read as {how}")
@@ -165,7 +165,7 @@ class PromptEncoder(Encoder):
     def _prompt(self, value: Any, where: str) -> Any:
         """The prompt in a row: a string, or messages of which the last is not the assistant's answer."""
         conversational = self.shape.conversational
-        if isinstance(value, str) if conversational else is_talk(value):
+        if isinstance(value, str) if conversational else is_conversation(value):
             here, first = ("a string", "messages") if conversational else ("messages", "a string")
             raise DataError(f"{where} is {here} where row 0 has {first}. Give one kind in every row.")
         if not conversational:

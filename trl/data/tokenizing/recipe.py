@@ -20,7 +20,7 @@ from trl.data.report import Dropped
 from trl.data.tokenizing import chat
 from trl.data.tokenizing.encode import Encoder
 
-RECIPE = 4  # raise it when the same options give other tokens, so that no stale cache is read
+CACHE_VERSION = 4  # raise it when the same options give other tokens, so that no stale cache is read
 STREAM_BATCH = 100  # rows of a stream that are tokenised together
 
 
@@ -200,7 +200,7 @@ def fingerprint(encoder: Encoder, dataset: datasets.Dataset) -> str:
     options["formatting_func"] = datasets.fingerprint.Hasher.hash(options.get("formatting_func"))
     special = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template)
     own = (type(recipe).__name__, encoder.shape, encoder.first_row, sorted(options.items()))
-    parts = (RECIPE, dataset._fingerprint, transformers.__version__, vocabulary, special, own)
+    parts = (CACHE_VERSION, dataset._fingerprint, transformers.__version__, vocabulary, special, own)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
-"""Rows to token ids and loss masks: one pass over the data, one call of the tokenizer for a batch of rows.
+"""Sequences: rows to token ids and loss masks, for SFT.
 
-Masks are made from positions, never from token ids: the end of a turn is trained even where it serves as padding.
+Masks come from positions, not from token ids: the end of a turn is trained even if its token is also used for padding.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from trl.data.reading.messages import (
     answer_of,
     dialogue_of,
     headed_text,
-    is_talk,
+    is_conversation,
     messages_of,
     place,
     pop_flags,
@@ -31,7 +31,7 @@ from trl.data.tokenizing import recipe
 from trl.data.tokenizing.encode import Encoder, Text, Tokens
 from trl.data.tokenizing.recipe import TrainedRecipe
 
-UNTRAINED_LABEL = -100  # what `labels` hold where no loss is taken, as everywhere in PyTorch
+UNTRAINED_LABEL = -100  # the value of `labels` where no loss is taken, as everywhere in PyTorch
 
 TOO_SHORT, NOTHING_TRAINED, ALL_CUT = range(1, 4)
 REASONS = {
@@ -45,7 +45,6 @@ REMEDIES = {
     "(assistant_only_loss=False, completion_only_loss=False).",
     ALL_CUT: "Raise `max_length`, or set truncation_mode to the other end of the row.",
 }
-# What travels beside the tokens until the report is written.
 COUNTERS = ("_length", "_trainable", "_trained", "_dropped", "_end", "_bos_doubled", "_straddles")
 FEATURES = datasets.Features(
     {
@@ -57,7 +56,7 @@ FEATURES = datasets.Features(
 )
 
 
-def prepare(
+def prepare_sequences(
     dataset: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -66,14 +65,12 @@ def prepare(
     look_at: int = 1000,
     **options: Any,
 ) -> tuple[Any, DataReport]:
-    """Turns rows of any known shape into token ids and loss masks; `options` are the fields of `Sequences`.
+    """Tokenises rows. `options` are the fields of `Sequences`; the other arguments are those of `recipe.prepare`.
 
-    Returns a data set with the columns `input_ids` (list of int32, length L), `loss_mask` (list of bool, length L:
-    whether the loss is taken on predicting this token; never true for the first) and `row` (index in `dataset`), and
-    the report of what was done. Rows without a trained token, or with fewer than two tokens, are left out and counted.
-
-    Raises `DataError`, which names the row, the field and the remedy, for a row that cannot be read, for options that
-    do not fit the data, and when no row at all is left.
+    Returns a table or a stream, as `dataset` is, and the report. The columns are `input_ids` (L token ids, int32),
+    `loss_mask` (L bools: whether the loss is taken on predicting this token; never true for the first) and `row`
+    (index in `dataset`). Rows without a trained token, or with fewer than two tokens, are left out and counted. Raises
+    `DataError` as `recipe.prepare` does.
     """
     sequences = Sequences(**options)
     return recipe.prepare(sequences, dataset, tokenizer, name=name, num_proc=num_proc, look_at=look_at)
@@ -83,9 +80,12 @@ def prepare(
 class Sequences(TrainedRecipe):
     """Rows to sequences with a loss mask.
 
-    `text_field` names the column of text, or of conversations. `formatting_func` makes a text or messages of a row.
-    `completion_only_loss` None means True where there are completions; `assistant_only_loss` trains the assistant's
-    turns alone.
+    Args:
+        text_field: the column of text or of conversations; "text" by default.
+        formatting_func: takes a row and returns a text or a list of messages, or takes a batch of rows and returns a
+            list of texts. None by default.
+        completion_only_loss: train on completions and not on prompts. None (the default): if there are completions.
+        assistant_only_loss: train on the assistant's turns only. False by default.
     """
 
     text_field: str = "text"
@@ -154,7 +154,7 @@ class Sequences(TrainedRecipe):
 
 
 class SequenceEncoder(Encoder):
-    """Batches of rows to sequences and masks."""
+    """Batches of rows to sequences and loss masks."""
 
     features = FEATURES
     recipe: Sequences
@@ -180,12 +180,15 @@ class SequenceEncoder(Encoder):
             rows = self._tokenise(self._read_conversational_completions(batch, indices), plain=False)
         else:
             texts = self._read_completions(batch, indices)
-            rows = [self._kept_apart(*each) for each in zip(texts, self._tokenise(texts, plain=True), strict=True)]
+            rows = [self._separated(*each) for each in zip(texts, self._tokenise(texts, plain=True), strict=True)]
         return self._columns(rows, indices)
 
-    def _kept_apart(self, text: Text, row: Tokens) -> Tokens:
-        """The tokens of a prompt and its completion. Where one token covers the end of the one and all of the other,
-        there would be nothing to train on: the two are then tokenised apart."""
+    def _separated(self, text: Text, row: Tokens) -> Tokens:
+        """The tokens of a prompt and its completion.
+
+        If one token covers the end of the prompt and all of the completion, nothing would be trained: the two are then
+        tokenised separately.
+        """
         if not row.straddles:
             return row
         trained = sum(row.mask) - int(self.recipe.add_eos and row.mask[-1])
@@ -194,9 +197,9 @@ class SequenceEncoder(Encoder):
     # -- rows to text -------------------------------------------------------------------------------------------------
 
     def _format(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[Tokens]:
-        """Rows by the user's own function."""
+        """The tokens of rows that the user's `formatting_func` turns into texts or messages."""
         assert self.formatting_func is not None
-        column, talk = "formatting_func", self.shape.kind == "messages"
+        column, conversational = "formatting_func", self.shape.kind == "messages"
         if self.shape.formatting == "batch":
             values = call_formatting(self.formatting_func, dict(batch), indices[0])
             if not isinstance(values, list | tuple) or len(values) != len(indices):
@@ -213,13 +216,13 @@ class SequenceEncoder(Encoder):
                 for row, index in zip(rows, indices, strict=True)
             ]
         for value, row in zip(values, indices, strict=True):
-            if is_talk(value) is not talk:
-                first, here = ("messages", "a string") if talk else ("a string", "something else")
+            if is_conversation(value) is not conversational:
+                first, here = ("messages", "a string") if conversational else ("a string", "something else")
                 raise DataError(
                     f"row {row}: formatting_func returned {first} for row 0 and {here} for this one. Return one kind."
                 )
         named = {**batch, column: values}
-        if talk:
+        if conversational:
             return self._tokenise(self._read_conversations(named, indices, column), plain=False)
         return self._tokenise([Text(text) for text in values], plain=True)
 
@@ -228,10 +231,10 @@ class SequenceEncoder(Encoder):
     ) -> list[Text]:
         column = column or self.shape.columns["messages"]
         wheres = [place(row, column) for row in indices]
-        talks = [messages_of(value, where) for value, where in zip(batch[column], wheres, strict=True)]
-        flags = [pop_flags(talk, where) for talk, where in zip(talks, wheres, strict=True)]
+        messages = [messages_of(value, where) for value, where in zip(batch[column], wheres, strict=True)]
+        flags = [pop_flags(each, where) for each, where in zip(messages, wheres, strict=True)]
         systems = self._systems(batch, indices)
-        conversations = [with_system(system, talk) for system, talk in zip(systems, talks, strict=True)]
+        conversations = [with_system(system, each) for system, each in zip(systems, messages, strict=True)]
         options = self._template_options(batch, indices)
         if not any(flags) and not self.assistant_only_loss:
             return [Text(text) for text in self._render(conversations, options, indices, column)]
@@ -248,14 +251,14 @@ class SequenceEncoder(Encoder):
                 found = [Text(text, spans) for text, spans in self._assistant_spans(some, own, rows, column)]
             texts.update(zip(positions, found, strict=True))
         return [
-            text if flag is None else self._flagged(text, flag, talks[position], wheres[position])
+            text if flag is None else self._flagged(text, flag, messages[position], wheres[position])
             for position, flag in enumerate(flags)
             for text in [texts[position]]
         ]
 
     @staticmethod
     def _flagged(text: Text, flags: Sequence[bool], messages: Sequence[Mapping[str, Any]], where: str) -> Text:
-        """The text with those of the assistant's turns trained that `flags` say, an entry for each message."""
+        """The text with the assistant's turns trained whose entry in `flags` (one for each message) is true."""
         spans = text.spans or []
         turns = [on for on, message in zip(flags, messages, strict=True) if message["role"] == "assistant"]
         if len(turns) != len(spans):
@@ -272,12 +275,12 @@ class SequenceEncoder(Encoder):
     def _read_completions(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[Text]:
         texts = []
         for prompt, completion in self._pairs(batch, indices):
-            whole = prompt + completion
-            texts.append(Text(whole, [(len(prompt), len(whole))] if self.completion_only_loss else None))
+            full_text = prompt + completion
+            texts.append(Text(full_text, [(len(prompt), len(full_text))] if self.completion_only_loss else None))
         return texts
 
     def _pairs(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[tuple[Any, Any]]:
-        """Prompt and completion of each row: as they are, or, of a dialogue, as two texts or lists of messages."""
+        """The prompt and the completion of each row, both texts or both lists of messages."""
         prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
         pairs: list[tuple[Any, Any]] = []
         if self.shape.kind != "dialogue":
@@ -298,8 +301,8 @@ class SequenceEncoder(Encoder):
 
     def _read_conversational_completions(self, batch: Mapping[str, list[Any]], indices: list[int]) -> list[Text]:
         prompts, completions = self.shape.columns["prompt"], self.shape.columns["completion"]
-        wholes, tails = [], []
-        marks: list[list[list[bool] | None]] = []  # which messages of prompt and completion say that they are trained
+        conversations, tails = [], []
+        marks: list[list[list[bool] | None]] = []  # the flags of the messages of each prompt and completion
         for (prompt, completion), row in zip(self._pairs(batch, indices), indices, strict=True):
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
@@ -307,15 +310,17 @@ class SequenceEncoder(Encoder):
                 completion = [{"role": "assistant", "content": completion}]
             head, tail = messages_of(prompt, place(row, prompts)), messages_of(completion, place(row, completions))
             marks.append([pop_flags(head, place(row, prompts)), pop_flags(tail, place(row, completions))])
-            wholes.append(head + tail)
+            conversations.append(head + tail)
             tails.append(tail)
         options = self._template_options(batch, indices)
         marked = any(flags and not all(flags) for _, flags in marks)
         if not self.completion_only_loss and not self.assistant_only_loss and not marked:
-            return [Text(text) for text in self._render(wholes, options, indices, completions)]
+            return [Text(text) for text in self._render(conversations, options, indices, completions)]
         texts = []
-        spans = self._assistant_spans(wholes, options, indices, completions)
-        for (text, turns), whole, tail, (_, flags), row in zip(spans, wholes, tails, marks, indices, strict=True):
+        spans = self._assistant_spans(conversations, options, indices, completions)
+        for (text, turns), conversation, tail, (_, flags), row in zip(
+            spans, conversations, tails, marks, indices, strict=True
+        ):
             if flags is not None and not all(flags):
                 own = turns[len(turns) - sum(message["role"] == "assistant" for message in tail) :]
                 texts.append(self._flagged(Text(text, own), flags, tail, place(row, completions)))
@@ -329,14 +334,14 @@ class SequenceEncoder(Encoder):
                     f"{place(row, completions)} begins with the role {roles[0]!r}. A completion begins with the "
                     "assistant's message: move the others to the prompt."
                 )
-            if len(turns) != sum(message["role"] == "assistant" for message in whole):
+            if len(turns) != sum(message["role"] == "assistant" for message in conversation):
                 raise DataError(
                     f"{place(row, completions)}: the chat template marks {len(turns)} generations, which is not the "
                     "number of assistant messages, so the completion cannot be told apart. Use "
                     "assistant_only_loss=True with completion_only_loss=False."
                 )
             turns = turns[len(turns) - roles.count("assistant") :]
-            # What stands between the turns of one completion (a tool's result) is part of the completion.
+            # The messages between the turns of a completion (results of tools) belong to the completion.
             texts.append(Text(text, turns if self.assistant_only_loss else [(turns[0][0], turns[-1][1])]))
         return texts
 
@@ -383,9 +388,9 @@ class SequenceEncoder(Encoder):
         for row in rows:
             ids, mask = row.ids, row.mask
             length = len(ids)
-            mask[:1] = [False] * min(1, length)  # nothing stands before the first token to predict it from
+            mask[:1] = [False] * min(1, length)  # no token stands before the first one to predict it from
             trainable = trained = sum(mask)
-            # The last end of a turn is what the model learns to stop by; the cut may take it.
+            # The model learns to stop from the last end of turn, which the cut may remove.
             last = next((at for at in reversed(range(length)) if mask[at] and ids[at] in stops), None)
             end = -1 if last is None else ids[last]
             if self.recipe.max_length is not None and length > self.recipe.max_length:

@@ -1,12 +1,13 @@
-"""Tokens by the word: for tokenizers that cut a text into words first, each word is tokenised once and remembered.
+"""A table from words to tokens, for tokenizers that cut a text into words first: each word is tokenised only once.
 
-Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM and their kin) cuts a text at the added tokens, cuts what lies between into
-words by a regular expression, and merges bytes inside each word alone. The words of a language are few, so that a table
-from word to tokens replaces nearly all of that work. The tokens of a new word are the tokenizer's own.
+Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM and similar) cuts a text at the added tokens, cuts the rest into words by a
+regular expression, and merges bytes inside each word alone. A language has few words, so a table replaces nearly all of
+that work. The tokens of a new word come from the tokenizer.
 
-Nothing is taken on trust. `Words.of` refuses every pipeline that it does not know; what it accepts has to reproduce the
-tokenizer on all pairs of ASCII characters; every other character has to be cut as the tokenizer cuts it before it is
-first used; and of the texts that follow, one in `CHECK_EVERY` is tokenised both ways. What fails goes the usual way.
+The table is checked all the time. `Words.of` refuses every pipeline that it does not know. An accepted one must give
+the tokenizer's tokens for all pairs of ASCII characters. Any other character must be cut as the tokenizer cuts it,
+which is tested before its first use. One text in `CHECK_EVERY` is tokenised both ways. After a failure the tokenizer
+itself is used.
 """
 
 import json
@@ -21,13 +22,13 @@ from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerBase
 
 CHECK_EVERY = 64
-LARGEST_TABLE = 1_000_000  # words; a text of inventions is not to fill the memory
-LONGEST_WORD = 64  # characters; longer ones do not come again
+LARGEST_TABLE = 1_000_000  # words; a text of random words must not fill the memory
+LONGEST_WORD = 64  # characters; longer words hardly repeat
 
-# What the ByteLevel step of `tokenizers` cuts by, unless told not to.
+# The default pattern of the ByteLevel step of `tokenizers`.
 BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
-# White space is what Unicode calls so: Python's `\s` has four control characters more.
+# White space as Unicode defines it. Python's `\s` has four more control characters.
 ASCII = {"s": r"\t-\r ", "L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9", "Nd": "0-9", "Lt": "", "Lm": "", "Lo": "",
          "M": "", "Mn": "", "Nl": "", "No": ""}  # fmt: skip
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -35,8 +36,11 @@ ITEM = re.compile(r"\\[pP]\{\^?\w+\}|\\.|\[\^?|\]|.", re.DOTALL)
 
 
 class Marked:
-    """The tokens of a text with spans: which of them begin inside one, and whether a token covers the beginning of the
-    first span together with what stands before it."""
+    """The tokens of a text with spans.
+
+    `mask` says which tokens begin inside a span. `straddles` says that one token covers the beginning of the first
+    span together with text before it.
+    """
 
     __slots__ = ("ids", "mask", "straddles")
 
@@ -54,11 +58,11 @@ def _of(tokenizer: PreTrainedTokenizerBase, *state: Any) -> "Words | None":
 
 
 class _Unknown(Exception):
-    """A step of the tokenizer that is not known here."""
+    """The tokenizer has a step that is not known here."""
 
 
 class _Table(dict[str, tuple[int, ...]]):
-    """Word -> tokens. A word that is missing is asked of the tokenizer."""
+    """Word -> tokens. The tokens of a missing word come from the tokenizer's model."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -78,13 +82,13 @@ class _Table(dict[str, tuple[int, ...]]):
 
 
 class Words:
-    """Use `Words.of(tokenizer)` to get it."""
+    """The table of words of one tokenizer. `Words.of(tokenizer)` returns it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.backend = tokenizer.backend_tokenizer
         if self.backend.encode_special_tokens:
             raise _Unknown
-        self.backend.no_truncation()  # as every call of the tokenizer does that asks for none
+        self.backend.no_truncation()  # as every call of the tokenizer without truncation does
         self.backend.no_padding()
         self.nfc = isinstance(self.backend.normalizer, normalizers.NFC)
         model = self.backend.model
@@ -108,7 +112,7 @@ class Words:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> "Words | None":
-        """What tokenises as `tokenizer` does, without what it adds around a text; None where that is not to be had."""
+        """The table of a tokenizer, or None if there cannot be one. It adds no special tokens around a text."""
         if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
             return None
         words = _of(tokenizer, len(tokenizer), id(tokenizer.backend_tokenizer))
@@ -117,8 +121,8 @@ class Words:
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int] | None:
-        """The tokens of `text`, or None where the tokenizer has to be asked."""
-        if not self._may(text):
+        """The token ids of `text`, or None if the tokenizer itself must be used."""
+        if not self._is_allowed(text):
             return None
         ids: list[int] = []
         for number, piece in enumerate(self.cuts.split(text) if self.cuts is not None else [text]):
@@ -130,12 +134,12 @@ class Words:
         return self._checked(text, ids)
 
     def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> Marked | None:
-        """The same, with the tokens that begin inside one of `spans`."""
-        if not self._may(text):
+        """`encode`, with the tokens that begin inside one of `spans` marked."""
+        if not self._is_allowed(text):
             return None
         ids: list[int] = []
         edges = [edge for span in spans for edge in span]
-        places: list[int] = []  # of the first token that begins at an edge or behind it
+        places: list[int] = []  # for each edge, the first token that begins at it or after it
         straddles = False
         position = 0
         for number, piece in enumerate(self.cuts.split(text) if self.cuts is not None else [text]):
@@ -189,7 +193,8 @@ class Words:
 
     # -- trust --------------------------------------------------------------------------------------------------------
 
-    def _may(self, text: str) -> bool:
+    def _is_allowed(self, text: str) -> bool:
+        """Whether the table may be used for a text: all of its characters are cut as the tokenizer cuts them."""
         if not self.right:
             return False
         if text.isascii():
@@ -199,12 +204,12 @@ class Words:
         trusted = self.trusted
         for character in set(text):
             if character not in trusted:
-                trusted[character] = character.isascii() or self._cuts_alike(character)
+                trusted[character] = character.isascii() or self._is_cut_alike(character)
             if not trusted[character]:
                 return False
         return True
 
-    def _cuts_alike(self, character: str) -> bool:
+    def _is_cut_alike(self, character: str) -> bool:
         probes = (
             f"a{character}a 1{character}1 {character} {character}a-{character}-",
             f"A{character}{character}\n'{character}",
@@ -218,7 +223,7 @@ class Words:
         return True
 
     def _checked(self, text: str, ids: list[int]) -> list[int] | None:
-        """`ids`, unless it is this text's turn to be tokenised both ways, and they differ."""
+        """`ids`, or None if this text is one of those that are checked and the tokenizer gives other ids."""
         self.texts += 1
         if self.texts % CHECK_EVERY == 1 and self.backend.encode(text, add_special_tokens=False).ids != ids:
             self.right = False
@@ -226,6 +231,7 @@ class Words:
         return ids
 
     def agrees_on_ascii(self) -> bool:
+        """Whether the table gives the tokenizer's tokens for all pairs of ASCII characters and some more texts."""
         characters = [chr(code) for code in range(128)]
         texts = ["".join(one + other for other in characters) for one in characters]
         texts += [f"a{name} b\n{name}{name}c" for name in list(self.added)[:300]]
@@ -235,8 +241,8 @@ class Words:
 
 
 def _isolated(step: Any, text: str) -> list[str]:
-    """What `step` matches, and what lies between the matches."""
-    if step.groups:  # rare matches, captured: what lies between them is most of the text
+    """The matches of `step` in a text, and the pieces between them, in their order."""
+    if step.groups:  # rare matches, captured: most of the text lies between them
         return [word for word in step.split(text) if word]
     found = step.findall(text)
     if sum(map(len, found)) == len(text):
@@ -252,8 +258,10 @@ def _isolated(step: Any, text: str) -> list[str]:
 
 
 def _token_at(word: str, tokens: Sequence[int], inside: int, backend: Any) -> tuple[int, bool]:
-    """The first of a word's tokens that begins at character `inside` or behind it, and whether none covers both it and
-    the character before it."""
+    """The index of the first token of a word that begins at character `inside` or later.
+
+    The second value is False if one token covers both that character and the one before it.
+    """
     if inside == 0:
         return 0, True
     edge = len(word[:inside].encode())
@@ -261,12 +269,12 @@ def _token_at(word: str, tokens: Sequence[int], inside: int, backend: Any) -> tu
     for place, token in enumerate(tokens):
         if position >= edge:
             return place, position == edge
-        position += len(backend.id_to_token(token))  # a letter is a byte
+        position += len(backend.id_to_token(token))  # each character of a token stands for a byte
     return len(tokens), position == edge
 
 
 def _patterns(pre_tokenizer: Any) -> list[str]:
-    """The regular expressions that cut a text into words, one after another. Raises `_Unknown`."""
+    """The regular expressions that cut a text into words, in their order. Raises `_Unknown` for any other step."""
     if pre_tokenizer is None:
         raise _Unknown
     state = json.loads(pre_tokenizer.__getstate__())
@@ -293,7 +301,10 @@ def _captured(pattern: str, translated: str) -> str:
 
 
 def _translated(pattern: str, ascii_only: bool) -> str:
-    """A pattern of `tokenizers` as one of `regex`, or, for ASCII, of `re`, which is faster. Raises `_Unknown`."""
+    """A pattern of `tokenizers` for the module `regex`, or for `re`, which is faster, if it is for ASCII only.
+
+    Raises `_Unknown` if it has no equal there.
+    """
     result, in_class = [], False
     for item in ITEM.findall(pattern):
         if item.startswith("[") and not in_class:
@@ -319,7 +330,7 @@ def _translated(pattern: str, ascii_only: bool) -> str:
         else:
             result.append(item)
     translated = "".join(result).replace("[]", "(?!)")
-    if re.search(r"\((?!\?)", re.sub(r"\\.", "", translated)):  # groups that capture change what `findall` returns
+    if re.search(r"\((?!\?)", re.sub(r"\\.", "", translated)):  # capturing groups change the result of `findall`
         raise _Unknown
     try:
         re.compile(translated) if ascii_only else regex.compile(translated)
