@@ -173,68 +173,68 @@ def test_upstream_has_the_same_tokens(smol_path: str) -> None:
 TURNS = [{"from": "human", "value": "hello"}]
 SAID, WORSE = {"from": "gpt", "value": "good day"}, {"from": "gpt", "value": "bye"}
 SHAPES: dict[str, tuple[dict[str, Any], str]] = {
-    "messages": (PAIR, "prompts in `prompt`, answered in `chosen` and, worse, in `rejected`"),
+    "messages": (PAIR, "prompts in `prompt`, chosen completions in `chosen`, rejected ones in `rejected`"),
     "a string for a prompt": (
         {**PAIR, "prompt": "hello"},
-        "prompts in `prompt`, answered in `chosen` and, worse, in `rejected`",
+        "prompts in `prompt`, chosen completions in `chosen`, rejected ones in `rejected`",
     ),
     "strings for completions": (
         {"prompt": ASKED, "chosen": "good day", "rejected": "bye"},
-        "prompts in `prompt`, answered in `chosen` and, worse, in `rejected`",
+        "prompts in `prompt`, chosen completions in `chosen`, rejected ones in `rejected`",
     ),
     "single messages": (
         {"prompt": ASKED[0], "chosen": GOOD, "rejected": BAD},
-        "prompts in `prompt`, answered in `chosen` and, worse, in `rejected`",
+        "prompts in `prompt`, chosen completions in `chosen`, rejected ones in `rejected`",
     ),
     "implicit": (
         {"chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
-        "conversations in `chosen` and, worse, in `rejected`; what they begin with alike is the prompt",
+        "chosen conversations in `chosen`, rejected ones in `rejected`; their common beginning is the prompt",
     ),
     "turns of {from, value}": (
         {"chosen": [*TURNS, SAID], "rejected": [*TURNS, WORSE]},
-        "conversations in `chosen` and, worse, in `rejected`; what they begin with alike is the prompt",
+        "chosen conversations in `chosen`, rejected ones in `rejected`; their common beginning is the prompt",
     ),
     "UltraFeedback": (
         {"prompt": "hello", "prompt_id": "x", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD],
          "messages": [*ASKED, GOOD], "score_chosen": 8.0, "score_rejected": 2.0},
-        "prompts in `prompt`, answered in `chosen` and, worse, in `rejected` (prompt_id, messages, score_chosen, "
-        "score_rejected ignored)",
+        "prompts in `prompt`, chosen completions in `chosen`, rejected ones in `rejected` (prompt_id, messages, "
+        "score_chosen, score_rejected ignored)",
     ),
     "messages that are repeated": (
         {"prompt": ASKED, "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
-        "prompts in `prompt`, answered in `chosen` and, worse, in `rejected`",
+        "prompts in `prompt`, chosen completions in `chosen`, rejected ones in `rejected`",
     ),
     "ShareGPT": (
         {"conversations": TURNS, "chosen": SAID, "rejected": WORSE},
-        "conversations in `conversations`, answered in `chosen` and, worse, in `rejected`",
+        "conversations in `conversations`, chosen completions in `chosen`, rejected ones in `rejected`",
     ),
     "ShareGPT with roles": (
         {"messages": ASKED, "chosen": GOOD, "rejected": BAD},
-        "conversations in `messages`, answered in `chosen` and, worse, in `rejected`",
+        "conversations in `messages`, chosen completions in `chosen`, rejected ones in `rejected`",
     ),
     "HH-RLHF": (
         {"chosen": "\n\nHuman: hello\n\nAssistant: good day", "rejected": "\n\nHuman: hello\n\nAssistant: bye"},
-        "transcripts in `chosen` and, worse, in `rejected`; what they begin with alike is the prompt, each row as a "
-        "conversation",
+        "chosen transcripts in `chosen`, rejected ones in `rejected`; their common beginning is the prompt, each row "
+        "as a conversation",
     ),
     "Orca": (
         {"question": "hello", "chosen": "good day", "rejected": "bye", "id": "x"},
-        "questions in `question`, answered in `chosen` and, worse, in `rejected` (id ignored), each row as a "
-        "conversation of two turns",
+        "questions in `question`, chosen completions in `chosen`, rejected ones in `rejected` (id ignored), each row "
+        "as a conversation of two turns",
     ),
     "Argilla": (
         {"instruction": "hello", "chosen_response": "good day", "rejected_response": "bye"},
-        "questions in `instruction`, answered in `chosen_response` and, worse, in `rejected_response`, each row as a "
-        "conversation of two turns",
+        "questions in `instruction`, chosen completions in `chosen_response`, rejected ones in "
+        "`rejected_response`, each row as a conversation of two turns",
     ),
     "Argilla with messages": (
         {"instruction": "hello", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
-        "questions in `instruction`, answered in `chosen` and, worse, in `rejected`",
+        "questions in `instruction`, chosen completions in `chosen`, rejected ones in `rejected`",
     ),
     "ranked": (
         {"prompt": "hello", "responses": ["more", "good day", "bye"], "scores": [0.5, 2.0, -1.0]},
-        "prompts in `prompt` and, of the answers in `responses`, the best against the worst by `scores`, each row as a "
-        "conversation of two turns",
+        "prompts in `prompt` and answers in `responses`; the highest of `scores` is chosen, the lowest rejected, each "
+        "row as a conversation of two turns",
     ),
 }  # fmt: skip
 
@@ -413,9 +413,9 @@ def test_steps_as_the_last_version_that_had_them(smol_path: str) -> None:
         "row": 0,
     }
     assert report.lines()[1:] == [
-        "tokens: 39, each prompt once, of which 2 are steps judged (5.1%)",
-        "lengths before any cut: prompts median 16, 95 % up to 16, longest 16; completions median 23, 95 % up to 23, "
-        "longest 23 tokens; no window set",
+        "tokens: 39, each prompt counted once, 2 of them judged steps (5.1%)",
+        "lengths before any cut: prompts median 16, 95th percentile 16, longest 16; completions median 23, "
+        "95th percentile 23, longest 23 tokens; no window set",
         "labels: 1 true, 1 false",
         "row 0: prompt <|im_start|>Which is larger, 9.8 or 9.11? steps 11 is greater than 8.⟦\\n⟧Hence, 9.11 > 9.8."
         "⟦\\n⟧ labels 1, 0",
@@ -544,11 +544,11 @@ def test_pairs_that_cannot_be_told_apart() -> None:
 def test_the_report_of_good_pairs() -> None:
     _, report = prepare_preferences(load([PAIR, PAIR]), chatml(), kind="pairs", max_length=50)
     assert report.lines() == [
-        "train: 2 rows read, 2 kept; columns prompt, chosen, rejected: read as prompts in `prompt`, answered in "
-        "`chosen` and, worse, in `rejected`",
-        "tokens: 28, each prompt once, of which 10 are trained on (35.7%)",
-        "lengths before any cut: prompts median 9, 95 % up to 9, longest 9; completions median 2, 95 % up to 3, "
-        "longest 3 tokens; window 50",
+        "train: 2 rows read, 2 kept; columns prompt, chosen, rejected: read as prompts in `prompt`, chosen "
+        "completions in `chosen`, rejected ones in `rejected`",
+        "tokens: 28, each prompt counted once, 10 of them trained on (35.7%)",
+        "lengths before any cut: prompts median 9, 95th percentile 9, longest 9; completions median 2, "
+        "95th percentile 3, longest 3 tokens; window 50",
         "end of turn: '<|im_end|>' is trained in every row",
         "row 0: prompt <|im_start|>user\\nhello<|im_end|>\\n<|im_start|>assistant\\n chosen ⟦good day<|im_end|>⟧ "
         "rejected ⟦bye<|im_end|>⟧",
@@ -571,7 +571,7 @@ def test_the_report_of_bad_pairs() -> None:
         "warning: 1 pair cut, which lost 1 of the prompts' tokens (in 1 row) and 1 of the completions' (in 1 row); "
         "limits are max_length 5, max_prompt_length 2 (raise them to keep all)",
         "warning: 1 row dropped: both completions are the same (row 2)",
-        "warning: 1 completion is empty; the model learns from them to say nothing",
+        "warning: 1 completion is empty; the model learns to give empty answers",
     ]  # fmt: skip
     assert (report.prompts_cut, report.prompt_tokens_cut, report.completions_cut, report.completion_tokens_cut) == (
         1, 1, 1, 1)  # fmt: skip

@@ -269,13 +269,13 @@ def test_rows_of_mixed_records() -> None:
             {"prompt": "a", "completion": "b"},
             "prompt_completion",
             {"prompt": "prompt", "completion": "completion"},
-            "columns prompt, completion: read as prompts in `prompt` and their completions in `completion`",
+            "columns prompt, completion: read as prompts in `prompt` and completions in `completion`",
         ),
         (
             {"prompt": TALK[:1], "completion": TALK[1:], "text": "c"},
             "prompt_completion",
             {"prompt": "prompt", "completion": "completion"},
-            "columns prompt, completion, text: read as prompts in `prompt` and their completions in `completion` "
+            "columns prompt, completion, text: read as prompts in `prompt` and completions in `completion` "
             "(text ignored)",
         ),
         (
@@ -316,37 +316,37 @@ PICTURE = {"bytes": b"x", "path": None}
             {"instruction": "a", "input": "b", "output": "c"},
             "dialogue",
             {"prompt": "instruction", "input": "input", "completion": "output"},
-            "instructions in `instruction` and what follows them in `output` with `input`",
+            "instructions in `instruction` and responses in `output` with `input`",
         ),
         (
             {"instruction": "a", "context": "b", "response": "c", "category": "d"},
             "dialogue",
             {"prompt": "instruction", "input": "context", "completion": "response"},
-            "instructions in `instruction` and what follows them in `response` with `context` (category ignored)",
+            "instructions in `instruction` and responses in `response` with `context` (category ignored)",
         ),
         (
             {"question": "a", "answer": "b"},
             "dialogue",
             {"prompt": "question", "completion": "answer"},
-            "questions in `question` and their answers in `answer`",
+            "questions in `question` and answers in `answer`",
         ),
         (
             {"question": "a", "context": "c", "answers": {"text": ["b"], "answer_start": [1]}},
             "dialogue",
             {"prompt": "question", "input": "context", "completion": "answers"},
-            "questions in `question` and their answers in `answers` with `context`",
+            "questions in `question` and answers in `answers` with `context`",
         ),
         (
             {"question": "a", "response": "b", "system_prompt": "c"},
             "dialogue",
             {"prompt": "question", "completion": "response", "system": "system_prompt"},
-            "questions in `question` and their answers in `response` with `system_prompt`",
+            "questions in `question` and answers in `response` with `system_prompt`",
         ),
         (
             {"prompt": "a", "response": "b"},
             "dialogue",
             {"prompt": "prompt", "completion": "response"},
-            "prompts in `prompt` and the replies to them in `response`",
+            "prompts in `prompt` and replies in `response`",
         ),
         (
             {"instruction": "a", "output": "b", "text": "a b"},
@@ -367,7 +367,7 @@ def test_the_users_columns() -> None:
     shape = detect(rows, columns={"completion": "a", "prompt": "q"})
     assert (shape.kind, shape.columns) == ("prompt_completion", {"prompt": "q", "completion": "a", "tools": "tools"})
     assert shape.sentence == (
-        "columns q, a, n, tools, text: read as prompts in `q` and their completions in `a` with `tools` (as `columns` "
+        "columns q, a, n, tools, text: read as prompts in `q` and completions in `a` with `tools` (as `columns` "
         "says: completion is a, prompt is q; n, text ignored)"
     )
     assert detect(rows, columns={"question": "q", "answer": "a"}).kind == "dialogue"

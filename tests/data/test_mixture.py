@@ -62,9 +62,7 @@ def test_columns_and_fractions(files: dict[str, str]) -> None:
     assert [len(part.rows) for part in mixture.parts] == [2, 2]
     assert mixture.parts[0].rows.column_names == ["messages"]
     prepared, report = mixture.prepare(Sequences(), chatml())
-    assert report.parts[1].sentence.startswith(
-        "columns question, answer: read as prompts in `question` and their compl"
-    )
+    assert report.parts[1].sentence.startswith("columns question, answer: read as prompts in `question` and compl")
     assert chatml().decode(prepared[3]["input_ids"]) == "what sky<|im_end|>"
     # The seed decides which rows are taken, in their order.
     drawn = {tuple(part.rows["messages"][i][1]["content"] for i in range(2))

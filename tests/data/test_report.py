@@ -24,8 +24,8 @@ def test_a_good_data_set() -> None:
     )
     assert report.lines() == [
         "train: 2 rows read, 2 kept; columns messages: read as conversations in `messages`",
-        "tokens: 38, of which 8 are trained on (21.1%)",
-        "row lengths before any cut: shortest 13, median 19, 95 % up to 24, longest 25 tokens; no window set",
+        "tokens: 38, 8 of them trained on (21.1%)",
+        "row lengths before any cut: shortest 13, median 19, 95th percentile 24, longest 25 tokens; no window set",
         "end of turn: '<|im_end|>' is trained in every row",
         "row 0: <|im_start|>user\\nhello<|im_end|>\\n<|im_start|>assistant\\n⟦good day<|im_end|>⟧\\n<|im_start|>user\\n"
         "more<|im_end|>\\n<|im_start|>assistant\\n⟦bye<|im_end|>⟧\\n",

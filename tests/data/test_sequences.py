@@ -226,7 +226,7 @@ def test_an_instruction_is_a_conversation_where_there_is_a_template() -> None:
     ]
     assert prepared[0]["loss_mask"] == [False] * 14 + [True] * 3 + [False]
     assert report.sentence == (
-        "columns instruction, input, output: read as instructions in `instruction` and what follows them in `output` "
+        "columns instruction, input, output: read as instructions in `instruction` and responses in `output` "
         "with `input`, each row as a conversation of two turns"
     )
     assert trained(table(row, chatml(), assistant_only_loss=True)) == ["good", " day", "<|im_end|>"]

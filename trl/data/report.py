@@ -250,9 +250,9 @@ class DataReport(Report):
     def _measures(self) -> list[str]:
         lengths = self.lengths
         return [
-            f"tokens: {self.tokens:,}, of which {self.trained_tokens:,} are trained on ({self.share:.1%})",
+            f"tokens: {self.tokens:,}, {self.trained_tokens:,} of them trained on ({self.share:.1%})",
             f"row lengths before any cut: shortest {lengths['min']:,}, median {lengths['median']:,}, "
-            f"95 % up to {lengths['p95']:,}, longest {lengths['max']:,} tokens; "
+            f"95th percentile {lengths['p95']:,}, longest {lengths['max']:,} tokens; "
             + (f"window {self.max_length:,}" if self.max_length is not None else "no window set"),
         ]
 
@@ -336,12 +336,12 @@ class PreferenceReport(DataReport):
 
     def _measures(self) -> list[str]:
         def long(lengths: dict[str, int]) -> str:
-            return f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['max']:,}"
+            return f"median {lengths['median']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
 
-        what = "steps judged" if self.kind == "steps" else "trained on"
+        what = "judged steps" if self.kind == "steps" else "trained on"
         window = f"window {self.max_length:,}" if self.max_length is not None else "no window set"
         lines = [
-            f"tokens: {self.tokens:,}, each prompt once, of which {self.trained_tokens:,} are {what} "
+            f"tokens: {self.tokens:,}, each prompt counted once, {self.trained_tokens:,} of them {what} "
             f"({self.share:.1%})",
             f"lengths before any cut: prompts {long(self.prompt_lengths)}; completions {long(self.completion_lengths)} "
             f"tokens; {window}",
@@ -371,12 +371,12 @@ class PreferenceReport(DataReport):
         if self.empty_completions and self.trains:
             what = "steps are" if self.kind == "steps" else "completions are"
             what = what if self.empty_completions > 1 else what.replace("s are", " is")
-            lines.append(f"warning: {self.empty_completions:,} {what} empty; the model learns from them to say nothing")
+            lines.append(f"warning: {self.empty_completions:,} {what} empty; the model learns to give empty answers")
         if self.boundary_tokens and self.trains:
             lines.append(
                 f"warning: in {_rows(self.boundary_tokens)} the prompt alone ends in other tokens than before its "
-                "completion, and what differs is trained on with the completion; end the prompt without a space, or "
-                "set a chat template that writes it alike"
+                "completion, and the differing tokens are trained with the completion; end the prompt without a space, "
+                "or set a chat template that writes both the same way"
             )
         return lines
 

@@ -52,7 +52,7 @@ class PreferenceTrainer(BaseTrainer):
             "that overrides `batch`"
         )
 
-    kind = "pairs"  # how rows are read: `data.preference.prepare_preferences`
+    kind = "pairs"  # how rows are read: `kind` of `Preferences`
     prepared_columns = frozenset({"prompt_ids", "chosen_ids", "rejected_ids", "row"})
 
     def rows(self, dataset: Any, name: str) -> tuple[Dataset | Stream, DataReport]:

@@ -67,7 +67,7 @@ READINGS: tuple[Reading, ...] = (
     _conversations(NAMED),
     Reading(
         "prompt_completion",
-        "prompts in {prompt} and their completions in {completion}",
+        "prompts in {prompt} and completions in {completion}",
         (
             Part("prompt", ("prompt",), ("text", "messages")),
             Part("completion", ("completion",), ("text", "messages")),
@@ -79,19 +79,19 @@ READINGS: tuple[Reading, ...] = (
     Reading("text", "plain text in {text}", (Part("text", (TEXT,), ("text",)),)),
     _conversations(),
     _dialogue(
-        "instructions in {prompt} and what follows them in {completion}",
+        "instructions in {prompt} and responses in {completion}",
         ("instruction",),
         ("input", "context"),
         ("output", "response", "answer"),
     ),
     _dialogue(
-        "questions in {prompt} and their answers in {completion}",
+        "questions in {prompt} and answers in {completion}",
         ("question", "query"),
         ("context",),
         ("answer", "answers", "response", "output"),
     ),
     _dialogue(
-        "prompts in {prompt} and the replies to them in {completion}",
+        "prompts in {prompt} and replies in {completion}",
         ("prompt", "input"),
         (),
         ("response", "output", "answer", "answers"),
@@ -127,7 +127,7 @@ def _two(contents: tuple[str, ...]) -> tuple[Part, Part]:
 
 
 def _pairs(says: str, names: tuple[str, ...], prompt: tuple[str, ...], completion: tuple[str, ...]) -> Reading:
-    says = f"{says} in {{prompt}}, answered in {{chosen}} and, worse, in {{rejected}}"
+    says = f"{says} in {{prompt}}, chosen completions in {{chosen}}, rejected ones in {{rejected}}"
     extras = (_SYSTEM, *_TOOLS) if prompt != ("text",) or completion != ("text",) else ()
     return Reading("pairs", says, (Part("prompt", names, prompt), *_two(completion), *extras, *_JUDGED))
 
@@ -136,7 +136,7 @@ def _pairs(says: str, names: tuple[str, ...], prompt: tuple[str, ...], completio
 PAIR_READINGS: tuple[Reading, ...] = (
     Reading(
         "tokens",
-        "token ids in {chosen_ids} and, of the worse, in {rejected_ids}",
+        "token ids, chosen in {chosen_ids}, rejected in {rejected_ids}",
         (
             _tokens("prompt_ids", optional=True),
             _tokens("chosen_ids", "chosen_input_ids"),
@@ -151,27 +151,27 @@ PAIR_READINGS: tuple[Reading, ...] = (
     _pairs("questions", _ASKED, ("text",), COMPLETION_CONTENTS),
     Reading(
         "dialogue",
-        "questions in {prompt}, answered in {chosen} and, worse, in {rejected}",
+        "questions in {prompt}, chosen completions in {chosen}, rejected ones in {rejected}",
         (Part("prompt", _ASKED, ("text",)), _FURTHER, *_two(("text",)), _SYSTEM, *_JUDGED),
     ),
     Reading(
         "implicit",
-        "conversations in {chosen} and, worse, in {rejected}; what they begin with alike is the prompt",
+        "chosen conversations in {chosen}, rejected ones in {rejected}; their common beginning is the prompt",
         (*_two(MESSAGE_CONTENTS), _SYSTEM, *_TOOLS, *_JUDGED),
     ),
     Reading(
         "transcripts",
-        "transcripts in {chosen} and, worse, in {rejected}; what they begin with alike is the prompt",
+        "chosen transcripts in {chosen}, rejected ones in {rejected}; their common beginning is the prompt",
         (*_two(("transcript",)), _SYSTEM, *_JUDGED),
     ),
     Reading(
         "implicit",
-        "texts in {chosen} and, worse, in {rejected}; what they begin with alike is the prompt",
+        "chosen texts in {chosen}, rejected ones in {rejected}; their common beginning is the prompt",
         (*_two(("text",)), *_JUDGED),
     ),
     Reading(
         "ranked",
-        "prompts in {prompt} and, of the answers in {responses}, the best against the worst by {scores}",
+        "prompts in {prompt} and answers in {responses}; the highest of {scores} is chosen, the lowest rejected",
         (
             Part("prompt", ("prompt", *_ASKED), ("text", *MESSAGE_CONTENTS)),
             _FURTHER,
