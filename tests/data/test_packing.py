@@ -144,7 +144,8 @@ def test_a_split_row_loses_the_first_label_of_each_further_piece() -> None:
     assert dataset["row"][:] == [[10], [10], [10, 11]]
     assert (report.rows_split, report.labels_lost) == (1, 2)
     assert report.lines()[1:] == [
-        "packing: 1 rows are split; the 2 trained tokens that then begin a piece have nothing to be predicted from"
+        "packing: 1 rows are split; the 2 tokens that begin a later piece are not trained, because no token stands "
+        "before them"
     ]
     _, report = packed(prepared_rows([12, 2]), 5, "bfd")
     assert report.lines()[1:] == ["warning: packing cut off 7 tokens of rows longer than 5"]

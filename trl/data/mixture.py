@@ -131,7 +131,7 @@ class Mixture:
         # All shapes are found before any rows are tokenised, so that a mistake in the last part shows at once.
         for part, own in zip(self.parts, recipes, strict=True):
             with _named(part):
-                recipe.detect(own, part.rows)
+                recipe.read_shape(own, part.rows)
         tables, reports, first_row = [], [], 0
         shape, all_bad = None, []
         for part, own in zip(self.parts, recipes, strict=True):

@@ -51,8 +51,8 @@ class Packing:
         ]
         if self.rows_split:
             lines.append(
-                f"packing: {self.rows_split:,} rows are split; the {self.labels_lost:,} trained tokens that then begin "
-                "a piece have nothing to be predicted from"
+                f"packing: {self.rows_split:,} rows are split; the {self.labels_lost:,} tokens that begin a "
+                "later piece are not trained, because no token stands before them"
             )
         if self.tokens_cut:
             lines.append(f"warning: packing cut off {self.tokens_cut:,} tokens of rows longer than {self.capacity:,}")

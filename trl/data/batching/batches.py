@@ -81,7 +81,7 @@ class SamplerBatches(RowBatches):
     """The micro-batches of rows in the order of the user's own sampler, cut as by `RowBatches`.
 
     `sampler` yields row numbers. `like` gives batch size and ranks. `agree` turns the orders that the ranks have drawn
-    into one. `order` raises `ValueError` if the sampler does not yield row numbers.
+    into one.
     """
 
     def __init__(self, sampler: Iterable[int], like: RowBatches, agree: Callable[[list[int]], list[int]]) -> None:
@@ -90,6 +90,7 @@ class SamplerBatches(RowBatches):
         self.rows = len(sampler) if isinstance(sampler, Sized) else like.rows
 
     def order(self) -> np.ndarray:
+        """Row indices in the order of the sampler. Raises `ValueError` if it does not yield row numbers."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(self.epoch)
         order = list(self.sampler)

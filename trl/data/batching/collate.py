@@ -87,12 +87,14 @@ class PaddableRow(dict):
 
     @staticmethod
     def labels(row: Mapping[str, Any]) -> list[int]:
+        """The labels of a prepared row: its tokens, or -100 where they are not trained."""
         return [token if kept else -100 for token, kept in zip(row["input_ids"], trained_mask(row), strict=True)]
 
     def __missing__(self, key: str) -> Any:
         return self.row[key]
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of any column of the row, or `default`."""
         return self[key] if key in self or key in self.row else default
 
 

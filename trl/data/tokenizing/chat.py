@@ -96,6 +96,7 @@ class ChatTemplate:
     # -- rendering ----------------------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, add_generation_prompt: bool = False, **kwargs: Any) -> str:
+        """The text of a conversation. Raises `DataError` if the template refuses it."""
         return self.render_all([messages], add_generation_prompt, **kwargs)[0]
 
     def render_all(
@@ -302,6 +303,7 @@ class ChatTemplate:
         return text.rstrip()  # the turn has another end, or none
 
     def source(self, **kwargs: Any) -> str:
+        """The text of the template itself. Some tokenizers have another one for tools."""
         return self.tokenizer.get_chat_template(None, kwargs.get("tools"))
 
     # -- the probe ----------------------------------------------------------------------------------------------------

@@ -90,7 +90,9 @@ class Encoder:
                 try:
                     value = json.loads(value)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{place(row, tools or 'tools')} is not valid JSON ({error.msg}).") from error
+                    raise DataError(
+                        f"{place(row, tools or 'tools')} is not valid JSON ({error.msg}). Correct the row."
+                    ) from error
             if value and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
                 raise DataError(
                     f"{place(row, tools or 'tools')} is a {type(value).__name__}, not a list of tools. Give a list of "

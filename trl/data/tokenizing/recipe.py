@@ -151,7 +151,7 @@ def prepare(
     return prepared, report
 
 
-def detect(recipe: Recipe, dataset: datasets.Dataset) -> tuple[datasets.Dataset, Shape]:
+def read_shape(recipe: Recipe, dataset: datasets.Dataset) -> tuple[datasets.Dataset, Shape]:
     """The rows of a table in plain values, under the names that the recipe reads, and their shape."""
     shown = as_shown(dataset)
     shown = recipe.rename(shown, shown.column_names)
@@ -170,7 +170,7 @@ def tabulate(
     rows that could not be read and are already left out. Rows are numbered from `first_row` on."""
     if len(dataset) == 0:
         raise DataError(f"{name}: the data set has no rows.")
-    shown, shape = detect(recipe, dataset)
+    shown, shape = read_shape(recipe, dataset)
     shape = shape.with_template(bool(tokenizer.chat_template))
     recipe.check(shape, tokenizer)
     encoder = recipe.encoder(tokenizer, shape, first_row)
@@ -287,12 +287,12 @@ def drop_rows(
         if len(which):
             dropped.append({"reason": words, "count": len(which), "rows": which[:5].tolist()})
     if not kept.any():
-        first = int(why[0]) if len(rows) else next(iter(reasons))
+        first = int(why[0])
         columns = [column for part, column in shape.columns.items() if part in main_parts]
         field = ", ".join(f"`{column}`" for column in columns or ["formatting_func"])
         each = "; ".join(f"{entry['reason']} ({entry['count']})" for entry in dropped)
         raise DataError(
-            f"{name}: none of the {len(rows)} rows can be trained on: {each}. The first is row 0, {field}: "
+            f"{name}: none of the {len(rows)} rows can be trained on: {each}. The first is row {rows[0]}, {field}: "
             f"{reasons[first]}. {remedies[first]}"
         )
     prepared = table.remove_columns([column for column in table.column_names if column in recipe.counters])
