@@ -162,7 +162,7 @@ label_pad_token_id: -100
     assert answer.stdout.count("trl: `max_target_length` has no effect: ") == 1
     assert "reference: log-probs computed before the first step" in answer.stdout
     # ln 2 once, weighted, and the likelihood of an answer that a random model gives.
-    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2) + math.log(49152), abs=0.3)
+    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2) + math.log(2048), abs=0.3)
 
 
 # --- mistakes, in this process: each is told before anything trains -------------------------------------------------

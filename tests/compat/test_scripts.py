@@ -31,8 +31,8 @@ SHORT = {**QUIET, "max_steps": 1, "per_device_train_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,7 @@ def brief_path(tmp_path, tiny_path):
     folder = tmp_path / "brief"
     shutil.copytree(tiny_path, folder)
     settings = folder / "generation_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": list(range(2, 49152, 32))}))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": list(range(2, 2048, 32))}))
     return str(folder)
 
 

@@ -16,8 +16,8 @@ from trl.losses.tokens import seq_sum
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 @pytest.fixture(autouse=True)

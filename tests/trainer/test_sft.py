@@ -13,8 +13,8 @@ from trl.trainer.base import NonFiniteError
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 def lora(**settings):
@@ -251,8 +251,8 @@ def test_the_epoch_order_is_a_permutation_and_changes(tmp_path, tokenizer):
     assert [len(batch["row_S"]) for batch in loader] == [3, 3, 1]
 
 
-def test_an_unknown_token_name_is_refused(tmp_path, tokenizer, smol_path):
-    own = AutoTokenizer.from_pretrained(smol_path)
+def test_an_unknown_token_name_is_refused(tmp_path, tokenizer, small_path):
+    own = AutoTokenizer.from_pretrained(small_path)
     with pytest.raises(ValueError, match="eos_token='<nowhere>' is not in the tokenizer's vocabulary"):
         sft(tmp_path, tiny(tokenizer), own, chat_rows(2), eos_token="<nowhere>")
 
