@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,15 @@ def logged(folder: Path) -> list[dict[str, float]]:
 def test_sft_trains_an_adapter_and_says_what_comes_next(
     trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:
+    cache = tmp_path / "cache"
+    (tmp_path / "run.yaml").write_text(f"env:\n  HF_DATASETS_CACHE: {cache}\n")
     answer = trl_command(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out"),
         *("--lora_target_modules", "all-linear", "--assistant_only_loss", "--learning-rate", "1e-2"),
-        *FEW,
+        *("--config", "run.yaml", *FEW),
     )
     assert answer.returncode == 0, answer.stderr
+    assert any(cache.iterdir())  # `datasets` read the variable as it was loaded
     assert "lora_target_modules=['all-linear']: an adapter is trained, as with use_peft=True" in answer.stdout
     # The report before step 1, and the end.
     assert "8 rows read" in answer.stdout
@@ -113,7 +114,7 @@ def test_rows_that_cannot_be_read(trl_here: Command, tiny_path: str, tmp_path: P
 
 
 def test_the_line_of_the_guide(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
-    """Every option as people copy it; what is saved opens without this library."""
+    """Every option as people copy it; what is saved opens in plain peft, and merges."""
     answer = trl_here(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--dataset_text_field", "messages"),
         *("--output_dir", "./cli_sft_output", "--num_train_epochs", 3, "--per_device_train_batch_size", 2),
@@ -124,38 +125,25 @@ def test_the_line_of_the_guide(trl_here: Command, tiny_path: str, rows_file: Pat
     folder = tmp_path / "cli_sft_output"
     state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
     assert (state["global_step"], state["epoch"]) == (3, 3.0)
-    script = """
-import sys
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, base = sys.argv[1:]
-model = AutoPeftModelForCausalLM.from_pretrained(folder)
-assert any(float(p.abs().max()) > 0 for n, p in model.named_parameters() if "lora_B" in n)
-merged = model.merge_and_unload()
-again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-inputs = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "What comes after 3?"}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True,
-)
-assert float((merged(**inputs).logits - again(**inputs).logits).abs().max()) < 1e-4
-assert not any(name == "trl" or name.startswith("trl.") for name in sys.modules)
-print("opened")
-"""
-    opened = subprocess.run(
-        [sys.executable, "-c", script, str(folder), tiny_path], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert opened.stdout.strip().endswith("opened"), opened.stderr
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert any(float(p.abs().max()) > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    merged = model.merge_and_unload()
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_path), folder)
+    inputs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "What comes after 3?"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    assert float((merged(**inputs).logits - again(**inputs).logits).abs().max()) < 1e-4
 
 
-def test_older_words_env_and_a_split_that_is_not_there(
-    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+def test_older_words_and_a_split_that_is_not_there(
+    trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    (tmp_path / "run.yaml").write_text(
-        f"env:\n  HF_DATASETS_CACHE: {cache}\ntorch_dtype: float32\nmax_seq_length: 64\nsave_strategy: no\n"
-    )
-    answer = trl_command(
+    (tmp_path / "run.yaml").write_text("torch_dtype: float32\nmax_seq_length: 64\nsave_strategy: no\n")
+    answer = trl_here(
         *("sft", "--config", "run.yaml", "--model_name_or_path", tiny_path, "--dataset_name", rows_file),
         *("--dataset_train_split", "train_sft", "--evaluation_strategy", "no", "--warmup_ratio", "0.1", *FEW),
     )
@@ -164,8 +152,6 @@ def test_older_words_env_and_a_split_that_is_not_there(
     assert "window 64" in answer.stdout
     for old in ("torch_dtype", "max_seq_length", "evaluation_strategy", "warmup_ratio"):
         assert answer.stdout.count(f"trl: `{old}` is ") == 1, old
-    # `datasets` read the variable as it was loaded.
-    assert any(cache.iterdir())
 
 
 def test_four_bits(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:

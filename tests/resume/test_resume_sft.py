@@ -141,6 +141,7 @@ trainer.train(resume_from_checkpoint=len(sys.argv) > 3)
 """
 
 
+@pytest.mark.slow
 def test_sft_sigkill_during_a_save_loses_nothing_before_it(tmp_path, tokenizer, small_path):
     """Kill the process while a staging folder exists; what is called a checkpoint is whole, and the run goes on."""
     command = [sys.executable, "-c", RUN, str(tmp_path), small_path]
