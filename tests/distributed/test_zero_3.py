@@ -47,6 +47,8 @@ def test_zero_3_takes_the_steps_of_one_process(tmp_path, small_path, monkeypatch
             assert ours["resumed"] == ours["lines"], name
         alone.save_model(str(tmp_path / "alone-saved"))
         weights, others = (_saved(tmp_path / folder) for folder in (f"{name}-saved", "alone-saved"))
+        # With an adapter of the head PEFT saves the frozen weight below it too; DeepSpeed gathers what trains.
+        others = {key: weight for key, weight in others.items() if ".base_layer." not in key}
         assert weights.keys() == others.keys(), name
         for key, weight in others.items():
             torch.testing.assert_close(weights[key].float(), weight, atol=near, rtol=near, msg=f"{name} {key}")
