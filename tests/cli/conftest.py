@@ -1,8 +1,11 @@
-"""Commands as a user types them, in a process of their own."""
+"""Commands as a user types them, in a process of their own or in this one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from trl import notices
+from trl.cli.main import main
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -28,6 +34,27 @@ def trl_command(tmp_path: Path) -> Command:
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture
+def trl_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The same in this process, which has loaded everything: for what a process of its own does not change."""
+    monkeypatch.chdir(tmp_path)
+    handlers = logging.getLogger("trl").handlers
+    before = list(handlers)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        typed = [*map(str, arguments)]
+        notices._printed.clear()
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = main(typed)
+        finally:
+            handlers[:] = before
+        return subprocess.CompletedProcess(typed, status, out.getvalue(), err.getvalue())
 
     return run
 

@@ -103,6 +103,7 @@ def test_a_preset_lives_as_long_as_the_command(started: list[Any], tmp_path: Pat
         launch.config_file("fsdp3")
 
 
+@pytest.mark.slow
 def test_one_process_through_the_launcher(
     trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The commands that learn from rewards, on a tiny model, in processes of their own."""
+"""The commands that learn from rewards, on a tiny model."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def logged(folder: Path, step: int = 2) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("command", ["grpo", "rloo"])
-def test_a_command_trains_on_rewards(trl_command: Command, tiny_path: str, folder: Path, command: str) -> None:
-    answer = trl_command(
+def test_a_command_trains_on_rewards(trl_here: Command, tiny_path: str, folder: Path, command: str) -> None:
+    answer = trl_here(
         *(command, "--model_name_or_path", tiny_path, "--dataset_name", "rows.jsonl", "--output_dir", "out"),
         *("--dataset_train_split", "train[2:]", "--dataset_test_split", "train[:2]", "--eval_strategy", "steps"),
         *(
@@ -65,13 +65,13 @@ def test_a_command_trains_on_rewards(trl_command: Command, tiny_path: str, folde
     assert "--reward_funcs judge.py:odd 'get_length_reward(target=3)' --output_dir ..." in answer.stdout
 
 
-def test_rounds_are_refilled_from_a_file_of_settings(trl_command: Command, tiny_path: str, folder: Path) -> None:
+def test_rounds_are_refilled_from_a_file_of_settings(trl_here: Command, tiny_path: str, folder: Path) -> None:
     settings = {
         **{"model_name_or_path": tiny_path, "dataset_name": "rows.jsonl", "output_dir": "out"},
         **{"reward_funcs": ["judge.py:odd"], "dynamic_sampling": True, "replay_buffer_size": 2, "use_peft": True},
     }
     (folder / "grpo.yaml").write_text(json.dumps(settings))
-    answer = trl_command("grpo", "--config", "grpo.yaml", *FEW)
+    answer = trl_here("grpo", "--config", "grpo.yaml", *FEW)
     assert answer.returncode == 0, answer.stderr
     assert "others instead, 10 times" in answer.stdout and "of the last 2 that taught" in answer.stdout
     assert "groups/drawn" in [line for line in logged(folder / "out") if "loss" in line][0]

@@ -1,4 +1,4 @@
-"""The commands that learn from judgements, on a tiny model, in processes of their own."""
+"""The commands that learn from judgements, on a tiny model."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def logged(folder: Path, step: int = 2) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_trains_and_what_it_leaves_opens(
-    trl_command: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path, command: str
+    trl_here: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path, command: str
 ) -> None:
     rows, options, first_loss, names = COMMANDS[command]
-    answer = trl_command(
+    answer = trl_here(
         *(command, "--model_name_or_path", tiny_path, "--dataset_name", files[rows], "--output_dir", "out"),
         *("--learning_rate", "1e-3", *options, *FEW),
     )
@@ -79,17 +79,17 @@ def test_a_command_trains_and_what_it_leaves_opens(
 
 
 def test_an_adapter_of_sft_goes_on_in_dpo_and_becomes_a_reward_model(
-    trl_command: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path
+    trl_here: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path
 ) -> None:
     lora = ("--use_peft", "--lora_target_modules", "all-linear")
-    answer = trl_command(
+    answer = trl_here(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", files["chats"], "--output_dir", "sft"),
         *("--learning_rate", "1e-2", *lora, *FEW),
     )
     assert answer.returncode == 0, answer.stderr
 
     # Held-out rows are evaluated on; the adapter trains on without being asked for.
-    answer = trl_command(
+    answer = trl_here(
         *("dpo", "--model_name_or_path", "sft", "--dataset_name", files["pairs"], "--output_dir", "dpo"),
         *("--dataset_train_split", "train[2:]", "--dataset_test_split", "train[:2]", "--eval_strategy", "steps"),
         *("--eval_steps", 2, "--learning_rate", "1e-2", "--beta", 0.1, "--bf16", *FEW),
@@ -109,7 +109,7 @@ def test_an_adapter_of_sft_goes_on_in_dpo_and_becomes_a_reward_model(
     assert all(not before[name].equal(after[name]) for name in before)
     assert json.loads((tmp_path / "dpo" / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny_path
 
-    answer = trl_command(
+    answer = trl_here(
         *("reward", "--model_name_or_path", "sft", "--dataset_name", files["pairs"], "--output_dir", "reward"),
         *("--learning_rate", "1e-2", *FEW),
     )
@@ -123,9 +123,9 @@ def test_an_adapter_of_sft_goes_on_in_dpo_and_becomes_a_reward_model(
 
 
 def test_an_adapter_of_a_reward_model_opens_with_its_head(
-    trl_command: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path
+    trl_here: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    answer = trl_command(
+    answer = trl_here(
         *("reward", "--model_name_or_path", tiny_path, "--dataset_name", files["pairs"], "--output_dir", "out"),
         *("--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2", *FEW),
     )
@@ -143,7 +143,7 @@ def test_an_adapter_of_a_reward_model_opens_with_its_head(
 
 
 def test_lists_in_a_file_and_older_words(
-    trl_command: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path
+    trl_here: Command, tiny_path: str, files: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(
         f"""
@@ -156,13 +156,13 @@ max_target_length: 16
 label_pad_token_id: -100
 """
     )
-    answer = trl_command("dpo", "--config", "run.yaml", "--precompute_ref_log_probs", *FEW)
+    answer = trl_here("dpo", "--config", "run.yaml", "--precompute_ref_log_probs", *FEW)
     assert answer.returncode == 0, answer.stderr
     assert "trl: loss_type='aot_pair' is 'aot_unpaired' today" in answer.stdout
     assert answer.stdout.count("trl: `max_target_length` has no effect: ") == 1
     assert "reference: log-probs computed before the first step" in answer.stdout
     # ln 2 once, weighted, and the likelihood of an answer that a random model gives.
-    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2) + math.log(49152), abs=0.3)
+    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2) + math.log(2048), abs=0.3)
 
 
 # --- mistakes, in this process: each is told before anything trains -------------------------------------------------

@@ -1,11 +1,9 @@
-"""`trl sft` on a tiny model, in a process of its own."""
+"""`trl sft` on a tiny model, most of it in this process."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,15 @@ def logged(folder: Path) -> list[dict[str, float]]:
 def test_sft_trains_an_adapter_and_says_what_comes_next(
     trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:
+    cache = tmp_path / "cache"
+    (tmp_path / "run.yaml").write_text(f"env:\n  HF_DATASETS_CACHE: {cache}\n")
     answer = trl_command(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out"),
         *("--lora_target_modules", "all-linear", "--assistant_only_loss", "--learning-rate", "1e-2"),
-        *FEW,
+        *("--config", "run.yaml", *FEW),
     )
     assert answer.returncode == 0, answer.stderr
+    assert any(cache.iterdir())  # `datasets` read the variable as it was loaded
     assert "lora_target_modules=['all-linear']: an adapter is trained, as with use_peft=True" in answer.stdout
     # The report before step 1, and the end.
     assert "8 rows read" in answer.stdout
@@ -43,8 +44,8 @@ def test_sft_trains_an_adapter_and_says_what_comes_next(
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["base_model_name_or_path"]) == (16, 32, tiny_path)
     losses = [line["loss"] for line in logged(tmp_path / "out")]
-    # A random model over 49,152 tokens begins near ln 49152, and each step here lowers the loss.
-    assert abs(losses[0] - math.log(49152)) < 0.2
+    # A random model over 2,048 tokens begins near ln 2048, and each step here lowers the loss.
+    assert abs(losses[0] - math.log(2048)) < 0.2
     assert losses[0] > losses[1] > losses[2]
 
     from peft import AutoPeftModelForCausalLM
@@ -53,7 +54,7 @@ def test_sft_trains_an_adapter_and_says_what_comes_next(
 
 
 def test_a_yaml_file_gives_options_and_the_command_line_overrides_them(
-    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+    trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(
         f"""
@@ -71,7 +72,7 @@ report_to: none
 bf16: true
 """
     )
-    answer = trl_command("sft", "--config", "run.yaml", *FEW)
+    answer = trl_here("sft", "--config", "run.yaml", *FEW)
     assert answer.returncode == 0, answer.stderr
     assert "bfloat16" in answer.stdout
     assert "The trained model is in out" in answer.stdout
@@ -88,14 +89,14 @@ bf16: true
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
 
     # And the run goes on from its checkpoint.
-    answer = trl_command("sft", "--config", "run.yaml", *FEW, "--max_steps", 4, "--resume_from_checkpoint", "true")
+    answer = trl_here("sft", "--config", "run.yaml", *FEW, "--max_steps", 4, "--resume_from_checkpoint", "true")
     assert answer.returncode == 0, answer.stderr
     history = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
 
 
-def test_evaluation_without_rows_of_its_own(trl_command: Command, tiny_path: str, rows_file: Path) -> None:
-    answer = trl_command(
+def test_evaluation_without_rows_of_its_own(trl_here: Command, tiny_path: str, rows_file: Path) -> None:
+    answer = trl_here(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file),
         *("--eval_strategy", "steps", "--eval_steps", 1, *FEW),
     )
@@ -104,17 +105,17 @@ def test_evaluation_without_rows_of_its_own(trl_command: Command, tiny_path: str
     assert "--dataset_test_split" in answer.stderr
 
 
-def test_rows_that_cannot_be_read(trl_command: Command, tiny_path: str, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read(trl_here: Command, tiny_path: str, tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"question": 1, "reply": 2}\n')
-    answer = trl_command("sft", "--model_name_or_path", tiny_path, "--dataset_name", "odd.jsonl", *FEW)
+    answer = trl_here("sft", "--model_name_or_path", tiny_path, "--dataset_name", "odd.jsonl", *FEW)
     assert answer.returncode == 1
     assert "`question`" in answer.stderr and "`messages`" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
-def test_the_line_of_the_guide(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
-    """Every option as people copy it; what is saved opens without this library."""
-    answer = trl_command(
+def test_the_line_of_the_guide(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+    """Every option as people copy it; what is saved opens in plain peft, and merges."""
+    answer = trl_here(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--dataset_text_field", "messages"),
         *("--output_dir", "./cli_sft_output", "--num_train_epochs", 3, "--per_device_train_batch_size", 2),
         *("--gradient_accumulation_steps", 4, "--learning_rate", "2e-4", "--bf16", "--use_peft"),
@@ -124,38 +125,25 @@ def test_the_line_of_the_guide(trl_command: Command, tiny_path: str, rows_file: 
     folder = tmp_path / "cli_sft_output"
     state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
     assert (state["global_step"], state["epoch"]) == (3, 3.0)
-    script = """
-import sys
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, base = sys.argv[1:]
-model = AutoPeftModelForCausalLM.from_pretrained(folder)
-assert any(float(p.abs().max()) > 0 for n, p in model.named_parameters() if "lora_B" in n)
-merged = model.merge_and_unload()
-again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-inputs = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "What comes after 3?"}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True,
-)
-assert float((merged(**inputs).logits - again(**inputs).logits).abs().max()) < 1e-4
-assert not any(name == "trl" or name.startswith("trl.") for name in sys.modules)
-print("opened")
-"""
-    opened = subprocess.run(
-        [sys.executable, "-c", script, str(folder), tiny_path], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert opened.stdout.strip().endswith("opened"), opened.stderr
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert any(float(p.abs().max()) > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    merged = model.merge_and_unload()
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_path), folder)
+    inputs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "What comes after 3?"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    assert float((merged(**inputs).logits - again(**inputs).logits).abs().max()) < 1e-4
 
 
-def test_older_words_env_and_a_split_that_is_not_there(
-    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+def test_older_words_and_a_split_that_is_not_there(
+    trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    (tmp_path / "run.yaml").write_text(
-        f"env:\n  HF_DATASETS_CACHE: {cache}\ntorch_dtype: float32\nmax_seq_length: 64\nsave_strategy: no\n"
-    )
-    answer = trl_command(
+    (tmp_path / "run.yaml").write_text("torch_dtype: float32\nmax_seq_length: 64\nsave_strategy: no\n")
+    answer = trl_here(
         *("sft", "--config", "run.yaml", "--model_name_or_path", tiny_path, "--dataset_name", rows_file),
         *("--dataset_train_split", "train_sft", "--evaluation_strategy", "no", "--warmup_ratio", "0.1", *FEW),
     )
@@ -164,13 +152,11 @@ def test_older_words_env_and_a_split_that_is_not_there(
     assert "window 64" in answer.stdout
     for old in ("torch_dtype", "max_seq_length", "evaluation_strategy", "warmup_ratio"):
         assert answer.stdout.count(f"trl: `{old}` is ") == 1, old
-    # `datasets` read the variable as it was loaded.
-    assert any(cache.iterdir())
 
 
-def test_four_bits(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+def test_four_bits(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    answer = trl_command(
+    answer = trl_here(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out"),
         *("--load_in_4bit", "--use_bnb_nested_quant", "--use_peft", "--lora_target_modules", "all-linear", *FEW),
     )
@@ -181,11 +167,11 @@ def test_four_bits(trl_command: Command, tiny_path: str, rows_file: Path, tmp_pa
 
 
 def test_bare_resume_goes_on_from_the_newest_checkpoint(
-    trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+    trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:
     line = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out")
-    assert trl_command(*line, *FEW).returncode == 0
-    answer = trl_command(*line, *FEW, "--max_steps", 4, "--resume_from_checkpoint")
+    assert trl_here(*line, *FEW).returncode == 0
+    answer = trl_here(*line, *FEW, "--max_steps", 4, "--resume_from_checkpoint")
     assert answer.returncode == 0, answer.stderr
     history = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
@@ -208,7 +194,7 @@ def test_which_data_is_meant(values: dict[str, Any], sentence: str) -> None:
     assert sentence in str(error.value)
 
 
-def test_several_data_sets_as_one(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+def test_several_data_sets_as_one(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
     questions = [{"question": f"{number} + 1?", "answer": f"{number + 1}."} for number in range(10)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (tmp_path / "run.yaml").write_text(
@@ -225,7 +211,7 @@ eval_steps: 3
 """
     )
     line = ("sft", "--config", "run.yaml", "--model_name_or_path", tiny_path, "--output_dir", "out")
-    answer = trl_command(*line, *FEW)
+    answer = trl_here(*line, *FEW)
     assert answer.returncode == 0, answer.stderr
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert (report["train"]["rows_read"], report["eval"]["rows_read"]) == (12, 4)
@@ -234,32 +220,32 @@ eval_steps: 3
     # The same as options: a notice names the rows set aside, because no evaluation is asked for.
     typed = ("sft", "--model_name_or_path", tiny_path, "--output_dir", "typed", *FEW)
     sums = {"path": "sums.jsonl", "columns": {"prompt": "question", "completion": "answer"}, "fraction": 0.8}
-    answer = trl_command(*typed, "--datasets", rows_file, json.dumps(sums), "--test_split_size", 0.25)
+    answer = trl_here(*typed, "--datasets", rows_file, json.dumps(sums), "--test_split_size", 0.25)
     assert answer.returncode == 0, answer.stderr
     assert "trl: test_split_size=0.25 sets rows aside, and without eval_strategy nothing reads them" in answer.stdout
     assert json.loads((tmp_path / "typed" / "data_report.json").read_text())["train"]["rows_read"] == 12
     # Given twice, or without rows to evaluate on.
-    both = trl_command(*line, "--dataset_name", rows_file)
+    both = trl_here(*line, "--dataset_name", rows_file)
     assert both.returncode == 2
     assert "--dataset_name and --datasets are both given" in both.stderr
 
 
-def test_a_stream(trl_command: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+def test_a_stream(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
     line = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out")
-    answer = trl_command(*line, "--dataset_streaming", *FEW)
+    answer = trl_here(*line, "--dataset_streaming", *FEW)
     assert answer.returncode == 0, answer.stderr
     assert len(logged(tmp_path / "out")) == 3
 
 
 def test_a_saved_data_set_without_splits_is_not_evaluated_on_itself(
-    trl_command: Command, tiny_path: str, tmp_path: Path
+    trl_here: Command, tiny_path: str, tmp_path: Path
 ) -> None:
     from datasets import Dataset
 
     Dataset.from_list([{"text": f"a small row number {number}"} for number in range(4)]).save_to_disk(
         tmp_path / "saved"
     )
-    answer = trl_command(
+    answer = trl_here(
         *("sft", "--model_name_or_path", tiny_path, "--dataset_name", "saved", "--output_dir", "out"),
         *("--max_steps", 1, "--eval_strategy", "steps", "--report_to", "none"),
     )

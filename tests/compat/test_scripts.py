@@ -31,8 +31,8 @@ SHORT = {**QUIET, "max_steps": 1, "per_device_train_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 @pytest.fixture(autouse=True)
@@ -260,9 +260,9 @@ def test_reward_0_7(tokenizer):
         args=TrainingArguments(output_dir="out", remove_unused_columns=False, **SHORT),
         tokenizer=tokenizer,
         train_dataset=pairs(),
-        max_length=48,
+        max_length=64,
     )
-    assert isinstance(trainer.args, RewardConfig) and trained(trainer).args.max_length == 48
+    assert isinstance(trainer.args, RewardConfig) and trained(trainer).args.max_length == 64
 
 
 # --- the guide, and what else a trainer is told ---------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_the_flag_is_read(argv, wish):
 
 
 @pytest.fixture
-def half_way(tokenizer):
+def half_way(tokenizer, monkeypatch):
     """A run of four steps with a checkpoint after the second: makes trainers that could go on from it."""
 
     def trainer():
@@ -381,7 +381,7 @@ def half_way(tokenizer):
         return SFTTrainer(tiny(tokenizer), SFTConfig("out", **settings), train_dataset=texts(), tokenizer=tokenizer)
 
     trainer().train()
-    _flag_is_open = True
+    monkeypatch.setattr(arguments, "_flag_is_open", True)
     return trainer
 
 

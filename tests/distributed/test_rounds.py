@@ -36,8 +36,8 @@ def steps(lines):
     return [line for line in lines if "train_loss" not in line]
 
 
-def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+def test_four_ranks_share_rounds_of_one_process(tmp_path, small_path):
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     alone = {}
     for method, prompts in rounds_worker.CASES:
         name = f"{method}-{prompts}"
@@ -47,7 +47,7 @@ def test_four_ranks_share_rounds_of_one_process(tmp_path, smol_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", "0",
-         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", rounds_worker.__file__, str(tmp_path), smol_path],
+         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", rounds_worker.__file__, str(tmp_path), small_path],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -46,11 +46,11 @@ def assert_near(ours, theirs, tolerance):
         assert (ours[name] - expected).norm() <= tolerance * expected.norm() + 1e-6, name
 
 
-def test_ddp_equals_one_process(tmp_path, smol_path):
+def test_ddp_equals_one_process(tmp_path, small_path):
     """Eight rows split evenly; seven, so that a batch is short; five, so that one rank's last batch is empty."""
-    done = launch("ddp", tmp_path, smol_path)
+    done = launch("ddp", tmp_path, small_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     for rows in (8, 7, 5):
         for adapter in (False, True):
             alone = worker.trainer(
@@ -65,11 +65,11 @@ def test_ddp_equals_one_process(tmp_path, smol_path):
                     assert line[metric] == pytest.approx(alone.state.log_history[0][metric], rel=1e-5), (name, metric)
 
 
-def test_losses_of_ones_own_equal_one_process(tmp_path, smol_path):
+def test_losses_of_ones_own_equal_one_process(tmp_path, small_path):
     """Made of ours, of `num_items_in_batch`, or a mean over the rows of the micro-batch."""
-    done = launch("own_losses", tmp_path, smol_path)
+    done = launch("own_losses", tmp_path, small_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     for cls in test_overrides.DISTRIBUTED:
         settings = {"max_steps": 1, "per_device_train_batch_size": 5}
         rows = worker.chat_rows(5)
@@ -80,13 +80,13 @@ def test_losses_of_ones_own_equal_one_process(tmp_path, smol_path):
         assert found["loss"] == pytest.approx(test_overrides.logged(alone)["loss"], rel=1e-5), cls
 
 
-def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
+def test_preferences_equal_one_process(tmp_path, small_path, monkeypatch):
     """Statistics over the optimizer step are those of both ranks; so are the reference's log-probs."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of the two
     monkeypatch.setattr("trl.trainer.reference.reference_cache", lambda: tmp_path / "cache_of_one")
-    done = launch("preferences", tmp_path, smol_path)
+    done = launch("preferences", tmp_path, small_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in worker.PREFERENCES:
         for adapter in (False,) if name == "reward" else (False, True):
             alone = worker.preferring(name, tmp_path / "alone", tokenizer, 5, adapter, per_device_train_batch_size=5)
@@ -102,10 +102,10 @@ def test_preferences_equal_one_process(tmp_path, smol_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_sharded_reference_equals_one_process(tmp_path, smol_path, precision):
-    done = launch("sharded_preferences", tmp_path, smol_path, 240, precision)
+def test_a_sharded_reference_equals_one_process(tmp_path, small_path, precision):
+    done = launch("sharded_preferences", tmp_path, small_path, 240, precision)
     assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     for adapter in (False, True):
         half = precision == "bf16"
         alone = worker.preferring(
@@ -126,11 +126,11 @@ def test_a_sharded_reference_equals_one_process(tmp_path, smol_path, precision):
             assert "resume with as many processes" in (tmp_path / f"refused-{adapter}-{rank}.txt").read_text()
 
 
-def test_online_methods_equal_one_process(tmp_path, smol_path):
+def test_online_methods_equal_one_process(tmp_path, small_path):
     """The two ranks draw different completions of the same prompts, and have different numbers of micro-batches."""
-    done = launch("online", tmp_path, smol_path)
+    done = launch("online", tmp_path, small_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in worker.ONLINE:
         expected, line = test_online.first_step(worker.drawing(name, tmp_path / "alone", tokenizer, 8))
         assert_same(torch.load(tmp_path / f"{name}.pt"), expected, name)
@@ -140,10 +140,10 @@ def test_online_methods_equal_one_process(tmp_path, smol_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fsdp2_equals_one_process(tmp_path, smol_path, precision):
+def test_fsdp2_equals_one_process(tmp_path, small_path, precision):
     """In bf16 too, log-probs are those of one process with weights in bf16, also when 300 are added up; and gradients
     are the mean of those of the ranks, which is taken in fp32."""
-    done = launch("fsdp", tmp_path, smol_path, 240, precision)
+    done = launch("fsdp", tmp_path, small_path, 240, precision)
     assert done.returncode == 0, done.stderr[-3000:]
     for case in worker.FSDP_CASES:
         adapter, _, _, tied = case
@@ -170,12 +170,12 @@ def test_fsdp2_equals_one_process(tmp_path, smol_path, precision):
         assert_same(torch.load(tmp_path / f"fsdp-{name}.pt"), expected, name)
 
 
-def test_more_ranks_than_rows(tmp_path, smol_path):
+def test_more_ranks_than_rows(tmp_path, small_path):
     """Ranks without rows have other metrics than the rest, or none: whatever is logged is that of one process."""
-    done = launch("few_rows", tmp_path, smol_path, 240, *worker.JUDGED, ranks=4)
+    done = launch("few_rows", tmp_path, small_path, 240, *worker.JUDGED, ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     check_names(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in worker.JUDGED:
         for rows in (1, 3):
             alone = worker.few(name, tmp_path / "alone", tokenizer, rows, 1)
@@ -205,12 +205,12 @@ def check_names(path):
     assert "the metric mixed is given as mean and as min" in refusal
 
 
-def test_metrics_of_the_users_own_get_the_rows_of_all_ranks(tmp_path, smol_path):
+def test_metrics_of_the_users_own_get_the_rows_of_all_ranks(tmp_path, small_path):
     """Whatever each rank has; and a whole reference that follows is kept in the checkpoint once."""
-    done = launch("predictions", tmp_path, smol_path, 240)
+    done = launch("predictions", tmp_path, small_path, 240)
     assert done.returncode == 0, done.stderr[-3000:]
     both = [json.loads((tmp_path / f"predictions-{rank}.json").read_text()) for rank in range(2)]
-    expected = worker.predicting(tmp_path / "alone", AutoTokenizer.from_pretrained(smol_path), 5).evaluate()
+    expected = worker.predicting(tmp_path / "alone", AutoTokenizer.from_pretrained(small_path), 5).evaluate()
     for *evaluations, resumes_alike, _ in both:
         for found in evaluations:
             assert found["eval_rows"] == found["eval_inputs"] == 10
@@ -221,11 +221,11 @@ def test_metrics_of_the_users_own_get_the_rows_of_all_ranks(tmp_path, smol_path)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_own_completions_equal_one_process(tmp_path, smol_path, name):
+def test_own_completions_equal_one_process(tmp_path, small_path, name):
     """The ranks draw completions of different lengths, so that one is done before the other."""
-    done = launch("samples", tmp_path, smol_path, 240, name)
+    done = launch("samples", tmp_path, small_path, 240, name)
     assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     alone = worker.sampling(name, tmp_path / "alone", tokenizer, 8)
     expected, line = test_online.first_step(alone)
     found = json.loads((tmp_path / f"samples-{name}.json").read_text())
@@ -241,8 +241,8 @@ def test_own_completions_equal_one_process(tmp_path, smol_path, name):
         assert found["line"][metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-6), metric
 
 
-def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path, smol_path):
-    done = launch("shares", tmp_path, smol_path, 120)
+def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path, small_path):
+    done = launch("shares", tmp_path, small_path, 120)
     assert done.returncode == 0, done.stderr[-3000:]
     model = families.build("llama").eval()
     attach(model)
@@ -261,12 +261,12 @@ def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path,
 
 
 @pytest.mark.parametrize("stage", ["1", "2"])
-def test_deepspeed_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch, stage):
+def test_deepspeed_takes_the_steps_of_one_process(tmp_path, small_path, monkeypatch, stage):
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    done = launch("deepspeed", tmp_path, smol_path, 240, stage, "fp32")
+    done = launch("deepspeed", tmp_path, small_path, 240, stage, "fp32")
     assert done.returncode == 0, done.stderr[-3000:]
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in ("grpo", "dpo"):
         alone = worker.deepspeed_runs(name, tmp_path / "alone", tokenizer, 4)
         alone.train()
@@ -277,27 +277,27 @@ def test_deepspeed_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypat
                 assert line[metric] == pytest.approx(expected[metric], rel=2e-4, abs=1e-5), (name, metric)
 
 
-def test_deepspeed_in_bf16_keeps_log_probs_in_fp32(tmp_path, smol_path, monkeypatch):
+def test_deepspeed_in_bf16_keeps_log_probs_in_fp32(tmp_path, small_path, monkeypatch):
     """What the rewards were taken against is what the rows say, to the last digit that is logged."""
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    done = launch("deepspeed", tmp_path, smol_path, 240, "2", "bf16")
+    done = launch("deepspeed", tmp_path, small_path, 240, "2", "bf16")
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = json.loads((tmp_path / "half.json").read_text())
     for side, expected in (("chosen", worker.CHOSEN), ("rejected", worker.REJECTED)):
         assert line[f"logps/{side}"] - line[f"rewards/{side}"] / 0.1 == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_rank_that_throws_ends_both_with_its_message(tmp_path, smol_path):
+def test_a_rank_that_throws_ends_both_with_its_message(tmp_path, small_path):
     start = time.monotonic()
-    done = launch("throws", tmp_path, smol_path, timeout=120)
+    done = launch("throws", tmp_path, small_path, timeout=120)
     assert done.returncode != 0
     assert "the second rank cannot go on" in done.stderr
     assert time.monotonic() - start < 100
 
 
-def test_resume_with_two_processes(tmp_path, smol_path):
-    done = launch("resumes", tmp_path, smol_path)
+def test_resume_with_two_processes(tmp_path, small_path):
+    done = launch("resumes", tmp_path, small_path)
     assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = json.loads((tmp_path / "resume.json").read_text())
     assert [line["step"] for line in whole] == [3, 6]

@@ -13,14 +13,23 @@ from tests.distributed.test_two_processes import launch
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("cases", [("sft", "tied", "reward")], ids=",".join)
-def test_zero_3_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch, cases):
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ("sft", "tied", "reward"),
+        ("dpo", "dpo-before", "dpo-twin", "grpo"),
+        ("lora", "lora-head", "lora-saved", "whole", "bf16"),
+    ],
+    ids=",".join,
+)
+def test_zero_3_takes_the_steps_of_one_process(tmp_path, small_path, monkeypatch, cases):
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of log-probs computed beforehand
-    tokenizer = AutoTokenizer.from_pretrained(smol_path)
+    tokenizer = AutoTokenizer.from_pretrained(small_path)
     zero_3.save_models(tmp_path, tokenizer)
-    done = launch(",".join(cases), tmp_path, smol_path, 400, script=zero_3.__file__)
+    done = launch(",".join(cases), tmp_path, small_path, 400, script=zero_3.__file__)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for name in cases:
@@ -29,7 +38,7 @@ def test_zero_3_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch,
         alone.train()
         ours, expected = found[name], zero_3.lines(alone)
         assert ours["flat"] and (ours["head"] is None) == (name not in zero_3.PARTS), name
-        assert len(expected) == len(ours["lines"]) == (4 if name == "dpo" else 3)
+        assert len(expected) == len(ours["lines"]) == (6 if name == "dpo" else 3)
         near = 1e-4 if name != "bf16" else 2e-2  # the same products, rounded elsewhere
         for line, other in zip(ours["lines"], expected, strict=True):
             # DeepSpeed's norm has a small number added.
@@ -38,6 +47,8 @@ def test_zero_3_takes_the_steps_of_one_process(tmp_path, smol_path, monkeypatch,
             assert ours["resumed"] == ours["lines"], name
         alone.save_model(str(tmp_path / "alone-saved"))
         weights, others = (_saved(tmp_path / folder) for folder in (f"{name}-saved", "alone-saved"))
+        # With an adapter of the head PEFT saves the frozen weight below it too; DeepSpeed gathers what trains.
+        others = {key: weight for key, weight in others.items() if ".base_layer." not in key}
         assert weights.keys() == others.keys(), name
         for key, weight in others.items():
             torch.testing.assert_close(weights[key].float(), weight, atol=near, rtol=near, msg=f"{name} {key}")

@@ -24,9 +24,9 @@ def save_models(out, tokenizer):
         tokenizer.save_pretrained(out / name)
 
 
-def settings():
+def settings(name):
     """Small weights are cut up too, and few are fetched ahead."""
-    found = deepspeed_settings(3)
+    found = deepspeed_settings(3, half=name == "bf16")
     found["deepspeed"]["zero_optimization"] |= {
         "stage3_param_persistence_threshold": 100,
         "stage3_prefetch_bucket_size": 5000,
@@ -51,7 +51,7 @@ def make(name, out, path, tokenizer, batch, **further):
     if name == "whole":  # an instance, not cut up as it was loaded
         return sft(path, tiny(tokenizer), tokenizer, chat_rows(5), **further)
     if name == "bf16":
-        return sft(path, base, tokenizer, chat_rows(5), bf16=True, **further)
+        return sft(path, base, tokenizer, chat_rows(5), **{**further, "bf16": True})
     if name in ("sft", "tied"):
         model = str(out / ("tied" if name == "tied" else "base"))
         return sft(path, model, tokenizer, chat_rows(5), gradient_checkpointing=name == "tied", **further)
@@ -80,7 +80,7 @@ def make(name, out, path, tokenizer, batch, **further):
 
 SYNCED = {
     **{"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
-    **{"eval_strategy": "steps", "eval_steps": 2, "generate_during_eval": True, "max_completion_length": 8},
+    **{"eval_strategy": "steps", "eval_steps": 1, "generate_during_eval": True, "max_completion_length": 8},
 }
 PARTS = ("lora", "lora-head")  # heads that are more than one layer
 RESUMED = ("sft", "dpo", "grpo")
@@ -98,13 +98,13 @@ def main(cases, out, tokenizer):
     found = {}
     for name in cases:
         saves = {"save_strategy": "steps", "save_steps": 2} if name in RESUMED else {}
-        run = make(name, out, out / name, tokenizer, 2, **settings(), **saves)
+        run = make(name, out, out / name, tokenizer, 2, **settings(name), **saves)
         run.train()
         assert shards.is_partitioned(run.model) and type(run.model_wrapped).__name__ == "DeepSpeedEngine"
         run.save_model(str(out / f"{name}-saved"))
         found[name] = {"lines": lines(run), "flat": run.attachment.is_flat, "head": run.attachment.head_reason}
         if saves:
-            again = make(name, out, out / name, tokenizer, 2, **settings(), **saves)
+            again = make(name, out, out / name, tokenizer, 2, **settings(name), **saves)
             again.train(resume_from_checkpoint=str(out / name / "checkpoint-2"))
             found[name]["resumed"] = lines(again)
     if dist.get_rank() == 0:

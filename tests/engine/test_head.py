@@ -205,6 +205,7 @@ print((peak[0] - before) / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["frozen", "trained"])
 def test_memory_is_flat_in_the_number_of_tokens(kind):
     """512 to 16,384 tokens: full logits would take 32 MiB and 1 GiB. What grows is [N, H] alone."""

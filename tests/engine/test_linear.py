@@ -59,6 +59,7 @@ def test_what_is_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", ["many rows", "none", "gradients", "float64", "autocast", "own forward", "subclass"])
 def test_everything_else_is_left_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.engine.linear._has_half_products", lambda: True)
     model = Calls(bias=True)
     x = torch.randn({"many rows": MOST + 1, "none": 0}.get(case, 4), 96)
     layer = model.layers[0]
@@ -108,6 +109,30 @@ def test_half_precision_products_are_rounded_once(dtype, monkeypatch):
     # Half a unit in the last place: nothing was rounded on the way.
     assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
     torch.testing.assert_close(layer.weight.grad, x.detach().flatten(0, 1).sum(0).expand(48, -1), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("case", ["bfloat16", "float16", "autocast", "no bias"])
+def test_few_rows_in_half_precision_are_rounded_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of `half_products`; weights are turned to float32 once, and again after they have changed."""
+    monkeypatch.setattr("trl.engine.linear._has_half_products", lambda: False)
+    dtype = torch.float16 if case == "float16" else torch.bfloat16
+    model = Calls(bias=case != "no bias").to(torch.float32 if case == "autocast" else dtype)
+    layer = model.layers[1]
+    autocast = torch.autocast("cpu", dtype, enabled=case == "autocast")
+    with torch.no_grad(), autocast, few_rows(model):
+        copies = []
+        for rows in (2, MOST + 1, 0, 2):
+            x = torch.randn(rows, 1, 96).to(layer.weight.dtype)
+            found = layer(x)
+            weight, bias = (None if each is None else each.to(dtype).double() for each in (layer.weight, layer.bias))
+            exact = F.linear(x.to(dtype).double(), weight, bias)
+            assert found.dtype == dtype and found.shape == exact.shape
+            assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
+            copies.append(layer.forward.copy[0])
+            if rows == 0:
+                layer.weight.mul_(2)
+        assert copies[0] is copies[1] is copies[2] and copies[3] is not copies[0]
+    assert "forward" not in vars(layer)
 
 
 def test_half_precision_products_are_left_alone_elsewhere():

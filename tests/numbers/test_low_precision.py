@@ -16,8 +16,8 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 def sft_run(path, model, tokenizer, **settings):

@@ -23,8 +23,8 @@ EVAL_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 def history(trainer):
@@ -141,9 +141,10 @@ trainer.train(resume_from_checkpoint=len(sys.argv) > 3)
 """
 
 
-def test_sft_sigkill_during_a_save_loses_nothing_before_it(tmp_path, tokenizer, smol_path):
+@pytest.mark.slow
+def test_sft_sigkill_during_a_save_loses_nothing_before_it(tmp_path, tokenizer, small_path):
     """Kill the process while a staging folder exists; what is called a checkpoint is whole, and the run goes on."""
-    command = [sys.executable, "-c", RUN, str(tmp_path), smol_path]
+    command = [sys.executable, "-c", RUN, str(tmp_path), small_path]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=os.getcwd())
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

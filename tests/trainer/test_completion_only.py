@@ -10,8 +10,8 @@ from trl.data.batching.completion_only import DataCollatorForCompletionOnlyLM
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 def rows_of(tokenizer, *texts):

@@ -54,8 +54,8 @@ OF_A_BATCH = ("total_flos", "grad_norm")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 def run(method, tokenizer, path, batch, accumulation, **settings):

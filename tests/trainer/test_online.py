@@ -21,8 +21,8 @@ CLOCKS = ("train_token_efficiency", "step_time")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 PROMPTS = [{"prompt": f"say {word} and then stop", "wanted": word} for word in ("red", "old", "stone", "cat", "mat")]

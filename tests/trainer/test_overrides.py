@@ -35,8 +35,8 @@ from trl.data.batching.collate import labelled
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 def made(cls, path, tokenizer, rows=None, eval_rows=None, settings=None, **kwargs):

@@ -16,8 +16,8 @@ from trl.losses.tokens import seq_sum
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def test_fsdp_shards_a_reference_of_its_own(tmp_path, tokenizer, monkeypatch, ve
     trainer = dpo(tmp_path, tiny(tokenizer), tokenizer)
     asked = []
     monkeypatch.setattr(
-        "trl.trainer.preference.fsdp2_prepare_model", lambda by, model: asked.append(("fsdp2", by, model)) or model
+        "trl.trainer.reference.fsdp2_prepare_model", lambda by, model: asked.append(("fsdp2", by, model)) or model
     )
     trainer.is_fsdp_enabled = True
     trainer.accelerator = types.SimpleNamespace(

@@ -13,8 +13,8 @@ from trl.trainer.base import NonFiniteError
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smol_path):
-    return AutoTokenizer.from_pretrained(smol_path)
+def tokenizer(small_path):
+    return AutoTokenizer.from_pretrained(small_path)
 
 
 def lora(**settings):
@@ -69,7 +69,7 @@ def test_a_few_steps_learn_the_rows(tmp_path, tokenizer):
     trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), max_steps=30, per_device_train_batch_size=4)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert losses[0] > 10 and losses[-1] < 3
+    assert losses[0] > 7 and losses[-1] < 3
 
 
 def test_dft_weighs_by_the_likelihood(tmp_path, tokenizer):
@@ -234,11 +234,11 @@ def test_workers_that_prepare_batches(tmp_path, tokenizer):
 def test_a_longer_row_is_cut_and_counted(tmp_path, tokenizer):
     rows = chat_rows(3)
     rows.append({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cat " * 100}]})
-    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, rows, max_length=80)
-    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 80
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, rows, max_length=120)
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 120
     assert trainer.reports["train"].rows_cut == 1 and trainer.reports["train"].tokens_cut > 0
-    whole = sft(tmp_path, tiny(tokenizer, max_position_embeddings=90), tokenizer, rows)
-    assert whole.window() == 90 and whole.reports["train"].rows_cut == 1
+    whole = sft(tmp_path, tiny(tokenizer, max_position_embeddings=130), tokenizer, rows)
+    assert whole.window() == 130 and whole.reports["train"].rows_cut == 1
 
 
 def test_the_epoch_order_is_a_permutation_and_changes(tmp_path, tokenizer):
@@ -251,8 +251,8 @@ def test_the_epoch_order_is_a_permutation_and_changes(tmp_path, tokenizer):
     assert [len(batch["row_S"]) for batch in loader] == [3, 3, 1]
 
 
-def test_an_unknown_token_name_is_refused(tmp_path, tokenizer, smol_path):
-    own = AutoTokenizer.from_pretrained(smol_path)
+def test_an_unknown_token_name_is_refused(tmp_path, tokenizer, small_path):
+    own = AutoTokenizer.from_pretrained(small_path)
     with pytest.raises(ValueError, match="eos_token='<nowhere>' is not in the tokenizer's vocabulary"):
         sft(tmp_path, tiny(tokenizer), own, chat_rows(2), eos_token="<nowhere>")
 
@@ -437,7 +437,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_the_rows_alone(tmp_path, toke
 
 
 def test_packing_does_not_reach_evaluation_when_told_so(tmp_path, tokenizer):
-    settings = {"packing": True, "max_length": 128, "eval_rows": chat_rows(6, seed=2)}
+    settings = {"packing": True, "max_length": 256, "eval_rows": chat_rows(6, seed=2)}
     packed = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(8), **settings)
     plain = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(8), eval_packing=False, **settings)
     assert len(packed.eval_dataset) < 6 == len(plain.eval_dataset)

@@ -12,6 +12,7 @@ end. A training step of a 135M model's first two layers took 3.1 s instead of 43
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +21,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # oneDNN compiles and keeps code for each number of rows. There are few of them: a multiple of STEP, and MOST at most.
 STEP, MOST = 8, 64
+HALF = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
 def few_rows(model: nn.Module) -> Iterator[None]:
     """Within, and without gradients, the model's plain linear layers multiply few rows by oneDNN.
 
+    Where a CPU has no instructions for half precision, their products are those of `half_products`, with fp32 copies of
+    the weights that are made once and kept as long as this lasts: twice the memory of the weights more.
+
     The numbers are the same up to rounding. Nothing changes for other layers (quantised ones, say), dtypes, devices and
     builds of PyTorch.
     """
     changed = [each for each in model.modules() if isinstance(each, nn.Linear) and _may_change(each)]
     for module in changed:
-        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+        module.forward = _Forward(module)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -47,24 +52,50 @@ def _is_there() -> bool:
 def _may_change(module: nn.Linear) -> bool:
     """Asked once, so that layers on an accelerator keep a forward pass without a detour."""
     return (
-        _is_there()
-        and type(module) is nn.Linear
+        type(module) is nn.Linear
         and "forward" not in vars(module)
         and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
+        and (module.weight.dtype == torch.float32 or module.weight.dtype in HALF)
     )
 
 
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    """`x` [..., in features] to [..., out features]."""
+class _Forward:
+    """The forward pass of one layer, `x` [..., in features] to [..., out features]."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+        self.copied: list[Any] = []  # what the copy was made of
+        self.copy: tuple[Tensor, Tensor | None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self.module.weight, self.module.bias
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
+        # Sharded weights are whole by now, or are nothing that oneDNN knows.
+        plain = type(weight) is nn.Parameter and not torch.is_grad_enabled() and (autocast or x.dtype == dtype)
+        if not plain:
+            return F.linear(x, weight, bias)
+        if dtype in HALF and not _has_half_products() and not torch.compiler.is_compiling():
+            with torch.autocast("cpu", enabled=False):
+                return _product(x.to(dtype).float(), *self._in_float32(dtype)).to(dtype)
+        return F.linear(x, weight, bias) if autocast else _product(x, weight, bias)
+
+    def _in_float32(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Copies of the weight and the bias as they are in `dtype`, made anew where either has changed."""
+        weight, bias = self.module.weight, self.module.bias
+        now = [dtype, *((id(each), each._version) for each in (weight, bias) if each is not None)]
+        if self.copied != now:
+            self.copy = weight.to(dtype).float(), None if bias is None else bias.to(dtype).float()
+            self.copied = now
+        return self.copy
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    weight = module.weight
-    # Sharded weights are whole by now, or are nothing that oneDNN knows.
-    plain = type(weight) is nn.Parameter and weight.dtype == x.dtype == torch.float32
-    if not plain or not 0 < rows <= MOST or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, module.bias)
+    if x.dtype != torch.float32 or not _is_there() or not 0 < rows <= MOST:
+        return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % STEP))
-    found = torch.ops.mkldnn._linear_pointwise(padded, weight, module.bias, "none", [], "")
+    found = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
     return found[:rows].view(*x.shape[:-1], -1)
 
 
@@ -88,6 +119,6 @@ class _HalfProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         dtype = args[-1].dtype if func in self.PRODUCTS else None
-        if dtype not in (torch.bfloat16, torch.float16):
+        if dtype not in HALF:
             return func(*args, **(kwargs or {}))
         return func(*(each.float() for each in args), **(kwargs or {})).to(dtype)
