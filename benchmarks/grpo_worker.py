@@ -48,7 +48,7 @@ class GRPO(Preference):
         self.built_in = time.perf_counter() - began
         if OURS:
             trainer.sampler = Sampler(trainer.sampler, self)
-            trainer._draw = self._timed(trainer._draw)
+            trainer.collect = self._timed(trainer.collect)
         else:
             trainer._generate_single_turn = self._drawing(trainer._generate_single_turn)
             trainer._generate_and_score_completions = self._timed(trainer._generate_and_score_completions)
@@ -147,11 +147,14 @@ class Sampler:
     def __init__(self, sampler, worker: GRPO) -> None:
         self.sampler, self.worker = sampler, worker
 
-    def generate(self, model, requests, sampling):
+    def sync(self, model, version):
+        self.sampler.sync(model, version)
+
+    def generate(self, requests, sampling):
         groups = []
 
         def draw():
-            groups.extend(self.sampler.generate(model, requests, sampling))
+            groups.extend(self.sampler.generate(requests, sampling))
             return [each.ids for group in groups for each in group]
 
         def take():

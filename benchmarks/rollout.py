@@ -82,10 +82,15 @@ def main() -> None:
     print(f"\nours / generate  {statistics.median(ratios):.2f}× (rounds {min(ratios):.2f} – {max(ratios):.2f})")
 
 
+def sample(sampler: Any, model: Any, requests: list[Request], sampling: Sampling) -> Any:
+    sampler.sync(model, 0)
+    return sampler.generate(requests, sampling)
+
+
 def ours(model: Any, tokenizer: Any, prompts: list[list[int]], options: Any, seed: int) -> int:
     requests = [Request(prompt, options.generations, (seed, place)) for place, prompt in enumerate(prompts)]
     sampling = Sampling(max_new_tokens=options.max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
-    drawn = InProcessSampler().generate(model, requests, sampling)
+    drawn = sample(InProcessSampler(), model, requests, sampling)
     return sum(len(each.ids) for group in drawn for each in group)
 
 
@@ -110,7 +115,7 @@ def padded(tokenizer: Any, prompts: list[list[int]], device: str) -> Any:
 
 def compare_greedy(model: Any, other: Any, tokenizer: Any, prompts: list[list[int]], device: str) -> str:
     sampling = Sampling(max_new_tokens=24, temperature=0, stop_ids=(tokenizer.eos_token_id,))
-    drawn = InProcessSampler().generate(model, [Request(prompt, 1, (0,)) for prompt in prompts], sampling)
+    drawn = sample(InProcessSampler(), model, [Request(prompt, 1, (0,)) for prompt in prompts], sampling)
     same = 0
     for prompt, [completion] in zip(prompts, drawn, strict=True):
         with torch.no_grad():

@@ -96,6 +96,56 @@ def test_the_walk_sees_what_it_should(source: str, where: str, word: str) -> Non
     assert all(word in fault for fault in found)
 
 
+def imported_modules(path: Path) -> set[str]:
+    """The modules of this library that a module imports, at its top or in its functions."""
+    names = {".".join(each.relative_to(ROOT).with_suffix("").parts) for each in modules()}
+    found = set()
+    for _, name in imported(path.read_text(), path.relative_to(ROOT).parts[:-1]):
+        candidates = [name, name.rpartition(".")[0]]
+        found |= {each for each in candidates if each in names}
+    return found
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    arrows = {".".join(path.relative_to(ROOT).with_suffix("").parts): imported_modules(path) for path in modules()}
+    done: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(arrows[name] - {name}):
+                walk(other, [*trail, name])
+            done.add(name)
+
+    for name in arrows:
+        walk(name, [])
+
+
+# Tables, and the two modules that hold every hook of `transformers.Trainer`.
+LONG = {"compat/table.py": 700, "trainer/base.py": 850, "trainer/online.py": 760}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONG.get(str(path.relative_to(ROOT / "trl")), 500)
+
+
+def test_static_imports_are_in_step_with_the_public_names() -> None:
+    """Type checkers read the imports under TYPE_CHECKING, and Python the table."""
+    import trl
+
+    tree = ast.parse((ROOT / "trl" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    static = {
+        alias.name: f"trl.{node.module}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert static == trl._HOMES
+    assert trl.__all__ == sorted([*static, "__version__"])
+
+
 def test_import_trl_is_cheap() -> None:
     heavy = ("torch", "transformers", "numpy")
     code = f"import sys, trl, trl.cli.main; print([name for name in {heavy} if name in sys.modules])"

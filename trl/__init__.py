@@ -8,9 +8,6 @@ from .methods import METHODS
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from trl.data.batching.completion_only import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
-    from trl.data.batching.packing import pack_dataset as pack_dataset
-
     from .callbacks import (
         SyncRefModelCallback as SyncRefModelCallback,
     )
@@ -26,6 +23,8 @@ if TYPE_CHECKING:
     from .config import (
         ScriptArguments as ScriptArguments,
     )
+    from .data.batching.completion_only import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
+    from .data.batching.packing import pack_dataset as pack_dataset
     from .data.convert import (
         apply_chat_template as apply_chat_template,
     )
@@ -132,8 +131,13 @@ if TYPE_CHECKING:
         SFTTrainer as SFTTrainer,
     )
 
+
+def _of_methods() -> dict[str, str]:
+    return {f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")}
+
+
 _HOMES = {
-    **{f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")},
+    **_of_methods(),
     "DataCollatorForCompletionOnlyLM": "trl.data.batching.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",
@@ -161,7 +165,7 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
+    home = _HOMES.get(name) or _of_methods().get(name)  # a row may have come since
     if home is None:
         if today := imports.renamed(name):
             return getattr(import_module("trl"), today)

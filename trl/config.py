@@ -1,6 +1,5 @@
 """What a user sets. Field groups are dataclasses over `transformers.TrainingArguments`; each field is written once."""
 
-import inspect
 import json
 import os
 from dataclasses import dataclass, field, fields
@@ -10,26 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from trl import options
-from trl.compat.arguments import adopt
+from trl.compat.arguments import Adoptable
 from trl.notices import notify_once
-
-
-class _Signature:
-    """That of `__init__`: `inspect.signature` of a class would show `__new__`'s, which takes anything."""
-
-    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
-        signature = inspect.signature(owner.__init__)  # type: ignore[misc]
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-class Adoptable:
-    """A class that can be spoken to in older words; see `trl.compat`."""
-
-    __signature__ = _Signature()
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        adopt(cls)
-        return super().__new__(cls)
 
 
 @dataclass

@@ -381,7 +381,7 @@ def half_way(tokenizer, monkeypatch):
         return SFTTrainer(tiny(tokenizer), SFTConfig("out", **settings), train_dataset=texts(), tokenizer=tokenizer)
 
     trainer().train()
-    monkeypatch.setattr(arguments, "_flag_is_open", True)
+    arguments._flag_is_open = True
     return trainer
 
 

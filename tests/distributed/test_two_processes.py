@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.distributed import worker
 from tests.engine import families
+from tests.rollout.helpers import sample
 from tests.trainer import test_online, test_overrides
 from tests.trainer.helpers import first_gradient
 from trl.engine.probe import attach
@@ -249,7 +250,7 @@ def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path,
     for case, both in enumerate(worker.shared_requests()):
         for rank, requests in enumerate(both):
             ours = json.loads((tmp_path / f"shares-{case}-{rank}.json").read_text())
-            theirs = InProcessSampler(max_rows=4).generate(model, requests, worker.SHARED)
+            theirs = sample(InProcessSampler(max_rows=4), model, requests, worker.SHARED)
             for own, expected in zip(ours, theirs, strict=True):
                 assert [(ids, finished) for ids, _, finished in own] == [(e.ids, e.finished) for e in expected]
                 for (_, logps, _), each in zip(own, expected, strict=True):

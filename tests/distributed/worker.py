@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import trl
 from tests.engine import families
+from tests.rollout.helpers import sample
 from tests.trainer import test_online, test_overrides
 from tests.trainer.helpers import (
     DEFAULTS,
@@ -373,8 +374,11 @@ class Kept:
     def __init__(self, sampler):
         self.sampler, self.drawn = sampler, []
 
-    def generate(self, model, requests, sampling):
-        self.drawn = self.sampler.generate(model, requests, sampling)
+    def sync(self, model, version):
+        self.sampler.sync(model, version)
+
+    def generate(self, requests, sampling):
+        self.drawn = self.sampler.generate(requests, sampling)
         return self.drawn
 
 
@@ -407,14 +411,14 @@ def shares(out, _):
     attach(model)
     shard(model)
     for case, both in enumerate(shared_requests()):
-        drawn = InProcessSampler(max_rows=4).generate(model, both[dist.get_rank()], SHARED)
+        drawn = sample(InProcessSampler(max_rows=4), model, both[dist.get_rank()], SHARED)
         (out / f"shares-{case}-{dist.get_rank()}.json").write_text(json.dumps(drawn))
     refused = []
     unserved = families.build("falcon_mamba").eval()
     fully_shard(unserved, mesh=init_device_mesh("cpu", (2,)))
     for sampler, each in ((InProcessSampler(), unserved), (ContinuousSampler(), model)):
         try:
-            sampler.generate(each, both[dist.get_rank()], SHARED)
+            sample(sampler, each, both[dist.get_rank()], SHARED)
         except ValueError as error:
             refused.append(str(error))
     (out / f"refused-{dist.get_rank()}.json").write_text(json.dumps(refused))

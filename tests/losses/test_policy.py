@@ -8,9 +8,8 @@ import torch
 
 from trl.losses.policy import (
     BUDGET,
-    CLIPPING,
     MAX_LOG_RATIO,
-    METHODS,
+    POLICY_LOSSES,
     SEQUENCES,
     TOKENS,
     by_sequence,
@@ -25,6 +24,7 @@ from trl.losses.policy import (
     pool,
     quantile,
     ratio,
+    ratio_bounds,
     sapo,
     vespo,
     vespo_weight,
@@ -67,7 +67,7 @@ def surrogate(name: str, logp_N, old_N, advantage_N, seq_N, sequences: int, leve
         **SETTINGS,
         **settings,
     }
-    function = METHODS[name].surrogate
+    function = POLICY_LOSSES[name].surrogate
     return function(**{each: given[each] for each in inspect.signature(function).parameters if each in given})
 
 
@@ -102,7 +102,7 @@ def test_a_ratio_is_exact_up_to_the_bound_and_its_tangent_beyond():
     assert MAX_LOG_RATIO == 20
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
 @pytest.mark.parametrize("level", LEVELS)
 def test_log_ratios_without_an_exponential_leave_finite_losses_and_gradients(name, level):
     """In fp32 exp(100) is infinite. Of tokens at a positive advantage clipping removes it: they have no gradient; the
@@ -113,7 +113,7 @@ def test_log_ratios_without_an_exponential_leave_finite_losses_and_gradients(nam
     assert loss_N.isfinite().all()
     loss_N.sum().backward()
     assert logp_N.grad.isfinite().all()
-    if name in CLIPPING:
+    if POLICY_LOSSES[name].bounds is ratio_bounds:
         torch.testing.assert_close(loss_N[:2], torch.full((2,), -1.3))
         assert (logp_N.grad[:2] == 0).all() and (logp_N.grad[2:] > 0).all()
 
@@ -351,8 +351,11 @@ REDUCTIONS = {
 
 
 def test_every_method_is_known():
-    assert {name: (each.add_up, each.divide_by) for name, each in METHODS.items()} == REDUCTIONS
-    assert {name for name, each in METHODS.items() if each.surrogate is clip} == CLIPPING
+    assert {name: (each.add_up, each.divide_by) for name, each in POLICY_LOSSES.items()} == REDUCTIONS
+    clipping = {name for name, each in POLICY_LOSSES.items() if each.surrogate is clip}
+    assert clipping == {name for name, each in POLICY_LOSSES.items() if each.bounds is ratio_bounds}
+    assert {name for name, each in POLICY_LOSSES.items() if each.bounds is None} == {"sapo", "vespo"}
+    assert [name for name, each in POLICY_LOSSES.items() if each.corrects_itself] == ["vespo"]
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -365,14 +368,16 @@ ADVANTAGE_8 = double(1.5, -0.7, 0, -2)[SEQ_8]
 DETACHED = {"cispo", "vespo"}  # their weights have no gradient: it is worked out above
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - DETACHED))
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES.keys() - DETACHED))
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_gradients_in_float64(name, level):
     old_N = drawn(8, seed=3)
     logp_N = (old_N + drawn(8, 0.4, seed=4)).requires_grad_()
 
     def loss(logp_N: torch.Tensor) -> torch.Tensor:
-        return METHODS[name].add_up(surrogate(name, logp_N, old_N, ADVANTAGE_8, SEQ_8, 4, level, delta=1.5), SEQ_8, 4)
+        return POLICY_LOSSES[name].add_up(
+            surrogate(name, logp_N, old_N, ADVANTAGE_8, SEQ_8, 4, level, delta=1.5), SEQ_8, 4
+        )
 
     assert torch.autograd.gradcheck(loss, (logp_N,))
 
@@ -382,13 +387,13 @@ def test_gradients_of_what_tokens_add_in_float64():
     assert torch.autograd.gradcheck(lambda x: k3(logp_N=x, ref_logp_N=ref_N), (logp_N,))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_on_the_policy_all_have_the_gradient_of_reinforce(name, level):
     """`-A d log pi`, added up each in its way; CISPO with its bound on the ratio."""
     old_N = drawn(8)
     logp_N = old_N.clone().requires_grad_()
-    add_up = METHODS[name].add_up
+    add_up = POLICY_LOSSES[name].add_up
     loss_N = surrogate(name, logp_N, old_N, ADVANTAGE_8, SEQ_8, 4, level, epsilon_high=2.0)
     ours = torch.autograd.grad(add_up(loss_N, SEQ_8, 4), logp_N)[0]
     plain_N = old_N.clone().requires_grad_()
@@ -396,7 +401,7 @@ def test_on_the_policy_all_have_the_gradient_of_reinforce(name, level):
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_sequences_of_one_token_have_one_level(name, level):
     seq_N, advantage_N = torch.arange(8), drawn(8, seed=5)
@@ -405,7 +410,7 @@ def test_sequences_of_one_token_have_one_level(name, level):
     torch.testing.assert_close(surrogate(name, logp_N, old_N, advantage_N, seq_N, 8, level), expected)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_order_has_no_say(name, level):
     """Sequences in another order, and other sequences beside them, change no token."""
@@ -420,7 +425,7 @@ def test_order_has_no_say(name, level):
     torch.testing.assert_close(alone, expected[:3])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_an_advantage_of_zero_costs_nothing(name, level):
     """Nor does it have a gradient, wherever the policy went: what leaves before the forward pass may leave."""
@@ -431,13 +436,13 @@ def test_an_advantage_of_zero_costs_nothing(name, level):
     assert (torch.autograd.grad(loss_N.sum(), logp_N)[0] == 0).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_nothing_costs_nothing(name, level):
     nothing, seq_N = torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.long)
     for sequences in (0, 2):
         loss_N = surrogate(name, nothing, nothing.detach(), nothing.detach(), seq_N, sequences, level)
-        total = METHODS[name].add_up(loss_N, seq_N, sequences)
+        total = POLICY_LOSSES[name].add_up(loss_N, seq_N, sequences)
         assert total == 0 and loss_N.shape == (0,)
         total.backward()
     for mode in CORRECTED:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl.losses.preference import DIVERGENCES, DIVERGING, LOSSES, NEED_STEP, PER_TOKEN, Step, ld, wpo_weight
+from trl.losses.preference import DIVERGENCES, DIVERGING, LOSSES, NEED_STEP, PER_TOKEN, StepPairs, ld, wpo_weight
 
 LOG2, LOG3 = math.log(2), math.log(3)  # the logistic function of log 3 is 3/4, of -log 3 it is 1/4
 LOGP = ("chosen_logp_P", "rejected_logp_P")
@@ -277,7 +277,7 @@ def test_sorted_losses_do_not_depend_on_the_split(name, sizes, ties):
         # Which of two equals is matched with whom is open: the total gradient is not, nor is the value.
         expected = expected.sum()
 
-    step = Step(*(x[:, side].detach() for x in (policy, ref) for side in (0, 1)))
+    step = StepPairs(*(x[:, side].detach() for x in (policy, ref) for side in (0, 1)))
     total, start = 0.0, 0
     for size in sizes:
         given = available(*(x[start : start + size] for x in (policy, ref, tokens)))
@@ -293,7 +293,7 @@ def test_sorted_losses_do_not_depend_on_the_split(name, sizes, ties):
 def test_ties_are_matched_alike_under_any_split(name):
     policy, ref, tokens = drawn(7)
     policy, ref = policy.round(decimals=-1).requires_grad_(), ref.round(decimals=-1)
-    step = Step(*(x[:, side].detach() for x in (policy, ref) for side in (0, 1)))
+    step = StepPairs(*(x[:, side].detach() for x in (policy, ref) for side in (0, 1)))
     found = []
     for sizes in SPLITS:
         parts, start = [], 0
@@ -312,7 +312,7 @@ def test_ties_are_matched_alike_under_any_split(name):
 @pytest.mark.parametrize("name", sorted(NEED_STEP))
 def test_a_batch_alone_is_a_whole_step(name):
     policy, ref, tokens = drawn(7)
-    step = Step(*(x[:, side] for x in (policy, ref) for side in (0, 1)))
+    step = StepPairs(*(x[:, side] for x in (policy, ref) for side in (0, 1)))
     alone = call(LOSSES[name], available(policy, ref, tokens))
     torch.testing.assert_close(alone, call(LOSSES[name], {**available(policy, ref, tokens), "step": step}))
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ import trl
 from tests.parity import tiny
 from tests.parity.test_parity import check
 from tests.trainer.helpers import DEFAULTS
-from trl.rollout.rounds import Tokens, TrainingTrace
+from trl.rollout.traces import COLUMNS, ScoredTrace, TrainingTrace
 
 RECORDED = {name: json.loads((Path(__file__).parent / f"{name}.json").read_text()) for name in ("grpo", "rloo")}
 CASES = [(method, name) for method, recorded in RECORDED.items() for name in recorded["cases"]]
@@ -53,8 +54,9 @@ def samples(method: str, case: dict[str, Any]) -> list[TrainingTrace]:
     for index, row in enumerate(rows):
         further = {"old_logps": row["old_logps"]} if case["corrected"] and case["old"] == "rows" else {}
         ids = row["completion_ids"]
-        tokens = Tokens(ids, row[drawn], row["ref_logps"], **further)
-        found.append(TrainingTrace(index // 3, row["prompt_ids"], len(ids), row["advantage"], True, tokens))
+        given = {"ids": ids, "logps": row[drawn], "ref_logps": row["ref_logps"], **further}
+        columns = {name: np.asarray(values, dtype=COLUMNS[name]) for name, values in given.items()}
+        found.append(TrainingTrace(index // 3, row["prompt_ids"], len(ids), row["advantage"], len(ids), columns))
     return found
 
 
@@ -64,7 +66,7 @@ def step(path: Path, method: str, name: str, **further: Any) -> tuple[float, dic
     settings = {**case["settings"], "rollout_correction": True} if case["corrected"] else case["settings"]
     with contextlib.redirect_stdout(None):
         trainer = make(path, method, {**settings, **further}, on_policy=case["old"] == "own")
-    loss = trainer._learn(trainer.model, samples(method, case)).item()
+    loss = trainer.train_on(trainer.model, samples(method, case)).item()
     gradients = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
     return loss, trainer._reduced("train"), gradients
 
@@ -72,7 +74,7 @@ def step(path: Path, method: str, name: str, **further: Any) -> tuple[float, dic
 @pytest.fixture
 def nothing_dropped(monkeypatch):
     for kind in (trl.GRPOTrainer, trl.RLOOTrainer):
-        monkeypatch.setattr(kind, "is_idle", lambda self, sample: False)
+        monkeypatch.setattr(kind, "has_no_gradient", lambda self, trace: False)
 
 
 @EACH_CASE
@@ -96,7 +98,7 @@ def test_who_is_idle(tmp_path, settings):
     with contextlib.redirect_stdout(None):
         trainer = make(tmp_path, "grpo", settings)
     case = RECORDED["grpo"]["cases"]["dapo token"]
-    idle = [trainer.is_idle(each) for each in samples("grpo", case)]
+    idle = [trainer.has_no_gradient(each) for each in samples("grpo", case)]
     assert idle == [index == IDLE and not settings for index in range(6)]
 
 
@@ -107,8 +109,11 @@ def test_advantages_are_upstreams(method, name, tmp_path):
     rewards_SF = torch.tensor([[math.nan if value is None else value for value in row] for row in recorded["rewards"]])
     with contextlib.redirect_stdout(None):
         trainer = make(tmp_path, method, settings)
-    kl_S = torch.tensor(recorded["kl"]) if settings.get("beta") else None
-    ours = trainer.advantages(rewards_SF, torch.tensor(recorded["weights"]), 3, kl_S)
+    trainer.rewards.names, trainer.rewards.weights = ["a"] * rewards_SF.shape[1], torch.tensor(recorded["weights"])
+    kl = recorded["kl"] if settings.get("beta") else [0.0] * len(rewards_SF)
+    traces = [ScoredTrace(index // 3, None, 1, 1, True, rewards, kl[index], 0, None)
+              for index, rewards in enumerate(rewards_SF.tolist())]  # fmt: skip
+    ours = trainer.credit(traces, 3)
     torch.testing.assert_close(ours, torch.tensor(recorded["advantages"][name]["advantages"]), atol=1e-5, rtol=1e-5)
 
 
@@ -137,8 +142,8 @@ def test_who_computes_log_probs_of_its_own(tmp_path, correct, iterations):
         trainer = make(tmp_path, "grpo", {"rollout_correction": correct}, on_policy=iterations == 1)
     assert trainer.needs_old() is (correct and iterations == 2)
     rows = [{"row": 0, "prompt": "w5 w6", "prompt_ids": [5, 6]}, {"row": 1, "prompt": "w7", "prompt_ids": [7]}]
-    for sample in trainer._draw(rows, 3, training=True):
+    for sample in trainer.collect(rows, 3, training=True):
         if not trainer.needs_old():
-            assert sample.tokens.old_logps is None
+            assert "old_logps" not in sample.columns
         else:  # the sampler is the trainer's own: they say the same
-            assert sample.tokens.old_logps == pytest.approx(sample.tokens.logps, abs=1e-4)
+            assert sample.columns["old_logps"] == pytest.approx(sample.columns["logps"], abs=1e-4)

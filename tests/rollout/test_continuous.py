@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.engine import families
+from tests.rollout.helpers import sample
 from tests.rollout.test_generate import PROMPTS, STOP, build, greedy, ids, requests
 from tests.trainer import test_online
 from trl import GRPOConfig
@@ -40,7 +41,7 @@ def test_greedy_tokens_are_those_without_a_cache(family, attention):
     sampling = Sampling(max_new_tokens=12, temperature=0, stop_ids=(STOP,))
     # Eight pages: rows wait for others to leave.
     for sampler in (ContinuousSampler(), ContinuousSampler({"num_blocks": 8, "max_batch_tokens": 16})):
-        drawn = sampler.generate(model, requests(), sampling)
+        drawn = sample(sampler, model, requests(), sampling)
         for prompt, group in zip(PROMPTS, drawn, strict=True):
             expected = greedy(model, prompt, 12)
             for completion in group:
@@ -55,7 +56,7 @@ def test_greedy_tokens_are_those_without_a_cache(family, attention):
 def test_log_probs_are_those_of_the_policy_at_its_temperature(temperature, filters):
     model = build("qwen3")
     sampling = Sampling(max_new_tokens=10, temperature=temperature, stop_ids=(STOP,), **filters)
-    drawn = ContinuousSampler().generate(model, requests(), sampling)
+    drawn = sample(ContinuousSampler(), model, requests(), sampling)
     assert len({tuple(each.ids) for group in drawn for each in group}) > 10
     for group in drawn:
         for each in group:
@@ -69,7 +70,7 @@ def test_log_probs_are_those_of_the_policy_at_its_temperature(temperature, filte
 def test_nothing_is_drawn_that_a_filter_rules_out(filters):
     model = build("llama")
     prompt, sampling = PROMPTS[0], Sampling(max_new_tokens=1, temperature=0.8, **filters)
-    [group] = ContinuousSampler().generate(model, [Request(prompt, 300, (1,))], sampling)
+    [group] = sample(ContinuousSampler(), model, [Request(prompt, 300, (1,))], sampling)
     with torch.no_grad():
         probs = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.8).softmax(-1)
     likely, order = probs.sort(descending=True)
@@ -83,7 +84,7 @@ def test_nothing_is_drawn_that_a_filter_rules_out(filters):
 
 def test_tokens_are_as_frequent_as_they_are_likely():
     model = build("llama")
-    [group] = ContinuousSampler().generate(model, [Request(PROMPTS[0], 2000, (3,))], Sampling(1, temperature=0.7))
+    [group] = sample(ContinuousSampler(), model, [Request(PROMPTS[0], 2000, (3,))], Sampling(1, temperature=0.7))
     with torch.no_grad():
         probs = (model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.7).softmax(-1)
     counts = torch.bincount(torch.tensor([each.ids[0] for each in group]), minlength=len(probs))
@@ -98,13 +99,13 @@ def test_a_round_is_drawn_alike_twice_and_leaves_the_random_state_alone():
     model = build("llama")
     sampling = Sampling(max_new_tokens=9, stop_ids=(STOP,))
     state = torch.get_rng_state()
-    first = ids(ContinuousSampler().generate(model, requests(), sampling))
-    assert ids(ContinuousSampler().generate(model, requests(), sampling)) == first
-    assert ids(ContinuousSampler().generate(model, requests(seed=1), sampling)) != first
+    first = ids(sample(ContinuousSampler(), model, requests(), sampling))
+    assert ids(sample(ContinuousSampler(), model, requests(), sampling)) == first
+    assert ids(sample(ContinuousSampler(), model, requests(seed=1), sampling)) != first
     # Another rank, with other samples of the same prompts.
-    assert ids(ContinuousSampler().generate(model, [each._replace(first=3) for each in requests()], sampling)) != first
+    assert ids(sample(ContinuousSampler(), model, [each._replace(first=3) for each in requests()], sampling)) != first
     assert torch.equal(torch.get_rng_state(), state)
-    assert ContinuousSampler().generate(model, [], sampling) == []
+    assert sample(ContinuousSampler(), model, [], sampling) == []
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -125,7 +126,7 @@ def test_gradients_are_those_of_before(adapter):
 
     expected = gradients()
     modes = [module.training for module in model.modules()]
-    drawn = ContinuousSampler().generate(model, requests(), Sampling(max_new_tokens=8, top_k=20))
+    drawn = sample(ContinuousSampler(), model, requests(), Sampling(max_new_tokens=8, top_k=20))
     assert [module.training for module in model.modules()] == modes
     ours = gradients()
     assert ours.keys() == expected.keys()
@@ -136,7 +137,7 @@ def test_gradients_are_those_of_before(adapter):
 
 def test_half_precision_weights_are_used_as_they_are():
     model = build("llama").to(torch.bfloat16)
-    drawn = ContinuousSampler().generate(model, requests(), Sampling(max_new_tokens=10))
+    drawn = sample(ContinuousSampler(), model, requests(), Sampling(max_new_tokens=10))
     torch.testing.assert_close(logps(drawn), expected_logps(model, drawn, 1.0).float(), atol=0.1, rtol=0.05)
 
 
@@ -148,7 +149,7 @@ def test_what_cannot_be_honoured_is_an_error():
         ({"further": {"no_repeat_ngram_size": 2}}, "no_repeat_ngram_size"),
     ):
         with pytest.raises(ValueError, match=f"{named}.*leave it out"):
-            ContinuousSampler().generate(model, requests(), Sampling(4, **changes))
+            sample(ContinuousSampler(), model, requests(), Sampling(4, **changes))
     for settings, named in (
         ({"pages": 3}, "pages not known"),
         ('{"seed": 3}', "config's seed"),
@@ -165,17 +166,17 @@ def test_a_model_that_cannot_be_served_is_an_error_and_left_as_it_was(family):
     model = build(family)
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="Leave the option out"):
-        ContinuousSampler().generate(model, requests(), Sampling(4))
+        sample(ContinuousSampler(), model, requests(), Sampling(4))
     assert model.config._attn_implementation == before
 
 
 def test_a_fault_under_way_is_an_error_and_leaves_the_model_as_it_was():
     model = build("llama")
     before = model.config._attn_implementation
-    ContinuousSampler().generate(model, requests(), Sampling(2))
+    sample(ContinuousSampler(), model, requests(), Sampling(2))
     # One page of 32 tokens holds no such row.
     with pytest.raises(RuntimeError):
-        ContinuousSampler({"num_blocks": 1}).generate(model, [Request(list(range(60)), 2, (0,))], Sampling(9))
+        sample(ContinuousSampler({"num_blocks": 1}), model, [Request(list(range(60)), 2, (0,))], Sampling(9))
     assert model.config._attn_implementation == before
 
 
@@ -187,7 +188,7 @@ def tokenizer(smol_path):
 def test_a_trainer_draws_by_it_and_learns(tmp_path, tokenizer, capsys):
     settings = {"use_transformers_continuous_batching": True, "shuffle_dataset": False, "learning_rate": 0.0}
     trainer = test_online.make(tmp_path, tokenizer, max_steps=2, **settings)
-    trainer.sampler = trainer._sampler()
+    trainer.sampler = trainer._sampler(trainer.sampling)
     assert isinstance(trainer.sampler, ContinuousSampler)
     gradient, line = test_online.first_step(trainer)
     assert all(each.isfinite().all() and each.any() for each in gradient.values())

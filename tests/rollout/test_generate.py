@@ -5,11 +5,13 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.engine import families
+from tests.rollout.helpers import sample
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.rollout import generate
-from trl.rollout.generate import InProcessSampler, describe
+from trl.rollout.filters import describe
+from trl.rollout.generate import InProcessSampler
 from trl.rollout.types import Request, Sampling
 
 PROMPTS = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [23, 24], [31], [41, 42, 43, 44, 45, 46, 47]]
@@ -43,7 +45,7 @@ def test_greedy_tokens_are_those_without_a_cache(family):
     model = build(family)
     # Four rows for fifteen samples: rows are left and entered all the time, and the columns run out.
     sampling = Sampling(max_new_tokens=12, temperature=0, stop_ids=(STOP,))
-    drawn = InProcessSampler(max_rows=4).generate(model, requests(), sampling)
+    drawn = sample(InProcessSampler(max_rows=4), model, requests(), sampling)
     served = family not in ("falcon_mamba", "lfm2", "minimax")
     assert (model._trl_sampled is None) is served
     for prompt, group in zip(PROMPTS, drawn, strict=True):
@@ -57,7 +59,7 @@ def test_greedy_tokens_are_those_without_a_cache(family):
 def test_log_probs_are_those_of_the_engine(temperature):
     model = build("qwen3")
     sampling = Sampling(max_new_tokens=10, temperature=temperature, top_k=20, stop_ids=(STOP,))
-    drawn = InProcessSampler(max_rows=5).generate(model, requests(), sampling)
+    drawn = sample(InProcessSampler(max_rows=5), model, requests(), sampling)
     for prompt, group in zip(PROMPTS, drawn, strict=True):
         branches = tuple(Branch(each.ids, [True] * len(each.ids)) for each in group)
         batch = model._trl_attachment.batch([Tree(Branch(prompt, [False] * len(prompt)), branches)])
@@ -70,16 +72,16 @@ def test_log_probs_are_those_of_the_engine(temperature):
 def test_a_completion_depends_on_its_request_alone():
     model = build("llama")
     sampling = Sampling(max_new_tokens=9, stop_ids=(STOP, 9))
-    together = InProcessSampler().generate(model, requests(), sampling)
+    together = sample(InProcessSampler(), model, requests(), sampling)
     assert len({tuple(each.ids) for group in together for each in group}) > 10
     for sampler in (InProcessSampler(max_rows=1), InProcessSampler(max_rows=3), InProcessSampler(max_cache_tokens=60)):
-        assert ids(sampler.generate(model, requests(), sampling)) == ids(together)
-    backwards = InProcessSampler(max_rows=2).generate(model, requests()[::-1], sampling)
+        assert ids(sample(sampler, model, requests(), sampling)) == ids(together)
+    backwards = sample(InProcessSampler(max_rows=2), model, requests()[::-1], sampling)
     assert ids(backwards)[::-1] == ids(together)
     # Another rank draws the last two of each.
     last = [request._replace(samples=2, first=1) for request in requests()]
-    assert ids(InProcessSampler().generate(model, last, sampling)) == [group[1:] for group in ids(together)]
-    assert ids(InProcessSampler().generate(model, requests(seed=1), sampling)) != ids(together)
+    assert ids(sample(InProcessSampler(), model, last, sampling)) == [group[1:] for group in ids(together)]
+    assert ids(sample(InProcessSampler(), model, requests(seed=1), sampling)) != ids(together)
 
 
 def ids(drawn):
@@ -93,8 +95,8 @@ def ids(drawn):
 def test_tokens_are_drawn_by_their_probabilities(filters):
     model = build("llama")
     prompt, count = PROMPTS[0], 4000
-    drawn = InProcessSampler(max_rows=500).generate(
-        model, [Request(prompt, count, (3,))], Sampling(max_new_tokens=1, **filters)
+    drawn = sample(
+        InProcessSampler(max_rows=500), model, [Request(prompt, count, (3,))], Sampling(max_new_tokens=1, **filters)
     )[0]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / filters.get("temperature", 1.0)
@@ -139,7 +141,7 @@ def kept(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=None):
 def test_settings_mean_what_they_mean_in_transformers(settings):
     model = build("llama")
     sampling = Sampling(max_new_tokens=10, temperature=0, stop_ids=(STOP,), **settings)
-    drawn = InProcessSampler(max_rows=2).generate(model, requests(1), sampling)
+    drawn = sample(InProcessSampler(max_rows=2), model, requests(1), sampling)
     arguments = {
         **{name: value for name, value in settings.items() if name != "further"},
         **settings.get("further", {}),
@@ -166,8 +168,8 @@ def test_settings_that_read_tokens_read_those_of_the_row_alone(settings):
     others = sorted(set(range(model.config.vocab_size)) - {prompt[0] for prompt in PROMPTS})
     settings["further"] = {"suppress_tokens": others, **settings.get("further", {})}
     sampling = Sampling(max_new_tokens=6, **settings)
-    together = InProcessSampler().generate(model, requests(4), sampling)
-    alone = InProcessSampler(max_rows=1).generate(model, requests(4), sampling)
+    together = sample(InProcessSampler(), model, requests(4), sampling)
+    alone = sample(InProcessSampler(max_rows=1), model, requests(4), sampling)
     assert ids(together) == ids(alone)
 
 
@@ -179,7 +181,7 @@ def test_stops_are_ruled_out_before_the_filters(filters):
         order = model(input_ids=torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
     # The three likeliest tokens stop, and may not come first.
     sampling = Sampling(max_new_tokens=1, stop_ids=tuple(order[:3]), further={"min_new_tokens": 1}, **filters)
-    drawn = InProcessSampler().generate(model, [Request(prompt, 60, (3,))], sampling)[0]
+    drawn = sample(InProcessSampler(), model, [Request(prompt, 60, (3,))], sampling)[0]
     allowed = order[3 : 3 + filters.get("top_k", 1)]
     assert {each.ids[0] for each in drawn} == set(allowed)
 
@@ -187,16 +189,16 @@ def test_stops_are_ruled_out_before_the_filters(filters):
 def test_strings_stop_too(smol_path):
     tokenizer = AutoTokenizer.from_pretrained(smol_path)
     model = build("llama", vocab_size=len(tokenizer))
-    free = InProcessSampler().generate(model, requests(2), Sampling(max_new_tokens=12))[0][0]
+    free = sample(InProcessSampler(), model, requests(2), Sampling(max_new_tokens=12))[0][0]
     text = tokenizer.decode(free.ids)
     word = tokenizer.decode(free.ids[4:6])
     assert text.find(word) > 0
     sampling = Sampling(max_new_tokens=12, stop_strings=(word,))
-    stopped = InProcessSampler(tokenizer).generate(model, requests(2), sampling)[0][0]
+    stopped = sample(InProcessSampler(tokenizer), model, requests(2), sampling)[0][0]
     assert stopped.finished and word in tokenizer.decode(stopped.ids) and len(stopped.ids) <= 6
     assert stopped.ids == free.ids[: len(stopped.ids)]
     with pytest.raises(ValueError, match="need the tokenizer"):
-        InProcessSampler().generate(model, requests(1), sampling)
+        sample(InProcessSampler(), model, requests(1), sampling)
 
 
 def test_the_model_is_left_as_it_was():
@@ -207,7 +209,7 @@ def test_the_model_is_left_as_it_was():
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     attach(model)
     model.train()
-    drawn = InProcessSampler(max_rows=4).generate(model, requests(), Sampling(max_new_tokens=6, temperature=0))
+    drawn = sample(InProcessSampler(max_rows=4), model, requests(), Sampling(max_new_tokens=6, temperature=0))
     assert model.training and all(module.training for module in model.modules())
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     model.eval()
@@ -216,16 +218,16 @@ def test_the_model_is_left_as_it_was():
 
 def test_small_cases():
     model = build("llama")
-    assert InProcessSampler().generate(model, [], Sampling(max_new_tokens=3)) == []
-    one = InProcessSampler().generate(model, requests(2), Sampling(max_new_tokens=1))
+    assert sample(InProcessSampler(), model, [], Sampling(max_new_tokens=3)) == []
+    one = sample(InProcessSampler(), model, requests(2), Sampling(max_new_tokens=1))
     assert all(len(each.ids) == len(each.logps) == 1 and not each.finished for group in one for each in group)
     with pytest.raises(ValueError, match="num_beams not understood"):
-        InProcessSampler().generate(model, requests(), Sampling(max_new_tokens=2, further={"num_beams": 4}))
+        sample(InProcessSampler(), model, requests(), Sampling(max_new_tokens=2, further={"num_beams": 4}))
 
 
 def test_a_prompt_is_prefilled_once(monkeypatch):
     model = build("llama")
-    InProcessSampler().generate(model, requests(1), Sampling(max_new_tokens=1))  # the check of the model
+    sample(InProcessSampler(), model, requests(1), Sampling(max_new_tokens=1))  # the check of the model
     computed = []
     original = generate._Run._forward
 
@@ -234,7 +236,7 @@ def test_a_prompt_is_prefilled_once(monkeypatch):
         return original(self, ids, *args)
 
     monkeypatch.setattr(generate._Run, "_forward", counted)
-    drawn = InProcessSampler().generate(model, requests(8), Sampling(max_new_tokens=4))
+    drawn = sample(InProcessSampler(), model, requests(8), Sampling(max_new_tokens=4))
     assert sum(computed[:1]) == len(PROMPTS) * max(map(len, PROMPTS))  # one prefill of all
     # The first token comes from the prefill; each further one is one position.
     assert sum(computed[1:]) == sum(len(each.ids) - 1 for group in drawn for each in group)
@@ -249,7 +251,7 @@ def test_what_is_in_force_is_said():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_weights_in_half_precision_change_log_probs_by_their_rounding_alone(family):
     model = build(family).to(torch.bfloat16)
-    drawn = InProcessSampler(max_rows=4).generate(model, requests(), Sampling(max_new_tokens=10, temperature=0.8))
+    drawn = sample(InProcessSampler(max_rows=4), model, requests(), Sampling(max_new_tokens=10, temperature=0.8))
     assert model._trl_sampled is None
     for prompt, group in zip(PROMPTS, drawn, strict=True):
         branches = tuple(Branch(each.ids, [True] * len(each.ids)) for each in group)
@@ -264,8 +266,8 @@ def test_weights_in_half_precision_change_log_probs_by_their_rounding_alone(fami
 def test_logits_that_are_not_numbers_are_an_error(temperature):
     model = build("llama")
     sampling = Sampling(max_new_tokens=5, temperature=temperature)
-    InProcessSampler().generate(model, requests(), sampling)
+    sample(InProcessSampler(), model, requests(), sampling)
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(ValueError, match="not finite numbers at token 0 of a completion: its weights have diverged"):
-        InProcessSampler().generate(model, requests(), sampling)
+        sample(InProcessSampler(), model, requests(), sampling)

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from trl.rollout.exchange import packed, packed_tokens, rehomed, unpacked
-from trl.rollout.rounds import RefillPrompts, Tokens, TrainingTrace, deal, trees
+from trl.rollout.pack import deal
+from trl.rollout.rounds import RefillPrompts
+from trl.rollout.traces import TrainingTrace, trees
 
 
 def trace(row, prompt, length, holder=0, tokens=True):
     generator = np.random.default_rng([row, length])
     ids = generator.integers(0, 50000, length).astype(np.int32)
     logps = [-generator.random(length).astype(np.float32) for _ in range(2)]
-    held = Tokens(ids, *logps) if tokens else None
-    return TrainingTrace(row, prompt, length, row - 0.5, length % 3 > 0, held, holder)
+    held = dict(zip(("ids", "logps", "ref_logps"), (ids, *logps), strict=True)) if tokens else None
+    return TrainingTrace(row, prompt, length, row - 0.5, length * (length % 3 > 0), held, holder)
 
 
 def tokens_of_ranks(samples, holders, ranks):
@@ -76,7 +78,7 @@ def round_of_two_steps(rank=None):
         for row, length in ((0, 4), (1, 6), (2, 5)):
             holder = -1 if row == 2 and place else (row + place) % 2
             whole = trace(row, prompts[row], length + place, holder)
-            step.append(whole._replace(tokens=whole.tokens if holder >= 0 and rank in (holder, None) else None))
+            step.append(whole._replace(columns=whole.columns if holder >= 0 and rank in (holder, None) else None))
         steps.append(step)
     return [steps[0], steps[1], steps[0], steps[1]]
 
@@ -84,11 +86,13 @@ def round_of_two_steps(rank=None):
 def same(ours, theirs):
     assert [len(step) for step in ours] == [len(step) for step in theirs]
     for one, other in zip([t for step in ours for t in step], [t for step in theirs for t in step], strict=True):
-        assert one._replace(prompt_ids=0, tokens=0) == other._replace(prompt_ids=0, tokens=0)
+        assert one._replace(prompt_ids=0, columns=0) == other._replace(prompt_ids=0, columns=0)
         np.testing.assert_array_equal(one.prompt_ids, other.prompt_ids)
-        assert (one.tokens is None) is (other.tokens is None)
-        for a, b in zip(one.tokens or (), other.tokens or (), strict=True):
-            assert (a is None and b is None) or (a.dtype == b.dtype and np.array_equal(a, b))
+        assert (one.columns is None) is (other.columns is None)
+        ours_by_name, theirs_by_name = one.columns or {}, other.columns or {}
+        assert ours_by_name.keys() == theirs_by_name.keys()
+        for name, a in ours_by_name.items():
+            assert a.dtype == theirs_by_name[name].dtype and np.array_equal(a, theirs_by_name[name])
 
 
 def stored(value):
@@ -124,15 +128,15 @@ def test_another_number_of_ranks_takes_a_round_up():
         for step, before in zip(rehomed(everything, holders, rank), round_of_two_steps(), strict=True):
             for own, old in zip(step, before, strict=True):
                 assert own.holder == (-1 if old.holder < 0 else own.row)
-                assert (own.tokens is not None) is (own.holder == rank)
-                if own.tokens is not None:
-                    np.testing.assert_array_equal(own.tokens.logps, old.tokens.logps)
+                assert (own.columns is not None) is (own.holder == rank)
+                if own.columns is not None:
+                    np.testing.assert_array_equal(own.columns["logps"], old.columns["logps"])
 
 
 def test_a_sample_is_twelve_bytes_a_token_on_its_rank_and_few_elsewhere():
     prompt = np.arange(256, dtype=np.int32)
     own = [trace(0, prompt, 1024) for _ in range(8)]
-    others = [each._replace(tokens=None) for each in own]
+    others = [each._replace(columns=None) for each in own]
     assert len(pickle.dumps(own)) / 8 < 12 * 1024 + 1000
     assert len(pickle.dumps(others)) / 8 < 250
 

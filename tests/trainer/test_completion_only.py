@@ -62,6 +62,8 @@ def test_sft_with_it_trains_on_the_answers(tmp_path, tokenizer):
     words = [tokenizer.decode(batch["target_N"][batch["seq_N"] == number]) for number in range(4)]
     assert words == [f" {word} {word}<|im_end|>" for word in ("cat", "mat", "river", "wall")]
     with torch.no_grad():
-        expected = trainer.loss(trainer.model, batch)[0]["tokens"].item() / len(batch["target_N"])
+        expected = trainer.loss(trainer.model, batch, trainer.step_for(batch))[0]["tokens"].item() / len(
+            batch["target_N"]
+        )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)

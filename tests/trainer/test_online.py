@@ -31,7 +31,10 @@ PROMPTS = [{"prompt": f"say {word} and then stop", "wanted": word} for word in (
 class Canned:
     """A sampler that draws tokens by the seed alone, and takes their log-probs from the engine."""
 
-    def generate(self, model, requests, sampling):
+    def sync(self, model, version):
+        self.model = model
+
+    def generate(self, requests, sampling):
         drawn = []
         for request in requests:
             group = []
@@ -39,7 +42,7 @@ class Canned:
                 generator = np.random.default_rng([*request.seed, number])
                 ids = generator.integers(5, 2000, size=int(generator.integers(1, 9))).tolist()
                 group.append(
-                    Completion(ids, logps(model, request.prompt_ids, ids, sampling.temperature), number % 3 > 0)
+                    Completion(ids, logps(self.model, request.prompt_ids, ids, sampling.temperature), number % 3 > 0)
                 )
             drawn.append(group)
         return drawn
@@ -94,8 +97,8 @@ def first_step(trainer):
 
 def watch_steps(trainer):
     """The samples of each step."""
-    steps, original = [], trainer._learn
-    trainer._learn = lambda model, samples: steps.append(samples) or original(model, samples)
+    steps, original = [], trainer.train_on
+    trainer.train_on = lambda model, samples: steps.append(samples) or original(model, samples)
     return steps
 
 
@@ -132,7 +135,7 @@ def flat(completion_ids, **_):
 def test_samples_of_no_weight_are_not_forwarded(tmp_path, tokenizer, loss_type, monkeypatch):
     ours, line = first_step(make(tmp_path, tokenizer, reward_funcs=flat, loss_type=loss_type))
     assert line["frac_samples_skipped"] == 0.5 and line["frac_reward_zero_std"] == 0.5
-    monkeypatch.setattr(trl.GRPOTrainer, "is_idle", lambda self, sample: False)
+    monkeypatch.setattr(trl.GRPOTrainer, "has_no_gradient", lambda self, trace: False)
     expected, line = first_step(make(tmp_path, tokenizer, reward_funcs=flat, loss_type=loss_type))
     assert line["frac_samples_skipped"] == 0
     assert_same(ours, expected)
@@ -159,7 +162,7 @@ def test_dull_groups_are_drawn_again(tmp_path, tokenizer):
     assert line["groups/idle"] == 0 and line["frac_samples_skipped"] == 0 and line["groups/drawn"] > 4
     # Rewards are those of all that was drawn.
     assert line["frac_reward_zero_std"] == pytest.approx(1 - 4 / line["groups/drawn"])
-    assert trainer.refill_position > 0
+    assert trainer.refills.position > 0
 
 
 def test_what_cannot_be_refilled_stays_as_it_is(tmp_path, tokenizer):
@@ -239,7 +242,7 @@ def test_the_users_config_stays_as_it_was(tmp_path, tokenizer):
         trainer = trl.GRPOTrainer(
             model=tiny(tokenizer), reward_funcs=reward, args=args, train_dataset=PROMPTS, processing_class=tokenizer
         )
-        assert trainer.numbers == rounds.RoundSizes(step=6, round=6, prompts=3, parts=1)
+        assert trainer.round_sizes == rounds.RoundSizes(step=6, round=6, prompts=3, parts=1)
     assert args.to_dict() == before
 
 
@@ -294,16 +297,19 @@ class Off:
     def __init__(self, sampler):
         self.sampler = sampler
 
-    def generate(self, model, requests, sampling):
+    def sync(self, model, version):
+        self.sampler.sync(model, version)
+
+    def generate(self, requests, sampling):
         return [
             [each._replace(logps=[logp + 0.5 for logp in each.logps]) for each in group]
-            for group in self.sampler.generate(model, requests, sampling)
+            for group in self.sampler.generate(requests, sampling)
         ]
 
 
 def test_a_rank_may_draw_nothing(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, beta=0.1, top_entropy_quantile=0.5)
-    assert trainer._draw([], 4, training=False) == []
+    assert trainer.collect([], 4, training=False) == []
     loss, _, _ = trainer.prediction_step(trainer.model, {"rows": []}, True)
     assert loss == 0
 
@@ -326,20 +332,20 @@ def test_rounds_are_whole_groups_and_whole_steps(tmp_path, tokenizer):
         num_generations=8,
         max_steps=4,
     )
-    assert trainer.numbers == rounds.RoundSizes(step=4, round=8, prompts=1, parts=2)
+    assert trainer.round_sizes == rounds.RoundSizes(step=4, round=8, prompts=1, parts=2)
     assert any("1 prompts × 8 completions each" in line and "2 steps of 4" in line for line in trainer.report())
     trainer.train()
-    assert trainer.rounds_drawn == 2
+    assert trainer.rounds_sampled == 2
     again = make(tmp_path, tokenizer, num_iterations=3, max_steps=6)
     again.train()
-    assert again.rounds_drawn == 2
+    assert again.rounds_sampled == 2
     assert len(trainer.get_train_dataloader()) == 5 * 2
 
 
 def test_completions_that_were_cut_are_left_out(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, mask_truncated_completions=True, num_iterations=2)
-    samples = trainer._draw([trainer.train_dataset[0]], 4, training=False)
-    assert [each.trained for each in samples] == [False, True, True, False]
+    samples = trainer.collect([trainer.train_dataset[0]], 4, training=False)
+    assert [each.trained > 0 for each in samples] == [False, True, True, False]
     counts = trainer.counts_of(samples)
     assert counts["sequences"] == 4 and counts["tokens"] == sum(each.length for each in samples[1:3])
     trainer.train()
@@ -357,7 +363,7 @@ def test_a_run_resumed_within_a_round_is_the_uninterrupted_one(tmp_path, tokeniz
     whole.train()
     resumed = run(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert resumed.rounds_drawn == whole.rounds_drawn == 2
+    assert resumed.rounds_sampled == whole.rounds_sampled == 2
     lines = [[line["loss"] for line in each.state.log_history if "loss" in line] for each in (whole, resumed)]
     assert lines[0] == lines[1] and len(lines[0]) == 6
     for (name, ours), (_, theirs) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
@@ -391,11 +397,11 @@ def test_options_do_not_depend_on_the_micro_batches(tmp_path, tokenizer, setting
 def test_rloo_takes_the_divergence_off_the_reward(tmp_path, tokenizer):
     model = tiny(tokenizer, seed=1)
     trainer = make(tmp_path, tokenizer, "RLOO", model=model, beta=0.5, num_iterations=2)
-    trainer.reference.model = tiny(tokenizer)
-    attach(trainer.reference.model)
-    samples = trainer._draw([trainer.train_dataset[0]], 4, training=False)
-    rewards = np.array(reward([each.tokens.ids for each in samples]))
-    kl = np.array([sum(each.tokens.logps) - sum(each.tokens.ref_logps) for each in samples])
+    trainer.reference.policy.model = tiny(tokenizer)
+    attach(trainer.reference.policy.model)
+    samples = trainer.collect([trainer.train_dataset[0]], 4, training=False)
+    rewards = np.array(reward([each.columns["ids"].tolist() for each in samples]))
+    kl = np.array([sum(each.columns["logps"]) - sum(each.columns["ref_logps"]) for each in samples])
     total = rewards - 0.5 * kl
     expected = total - (total.sum() - total) / 3
     np.testing.assert_allclose([each.advantage for each in samples], expected, rtol=1e-4, atol=1e-5)
@@ -446,7 +452,7 @@ def test_who_steps_by_itself_is_told_which_micro_batch_is_the_last(tmp_path, tok
     trainer.accelerator.backward = listening
     trainer.is_deepspeed_enabled = deepspeed
     trainer._prepare_inputs = lambda batch: batch  # which would ask DeepSpeed's plugin for a dtype
-    trainer._learn(trainer.model, trainer._draw([trainer.train_dataset[row] for row in range(2)], 4, training=True))
+    trainer.train_on(trainer.model, trainer.collect([trainer.train_dataset[row] for row in range(2)], 4, training=True))
     assert len(told) > 1
     assert [last for last, _ in told] == [False] * (len(told) - 1) + [True]
     assert all(kwargs == ({"scale_wrt_gas": False} if deepspeed else {}) for _, kwargs in told)

@@ -394,8 +394,8 @@ def test_hooks_of_upstream_are_refused_and_ours_named(tmp_path, tokenizer):
         def dpo_loss(self, *args):
             return args
 
-        def loss(self, model, batch):
-            return super().loss(model, batch)
+        def loss(self, model, batch, step):
+            return super().loss(model, batch, step)
 
     class Other(SFTTrainer):  # a name that upstream calls elsewhere
         def dpo_loss(self):
@@ -405,7 +405,7 @@ def test_hooks_of_upstream_are_refused_and_ours_named(tmp_path, tokenizer):
     data = {"train_dataset": pair_rows(2), "processing_class": tokenizer}
     with pytest.raises(TypeError, match="Weighted.dpo_loss is never called by this library: override `loss`"):
         Weighted(tiny(tokenizer), None, config, **data)
-    with pytest.raises(TypeError, match="_generate_and_score_completions is never called .*: override `advantages`"):
+    with pytest.raises(TypeError, match="_generate_and_score_completions is never called .*: override `credit`"):
         Judged(tiny(tokenizer))
     Helper(tiny(tokenizer), None, config, **data)
     made(Other, tmp_path, tokenizer)

@@ -72,7 +72,7 @@ def test_a_whole_model_is_copied_as_it_is_at_the_start(tmp_path, tokenizer):
     batch, start_S = first_logps(trainer)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(np.log(2), abs=1e-5) and losses(trainer)[-1] < 0.69
-    stats = trainer.reference.score(trainer.model, batch)
+    stats = trainer.reference.policy.score(trainer.model, batch)
     assert torch.equal(seq_sum(stats.logp_N, stats.seq_N, stats.sequences), start_S)
     assert not any(parameter.requires_grad for parameter in trainer.reference.model.parameters())
 
@@ -83,7 +83,7 @@ def test_a_new_adapter_is_switched_off(tmp_path, tokenizer, folders):
     assert "reference: the model with its adapter off" in trainer.report()
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-    ours = trainer.reference.score(trainer.model, batch).logp_N
+    ours = trainer.reference.policy.score(trainer.model, batch).logp_N
     plain = tiny(tokenizer)
     engine_reference.frozen(plain)
     torch.testing.assert_close(ours, score(plain, batch).logp_N, atol=1e-5, rtol=1e-5)
@@ -108,7 +108,7 @@ def test_a_trained_adapter_gets_a_frozen_twin(tmp_path, tokenizer, folders, open
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(np.log(2), abs=1e-5) and losses(trainer)[-1] < 0.69
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
-    stats = trainer.reference.score(trainer.model, batch)
+    stats = trainer.reference.policy.score(trainer.model, batch)
     assert torch.equal(seq_sum(stats.logp_N, stats.seq_N, stats.sequences), start_S)
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == before.keys()
 
@@ -149,7 +149,7 @@ def test_the_reference_stays_whatever_the_adapter_trains(tmp_path, tokenizer, ki
     assert copied == (kind not in ("tokens", "ia3", "dora"))
     batch, start_S = first_logps(trainer)
     trainer.train()
-    stats = trainer.reference.score(trainer.model, batch)
+    stats = trainer.reference.policy.score(trainer.model, batch)
     ours_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
     torch.testing.assert_close(ours_S, start_S, atol=1e-4, rtol=1e-5)  # DoRA's new adapter rounds
     _, moved_S = first_logps(trainer)
@@ -181,7 +181,7 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path, tokenizer, folder
     assert "moved 100% of the way to the policy every 2 steps" in trainer.report()[-1]
     batch, start_S = first_logps(trainer)
     trainer.train()
-    stats = trainer.reference.score(trainer.model, batch)
+    stats = trainer.reference.policy.score(trainer.model, batch)
     ref_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
     torch.testing.assert_close(ref_S, first_logps(trainer)[1], atol=1e-4, rtol=1e-5)
     assert not torch.allclose(ref_S, start_S, atol=1e-2)
@@ -189,7 +189,7 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path, tokenizer, folder
 
 def test_no_reference_where_none_is_asked(tmp_path, tokenizer):
     trainer = dpo(tmp_path, tiny(tokenizer), tokenizer, reference_free=True)
-    assert trainer.reference is None and "reference: none" in trainer.report()
+    assert trainer.reference.policy is None and "reference: none" in trainer.report()
     trainer.train()
     with pytest.raises(ValueError, match="no reference is asked"):
         dpo(tmp_path, tiny(tokenizer), tokenizer, reference_free=True, ref_model=tiny(tokenizer))
@@ -208,18 +208,18 @@ def test_fsdp_shards_a_reference_of_its_own(tmp_path, tokenizer, monkeypatch, ve
         is_fsdp2=version == 2, prepare_model=lambda model: asked.append(("fsdp1", trainer.accelerator, model)) or model
     )
     model = trainer.reference.model
-    trainer.ready()
+    trainer.reference.on_ready(trainer)
     [(by, accelerator, sharded)] = asked
     assert by == f"fsdp{version}" and accelerator is trainer.accelerator
     assert sharded is trainer.reference.model and sharded is not model
     # One that is given goes to the device in shards alone.
-    trainer._explicit = given = tiny(tokenizer)
+    trainer.reference.explicit = given = tiny(tokenizer)
     given.to = None
-    trainer.ready()
+    trainer.reference.on_ready(trainer)
     assert asked[1][0] == f"fsdp{version}" and asked[1][2] is given
     # Weights are not where the data is, and on all ranks but the first perhaps not there at all.
     with pytest.raises(ValueError, match="is not for FSDP, .* run it once in a single process"):
-        trainer._compute_reference([])
+        trainer.reference._computed(trainer, [])
 
 
 # --- log-probs computed beforehand --------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_a_second_run_does_not_forward_the_reference(tmp_path, tokenizer, folder
     assert len(forwards) == 3
     forwards.clear()
     first = run(precompute_ref_log_probs=True)
-    assert len(forwards) == 2 and first.reference is None
+    assert len(forwards) == 2 and first.reference.policy is None
     assert "reference: log-probs computed before the first step" in first.report()
     forwards.clear()
     second = run(precompute_ref_log_probs=True)
@@ -263,13 +263,13 @@ def test_a_second_run_does_not_forward_the_reference(tmp_path, tokenizer, folder
     # Other weights, another reference.
     trainer = preference(method, tmp_path, tiny(tokenizer, seed=3), tokenizer, rows, precompute_ref_log_probs=True,
                          per_device_train_batch_size=8)  # fmt: skip
-    assert len(forwards) == 1 and trainer.reference is None
+    assert len(forwards) == 1 and trainer.reference.policy is None
 
 
 def test_columns_of_the_data_are_taken(tmp_path, tokenizer, forwards):
     rows = [{**row, "ref_chosen_logps": -50.0 - i, "ref_rejected_logps": -40.0} for i, row in enumerate(pair_rows(8))]
     trainer = dpo(tmp_path, tiny(tokenizer), tokenizer, rows)
-    assert trainer.ref_is_column and trainer.reference is None
+    assert trainer.reference.is_column and trainer.reference.policy is None
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
     chosen = dict(zip(batch["row_S"].tolist()[::2], batch["ref_logp_S"].tolist()[::2], strict=True))
     assert chosen == {i: -50.0 - i for i in range(8)}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.helpers import chat_rows, sft, tiny
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.base import NonFiniteError
+from trl.trainer.nonfinite import NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_dft_weighs_by_the_likelihood(tmp_path, tokenizer):
     model = tiny(tokenizer)
     trainer = sft(tmp_path, model, tokenizer, chat_rows(3), loss_type="dft", max_steps=1, per_device_train_batch_size=3)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
-    total = trainer.loss(model, batch)[0]["tokens"]
+    total = trainer.loss(model, batch, trainer.step_for(batch))[0]["tokens"]
     from trl.engine.score import score
 
     logp_N = score(model, batch).logp_N
@@ -278,7 +278,8 @@ def test_label_smoothing_is_the_one_of_transformers(tmp_path, tokenizer):
     model = tiny(tokenizer)
     trainer = sft(tmp_path, model, tokenizer, chat_rows(4), label_smoothing_factor=0.2)
     rows = [trainer.train_dataset[index] for index in range(4)]
-    ours = trainer.loss(model, trainer.data_collator(rows))[0]["tokens"]
+    batch = trainer.data_collator(rows)
+    ours = trainer.loss(model, batch, trainer.step_for(batch))[0]["tokens"]
     batch = with_labels(trainer.batch(rows, padded))
     outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     theirs = LabelSmoother(epsilon=0.2)(outputs, batch["labels"], shift_labels=True) * (batch["labels"] != -100).sum()
@@ -292,8 +293,9 @@ def test_label_smoothing_is_the_one_of_transformers(tmp_path, tokenizer):
 def test_neftune_noise_in_training_alone(tmp_path, tokenizer):
     trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), neftune_noise_alpha=5.0, max_steps=1)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-    evaluated = [trainer.loss(trainer.model.eval(), batch)[0]["tokens"].item() for _ in range(2)]
-    trained = [trainer.loss(trainer.model.train(), batch)[0]["tokens"].item() for _ in range(2)]
+    step = trainer.step_for(batch)
+    evaluated = [trainer.loss(trainer.model.eval(), batch, step)[0]["tokens"].item() for _ in range(2)]
+    trained = [trainer.loss(trainer.model.train(), batch, step)[0]["tokens"].item() for _ in range(2)]
     assert evaluated[0] == evaluated[1] and len({*trained, evaluated[0]}) == 3
     trainer.train()
 
@@ -313,9 +315,9 @@ def test_the_load_balancing_term_of_a_mixture_of_experts(tmp_path, tokenizer):
     rows = [trainer.train_dataset[index] for index in range(3)]
     batch = trainer.data_collator(rows)
     with torch.no_grad():
-        sums, metrics = trainer.loss(model, batch)
+        sums, metrics = trainer.loss(model, batch, trainer.step_for(batch))
         trainer.args.router_aux_loss_coef = 0.0
-        plain = trainer.loss(model, batch)[0]["tokens"]
+        plain = trainer.loss(model, batch, trainer.step_for(batch))[0]["tokens"]
         routed = [
             model(input_ids=torch.tensor([row["input_ids"]]), output_router_logits=True).router_logits for row in rows
         ]
@@ -353,7 +355,7 @@ def test_compute_metrics_gets_predictions_of_every_row(tmp_path, tokenizer, batc
 
 
 def test_compute_metrics_never_hoards_logits(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("trl.trainer.base.LARGEST_KEPT_LOGITS", 1000)
+    monkeypatch.setattr("trl.trainer.evaluation.LARGEST_KEPT_LOGITS", 1000)
     trainer = SFTTrainer(
         tiny(tokenizer), sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(2)).args, eval_dataset=chat_rows(3),
         processing_class=tokenizer, compute_metrics=lambda prediction: {},

@@ -75,13 +75,13 @@ def test_a_stream_of_prompts_is_drawn_from_and_resumed(tmp_path, tokenizer, meth
                     save_steps=3, gradient_accumulation_steps=1, steps_per_generation=2)  # fmt: skip
 
     def drawn(trainer, resume=None):
-        rows, draw = [], trainer._draw
+        rows, draw = [], trainer.collect
 
         def look(batch, *args, **kwargs):
             rows.append([row["row"] for row in batch])
             return draw(batch, *args, **kwargs)
 
-        trainer._draw = look
+        trainer.collect = look
         trainer.train(resume_from_checkpoint=resume)
         return rows
 

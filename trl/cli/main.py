@@ -23,12 +23,13 @@ class Command(NamedTuple):
     summary: str
 
 
-# Each module has `run(argv, command) -> int`.
-COMMANDS = {
-    **{name: Command("trl.cli.train", f"{row.title}: {row.summary}") for name, row in METHODS.items()},
-    "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and see what it learned"),
-    "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
-}
+def commands() -> dict[str, Command]:
+    """The commands by name. Each module has `run(argv, command) -> int`."""
+    return {
+        **{name: Command("trl.cli.train", f"{row.title}: {row.summary}") for name, row in METHODS.items()},
+        "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and see what it learned"),
+        "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
+    }
 
 
 def help_text() -> str:
@@ -38,7 +39,7 @@ def help_text() -> str:
         "Post-training of language models.",
         "",
         "commands:",
-        *(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()),
+        *(f"  {name:<12}{command.summary}" for name, command in commands().items()),
         "",
         "options:",
         "  -h, --help     this text; after a command, its options",
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--debug"]:
         debug, argv = True, argv[1:]
 
-    if argv[0:1] == ["help"] and argv[1:2] and argv[1] in COMMANDS:
+    if argv[0:1] == ["help"] and argv[1:2] and argv[1] in commands():
         argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         # Asked for, it goes to stdout; typed by mistake, it is an error.
@@ -65,17 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     name, rest = argv[0], argv[1:]
-    if name not in COMMANDS:
+    known = commands()
+    if name not in known:
         what = "option" if name.startswith("-") else "command"
         if what == "command" and (reason := instead(name.replace("-", "_"))):
             print(f"trl: there is no command {name}: {reason}. `trl --help` lists the commands.", file=sys.stderr)
             return 2
-        meant = nearest(name, COMMANDS)
+        meant = nearest(name, known)
         print(f"trl: there is no {what} {name}{meant} `trl --help` lists them.", file=sys.stderr)
         return 2
     run: Callable[[Sequence[str], str], int]
     try:
-        run = import_module(COMMANDS[name].module).run
+        run = import_module(known[name].module).run
         return run(rest, name)
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once what is still winding up

@@ -181,12 +181,12 @@ class Parser:
                 continue
             if name not in theirs:
                 # An older word that was nearly typed is answered with today's.
-                words = {old: getattr(row, "name", old) for old, row in self.older.items()}
-                words |= {each: each for each in [*self.kinds, *theirs]}
-                words |= {each[2:]: each[2:] for each in known if each[2:] not in self.older}
+                meanings = {old: getattr(row, "name", old) for old, row in self.older.items()}
+                meanings |= {each: each for each in [*self.kinds, *theirs]}
+                meanings |= {each[2:]: each[2:] for each in known if each[2:] not in self.older}
                 # Without the dashes, which all of them share.
-                match = near(name, words)
-                meant = f"; did you mean --{words[match]}?" if match else "."
+                match = near(name, meanings)
+                meant = f"; did you mean --{meanings[match]}?" if match else "."
                 raise UsageError(f"there is no option {flag}{meant} `{self.prog} --help` lists them.")
             takes = theirs[name]
             if not equals and rest and (not rest[0].startswith("--") if takes else rest[0].lower() in TRUE + FALSE):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+
+from transformers import TrainingArguments
 
 from trl.compat.table import ARGUMENTS, HOOKS, KEYS, VALUES, ArgumentError, Gone, InConfig, Now, Refused, Row
 from trl.near import near
@@ -118,7 +121,6 @@ def refuse_hooks(cls: type, instance: Mapping[str, Any] | None = None) -> None:
 def adopt(cls: type) -> None:
     """Let a class and its bases be spoken to in older words. `type.__call__` reads `__init__` after `__new__`, from
     where this is called: a generated `__init__` (a subclass that is a dataclass) is there by then too."""
-    from trl.config import Adoptable
 
     refuse_hooks(cls)
     for part in reversed(cls.__mro__):
@@ -181,15 +183,12 @@ def _translated(init: Callable[..., None]) -> Callable[..., None]:
 
 def _config(cls: Any, config: Any, settings: Mapping[str, Any]) -> Any:
     """The config that a trainer gets: `settings` put into it, made of plain `TrainingArguments` where need be."""
-    from transformers import TrainingArguments
-
-    from trl.config import BaseConfig
 
     fields = cls.__dataclass_fields__
     for name in settings:
         if name not in fields:
             raise ArgumentError(f"{cls.__name__} has no argument `{name}`{_hint(cls, name, fields, rows_of(cls))}")
-    if isinstance(config, TrainingArguments) and not isinstance(config, BaseConfig):
+    if isinstance(config, TrainingArguments) and not isinstance(config, Adoptable):
         notify_once(f"plain TrainingArguments are taken over into {cls.__name__}, defaults included")
         # Two of its defaults would undo what every config here promises.
         unwanted = ("remove_unused_columns", "logging_nan_inf_filter")
@@ -250,3 +249,21 @@ def resume_flag(argv: Iterable[str]) -> str | bool:
         plain = value.strip().lower()
         wish = True if plain in ("true", "last") else False if plain in ("", "false", "none") else value
     return wish
+
+
+class _Signature:
+    """That of `__init__`: `inspect.signature` of a class would show `__new__`'s, which takes anything."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class Adoptable:
+    """A class that can be spoken to in older words; see `trl.compat`."""
+
+    __signature__ = _Signature()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        adopt(cls)
+        return super().__new__(cls)

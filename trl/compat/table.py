@@ -580,8 +580,8 @@ _BATCH = (("batch", "rows"), "`batch`, which makes a batch of prepared rows (and
 _LOSS = (("loss", "compute_loss"), "`loss`, which returns sums and metrics (or `compute_loss`)")
 _REFERENCE_LOGPS = (("reference_values", "loss"), "`reference_values`, or `loss`")
 _DRAWING = (
-    ("sampler", "_sampler", "advantages"),
-    "`advantages`, which gets all rewards of a round; set `sampler` to draw in another way, reward_funcs to judge",
+    ("sampler", "_sampler", "credit", "collect"),
+    "`credit`, which gets all traces of a round with their rewards; pass sampler= or reward_funcs= for the rest",
 )
 _GENERATION = (("sampler", "_sampler"), "`generate` of a sampler and set it as the attribute `sampler`")
 _JUDGED_LOSS = {
@@ -632,7 +632,7 @@ HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "PRMTrainer": {"tokenize_row": _ROWS},
     "OnlineTrainer": {
         "_generate_and_score_completions": _DRAWING,
-        "_calculate_rewards": (("advantages",), "`advantages`, which gets all rewards, or pass reward_funcs"),
+        "_calculate_rewards": (("credit",), "`credit`, which gets all rewards, or pass reward_funcs"),
         **dict.fromkeys(("_generate", "_generate_single_turn"), _GENERATION),
         "_tokenize_prompts": _ROWS,
         **dict.fromkeys(

@@ -60,7 +60,7 @@ def right_parts(completions: Sequence[Any], ticket: Sequence[str], **_: Any) -> 
 def changed_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Prompts for training and held-out ones: an order, then a change of one part of it; and the ticket after that."""
     generator = random.Random(seed)
-    values = {
+    values: dict[str, dict[Any, str]] = {
         "count": dict(zip(range(1, len(COUNTS) + 1), COUNTS, strict=True)),
         "size": {letter: word for word, letter in SIZES.items()},
         "extra": {extra: f"with {extra}" for extra in EXTRAS if extra},

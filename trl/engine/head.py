@@ -7,7 +7,7 @@ of their gradient. Peak memory does not depend on the number of tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from trl.models.shards import gathered_by_its_call
 
+from .measures import MEASURES, Chunk, logp_slope
+
 # Logits computed at once: about what keeps a matrix product busy, and no more memory than that.
 CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
-
-# What can be asked for beside the log-prob. The first two have gradients.
-EXTRAS = ("entropy", "mean_logp", "top1", "mean_logit", "sum_sq")
 
 
 class TokenStats(NamedTuple):
@@ -74,76 +73,30 @@ class Readout:
         return grad_CV if slope == 1.0 else grad_CV.mul_(slope)
 
 
-class _Measured(NamedTuple):
-    logp_CV: Tensor
-    p_CV: Tensor | None  # where somebody needed it
-    columns: list[Tensor]  # the log-prob of the target, then the extras asked for; each [C]
-    entropy_C: Tensor | None
-
-
 def _full_precision(device: torch.device) -> torch.autocast:
     """Autocast off: the casts here are explicit, and sums over the vocabulary are taken in fp32."""
     return torch.autocast(device.type, enabled=False)
 
 
-def _measure(logits_CV: Tensor, target_C: Tensor, readout: Readout) -> _Measured:
-    logp_CV = logits_CV.log_softmax(-1)
-    logp_C = logp_CV.gather(1, target_C[:, None])[:, 0]
-    columns, entropy_C, p_CV = [logp_C], None, None
-    if "entropy" in readout.extras or "sum_sq" in readout.extras:
-        p_CV = logp_CV.exp()
-    for extra in readout.extras:
-        if extra == "entropy":
-            assert p_CV is not None
-            # -inf logits have p log p = 0
-            finite_CV = logp_CV.clamp(min=torch.finfo(logp_CV.dtype).min)
-            entropy_C = -torch.linalg.vecdot(p_CV, finite_CV)
-            columns.append(entropy_C)
-        elif extra == "mean_logp":
-            columns.append(logp_CV.mean(-1))
-        elif extra == "top1":
-            columns.append((logp_C >= logp_CV.amax(-1)).float())
-        elif extra == "mean_logit":
-            columns.append(logits_CV.mean(-1))
-        elif extra == "sum_sq":
-            assert p_CV is not None
-            columns.append(torch.linalg.vecdot(p_CV, p_CV))
-    return _Measured(logp_CV, p_CV, columns, entropy_C)
+def _measured(chunk: Chunk, readout: Readout) -> list[Tensor]:
+    """The log-prob of each target, then the extras asked for; each [C]."""
+    return [chunk.logp_C, *(MEASURES[name].of(chunk) for name in readout.extras)]
 
 
-def _logp_slope(measured: _Measured, target_C: Tensor) -> Tensor:
-    """d logp / d logits = onehot(target) - p, [C, V]."""
-    slope_CV = measured.logp_CV.exp().neg_() if measured.p_CV is None else -measured.p_CV
-    slope_CV.scatter_add_(1, target_C[:, None], torch.ones_like(slope_CV[:, :1]))
-    return slope_CV
-
-
-def _entropy_slope(measured: _Measured) -> Tensor:
-    """d entropy / d logits = -p (log p + entropy), [C, V]."""
-    assert measured.entropy_C is not None
-    finite_CV = measured.logp_CV.clamp(min=torch.finfo(measured.logp_CV.dtype).min)
-    return measured.logp_CV.exp() * -(finite_CV + measured.entropy_C[:, None])
-
-
-def _mean_logp_slope(measured: _Measured) -> Tensor:
-    """d mean(log p) / d logits = 1/V - p, [C, V]."""
-    p_CV = measured.logp_CV.exp() if measured.p_CV is None else measured.p_CV
-    return 1.0 / p_CV.shape[1] - p_CV
-
-
-def _slopes(measured: _Measured, target_C: Tensor, readout: Readout) -> Iterator[Tensor]:
+def _slopes(chunk: Chunk, readout: Readout) -> Iterator[Tensor]:
     """The gradients with respect to the logits of the differentiable columns, in their order, one at a time."""
-    yield _logp_slope(measured, target_C)
+    yield logp_slope(chunk)
     for name in readout.grads:
-        yield _entropy_slope(measured) if name == "entropy" else _mean_logp_slope(measured)
+        slope = MEASURES[name].slope
+        assert slope is not None
+        yield slope(chunk)
 
 
 def _logits_grad(raw_CV: Tensor, target_C: Tensor, readout: Readout, grads: Sequence[Tensor | None]) -> Tensor:
     """Gradient with respect to the raw outputs, for the gradients of the differentiable columns, each [C]."""
     logits_CV = readout.logits(raw_CV)
-    measured = _measure(logits_CV, target_C, replace(readout, extras=readout.grads))
     grad_CV = torch.zeros_like(logits_CV)
-    for slope_CV, grad_C in zip(_slopes(measured, target_C, readout), grads, strict=False):
+    for slope_CV, grad_C in zip(_slopes(Chunk(logits_CV, target_C), readout), grads, strict=False):
         if grad_C is not None:
             grad_CV += slope_CV.mul_(grad_C[:, None])
     return readout.through(grad_CV, logits_CV)
@@ -179,13 +132,12 @@ class _LinearHead(torch.autograd.Function):
         slopes_NH = [torch.empty_like(hidden_NH) for _ in range(slopes)]
         with _full_precision(hidden_NH.device):
             for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
-                target_C = target_N[span]
                 logits_CV = readout.logits(F.linear(hidden_NH[span].to(dtype), weight, bias))
-                measured = _measure(logits_CV, target_C, readout)
-                for output_N, column_C in zip(outputs, measured.columns, strict=True):
+                chunk = Chunk(logits_CV, target_N[span])
+                for output_N, column_C in zip(outputs, _measured(chunk, readout), strict=True):
                     output_N[span] = column_C
                 if slopes:
-                    for slope_NH, slope_CV in zip(slopes_NH, _slopes(measured, target_C, readout), strict=True):
+                    for slope_NH, slope_CV in zip(slopes_NH, _slopes(chunk, readout), strict=True):
                         slope_NH[span] = readout.through(slope_CV, logits_CV).to(dtype) @ weight
         ctx.readout, ctx.dtype, ctx.slopes = readout, dtype, slopes
         if slopes:
@@ -240,7 +192,7 @@ class _Logits(torch.autograd.Function):
         ctx.readout = readout
         ctx.save_for_backward(raw_CV, target_C)
         with _full_precision(raw_CV.device):
-            return _mark(ctx, readout, _measure(readout.logits(raw_CV), target_C, readout).columns)
+            return _mark(ctx, readout, _measured(Chunk(readout.logits(raw_CV), target_C), readout))
 
     @staticmethod
     def backward(ctx: Any, *grads_C: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -22,7 +22,8 @@ from trl.data.batching.collate import Tree
 from trl.models.unwrap import SCALAR_HEAD, scalar_head
 
 from .forest import Batch, flat, padded
-from .head import EXTRAS, Readout, TokenStats, _Logits, token_stats
+from .head import Readout, TokenStats, _Logits, token_stats
+from .measures import MEASURES
 
 _REQUEST = "trl_request"
 _LAYOUT_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
@@ -73,8 +74,8 @@ def score(
         "sum_sq": sum_sq,
     }
     with_gradient = {"entropy": entropy_grad, "mean_logp": mean_logp}
-    grads = tuple(name for name in EXTRAS if with_gradient.get(name))
-    extras = (*grads, *(name for name in EXTRAS if wanted[name] and name not in grads))
+    grads = tuple(name for name in MEASURES if with_gradient.get(name))
+    extras = (*grads, *(name for name in MEASURES if wanted[name] and name not in grads))
     request = {
         "predict_N": batch["predict_N"],
         "target_N": batch["target_N"],

@@ -6,22 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
+def named_loss(given: Any, known: Mapping[str, Any]) -> tuple[str, Any]:
+    """Name and value of a loss: one of `known` by name, a function as it is, or "package.module:name".
+
+    ValueError for a name that is not known.
+    """
+    if not isinstance(given, str):
+        return getattr(given, "__name__", "loss"), given
+    if given in known:
+        return given, known[given]
+    if ":" in given:
+        module, _, name = given.partition(":")
+        return given, getattr(importlib.import_module(module), name)
+    raise ValueError(
+        f"loss_type={given!r} is not one of {', '.join(known)}, nor a function (or 'package.module:function')"
+    )
+
+
 def loss_functions(types: Sequence[str | Callable], known: Mapping[str, Callable]) -> list[tuple[str, Callable]]:
-    """Names and functions of losses given by name, as a callable, or as "package.module:function"."""
-    found = []
-    for each in types:
-        if callable(each):
-            found.append((getattr(each, "__name__", "loss"), each))
-        elif each in known:
-            found.append((each, known[each]))
-        elif ":" in each:
-            module, _, name = each.partition(":")
-            found.append((each, getattr(importlib.import_module(module), name)))
-        else:
-            raise ValueError(
-                f"loss_type={each!r} is not one of {', '.join(known)}, nor a function (or 'package.module:function')"
-            )
-    return found
+    """Names and functions of several losses; see `named_loss`."""
+    return [named_loss(each, known) for each in types]
 
 
 def call_with_available(function: Callable, available: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ The exponential of a log-ratio is exact up to `MAX_LOG_RATIO` and follows its ta
 88 is infinite, and its gradient is not a number even where clipping takes the ratio out of the loss.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -248,29 +249,60 @@ def by_token(loss_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
     return loss_N.sum()
 
 
-class Method(NamedTuple):
-    """A surrogate, how its tokens are added up, and what the sum is divided by over the optimizer step."""
+class Bounds(NamedTuple):
+    """Where a surrogate clips the ratio."""
+
+    low: float
+    high: float
+
+
+def ratio_bounds(epsilon: float, epsilon_high: float) -> Bounds:
+    return Bounds(1 - epsilon, 1 + epsilon_high)
+
+
+def log_ratio_bounds(epsilon: float, epsilon_high: float) -> Bounds:
+    return Bounds(math.exp(-epsilon), math.exp(epsilon_high))
+
+
+def upper_bound(epsilon: float, epsilon_high: float) -> Bounds:
+    return Bounds(0.0, epsilon_high)
+
+
+class PolicyLoss(NamedTuple):
+    """A loss by policy gradient.
+
+    `surrogate` gives a loss for each token from what its arguments name. `add_up` sums them, and the sum is divided by
+    the items of the kind `divide_by` in the optimizer step. `bounds` gives the bounds at which the surrogate clips, for
+    the metrics of clipping; None: it clips nowhere. `reads_tokens`: it reads each token's own ratio whatever
+    `importance_sampling_level` is. `metrics` are names, and numbers for each token whose mean over sequences is logged.
+    """
 
     surrogate: Callable[..., Tensor]
-    add_up: Callable[[Tensor, Tensor, int], Tensor]
-    divide_by: str
+    add_up: Callable[[Tensor, Tensor, int], Tensor] = by_token
+    divide_by: str = TOKENS
+    bounds: Callable[[float, float], Bounds] | None = None
+    reads_tokens: bool = False
+    metrics: tuple[tuple[str, Callable[..., Tensor]], ...] = ()
+
+    @property
+    def corrects_itself(self) -> bool:
+        """Whether the surrogate itself takes the weight that makes up for another sampler."""
+        return "log_correction_N" in inspect.signature(self.surrogate).parameters
 
 
-METHODS: dict[str, Method] = {
+POLICY_LOSSES: dict[str, PolicyLoss] = {
     # Shao et al. 2024, arXiv:2402.03300, equation 3: mean over tokens, then over sequences.
-    "grpo": Method(clip, by_sequence, SEQUENCES),
+    "grpo": PolicyLoss(clip, by_sequence, SEQUENCES, ratio_bounds),
     # Mean over tokens. Upstream takes it over each micro-batch; here it is that of the step, so that the two are alike.
-    "bnpo": Method(clip, by_token, TOKENS),
+    "bnpo": PolicyLoss(clip, by_token, TOKENS, ratio_bounds),
     # Liu et al. 2025, arXiv:2503.20783: divided by sequences × max_completion_length, whatever their lengths.
-    "dr_grpo": Method(clip, by_token, BUDGET),
+    "dr_grpo": PolicyLoss(clip, by_token, BUDGET, ratio_bounds),
     # Yu et al. 2025, arXiv:2503.14476, equation 12.
-    "dapo": Method(clip, by_token, TOKENS),
-    "cispo": Method(cispo, by_token, TOKENS),
-    "sapo": Method(sapo, by_sequence, SEQUENCES),
+    "dapo": PolicyLoss(clip, by_token, TOKENS, ratio_bounds),
+    "cispo": PolicyLoss(cispo, by_token, TOKENS, upper_bound),
+    "sapo": PolicyLoss(sapo, by_sequence, SEQUENCES),
     # arXiv:2602.05261: sum over tokens, mean over sequences.
-    "luspo": Method(clip, by_token, SEQUENCES),
-    "vespo": Method(vespo, by_token, TOKENS),
-    "gmpo": Method(gmpo, by_sequence, SEQUENCES),
+    "luspo": PolicyLoss(clip, by_token, SEQUENCES, ratio_bounds),
+    "vespo": PolicyLoss(vespo, by_token, TOKENS, metrics=(("vespo/phi_seq_mean", vespo_weight),)),
+    "gmpo": PolicyLoss(gmpo, by_sequence, SEQUENCES, log_ratio_bounds, reads_tokens=True),
 }
-# Clip by a bound on the ratio, which the metrics of clipping read.
-CLIPPING = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "luspo"})

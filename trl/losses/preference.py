@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .tokens import bounded_exp, position, seq_mean, seq_sum
 
 
-class Step(NamedTuple):
+class StepPairs(NamedTuple):
     """The pairs of a whole optimizer step, on all ranks, as they are before it: for losses that compare pairs with each
     other. All without gradients; `offset` is the place of this batch's first pair among them."""
 
@@ -156,14 +156,14 @@ def aot(
     rejected_ref_logp_P: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
-    step: Step | None = None,
+    step: StepPairs | None = None,
 ) -> Tensor:
     """`-log s(beta (a_(k) - b_(k)))` of the pairs' differences `a = log pi_w - log pi_l` and `b`, those of the
     reference, each sorted over the optimizer step, -> [P]; smoothed as in `sigmoid`.
 
     AOT for pairs, Melnyk et al. 2024, arXiv:2406.05882. The sum over a step is that of the sorted couples.
     """
-    step = step or Step(chosen_logp_P.detach(), rejected_logp_P.detach(), chosen_ref_logp_P, rejected_ref_logp_P)
+    step = step or StepPairs(chosen_logp_P.detach(), rejected_logp_P.detach(), chosen_ref_logp_P, rejected_ref_logp_P)
     policy_P = step.chosen_logp_P - step.rejected_logp_P
     ref_P = step.chosen_ref_logp_P - step.rejected_ref_logp_P
     partner_P = _partners(policy_P, ref_P)[step.offset : step.offset + len(chosen_logp_P)]
@@ -178,14 +178,14 @@ def aot_unpaired(
     rejected_ref_logp_P: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
-    step: Step | None = None,
+    step: StepPairs | None = None,
 ) -> Tensor:
     """`-log s(beta (w_(k) - l_(k)))` of the chosen and the rejected log-ratios, each sorted over the optimizer step,
     -> [P]; smoothed as in `sigmoid`. AOT unpaired, arXiv:2406.05882.
 
     A pair's own two log-ratios belong to two couples; it bears half the value of each, and all of its own gradient.
     """
-    step = step or Step(chosen_logp_P.detach(), rejected_logp_P.detach(), chosen_ref_logp_P, rejected_ref_logp_P)
+    step = step or StepPairs(chosen_logp_P.detach(), rejected_logp_P.detach(), chosen_ref_logp_P, rejected_ref_logp_P)
     chosen_all = step.chosen_logp_P - step.chosen_ref_logp_P
     rejected_all = step.rejected_logp_P - step.rejected_ref_logp_P
     here = slice(step.offset, step.offset + len(chosen_logp_P))

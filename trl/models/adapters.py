@@ -235,7 +235,7 @@ def prepare_quantised(model: Any) -> bool:
 def compute_dtype(model: Any) -> torch.dtype:
     """What quantised layers multiply in."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    config: Any = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
     if getattr(config, "load_in_4bit", False):
         return config.bnb_4bit_compute_dtype
     return base.dtype
@@ -263,11 +263,12 @@ def _keep_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-            state = getattr(module.weight, "quant_state", None)
+            weight: Any = module.weight
+            state: Any = getattr(weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 unpack = layers._convert_weight_packed_for_cpu_inverse
-                module.weight.data, module.weight.quant_state = unpack(module.weight.data, state)
-                module.quant_state = module.weight.quant_state
+                weight.data, weight.quant_state = unpack(weight.data, state)
+                module.quant_state = weight.quant_state
         elif isinstance(module, bnb.nn.Linear8bitLt):
             _say_once_a_cast()
 

@@ -273,7 +273,7 @@ get_quantization_config = quantization_config  # upstream's name
 def _quantised(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`quantization_config` as an object, whichever way it was asked for."""
     kwargs = dict(kwargs)
-    short = {name: bool(kwargs.pop(name, False)) for name in ("load_in_4bit", "load_in_8bit")}
+    short: dict[str, Any] = {name: bool(kwargs.pop(name, False)) for name in ("load_in_4bit", "load_in_8bit")}
     config = kwargs.pop("quantization_config", None)
     if config is None and any(short.values()):
         from trl.config import ModelConfig

@@ -177,7 +177,8 @@ def deep_copy(model: nn.Module) -> nn.Module:
             continue
         with whole([weight]):
             new[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        weight.convert_to_zero_parameters(param_list=[new[id(weight)]])  # type: ignore[operator]
+        convert: Any = weight.convert_to_zero_parameters  # type: ignore[attr-defined]
+        convert(param_list=[new[id(weight)]])
     return copy.deepcopy(model, new)
 
 
@@ -186,7 +187,7 @@ def inference_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
     `auto` stands for what is known when the training begins; the rest of the settings do not need it.
     """
-    kept = {name: settings[name] for name in ("zero_optimization", "bf16", "fp16") if name in settings}
+    kept: dict[str, Any] = {name: settings[name] for name in ("zero_optimization", "bf16", "fp16") if name in settings}
     kept = {name: {key: value for key, value in part.items() if value != "auto"} for name, part in kept.items()}
     kept["zero_optimization"].pop("offload_optimizer", None)
     return {**kept, "train_micro_batch_size_per_gpu": 1}

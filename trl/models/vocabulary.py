@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
 from trl.notices import notify_once
 
@@ -193,7 +193,7 @@ def padding_token(tokenizer: Any, ends: set[int], rows: int) -> str | None:
 # --- tokens under an adapter ----------------------------------------------------------------------------------------
 
 
-def check_added_tokens(model: nn.Module, peft_config: Any, added: Sequence[int]) -> None:
+def check_added_tokens(model: Any, peft_config: Any, added: Sequence[int]) -> None:
     """Say what becomes of added tokens under an adapter that does not train them, and the remedy."""
     if not added or peft_config is None:
         return

@@ -56,6 +56,7 @@ class ContinuousSampler:
 
     def __init__(self, settings: Mapping[str, Any] | str | None = None, *, max_cache_tokens: int | None = None) -> None:
         self.settings, self.max_cache_tokens = _settings(settings), max_cache_tokens
+        self.model: nn.Module | None = None
 
     def check(self, sampling: Sampling) -> None:
         """An error that names what of it transformers cannot honour when it batches continuously."""
@@ -69,10 +70,20 @@ class ContinuousSampler:
                 f"{OPTION} cannot honour {', '.join(cannot)}: leave it out, and the library's own sampler does"
             )
 
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Draw with this model from now on: it is in this process, and nothing is copied."""
+        self.model = model
+
     @torch.no_grad()
-    def generate(self, model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """`samples` completions of each request, in the order of the requests."""
         self.check(sampling)
+        if any(request.limit is not None for request in requests):
+            raise ValueError(f"{OPTION} has one length for all completions, so that it cannot go on with the turns of "
+                             "an environment: leave it out")  # fmt: skip
+        model = self.model
+        if model is None:
+            raise ValueError("the sampler has no model yet: call sync(model, version) first")
         base = causal_lm(model)
         with evaluating(model):
             self._check_model(model, base)
@@ -227,7 +238,7 @@ def _collected(manager: Any, count: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _own_attention(base: nn.Module) -> Iterator[None]:
     """The attention that the model came with, which transformers can make a paged one of; afterwards what it was."""
-    configs = list({id(each.config): each.config for each in base.modules()
+    configs: list[Any] = list({id(each.config): each.config for each in base.modules()
                     if isinstance(getattr(each, "config", None), PreTrainedConfig)}.values())  # fmt: skip
     before = [config._attn_implementation for config in configs]
     try:

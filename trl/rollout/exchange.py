@@ -1,7 +1,7 @@
-"""What ranks tell one another of a round, and what of a round they keep in a checkpoint.
+"""A round among ranks, and a round in a checkpoint.
 
-The numbers of every completion go to all ranks; its tokens go to the rank that trains on it, once. In a checkpoint the
-first rank writes the numbers and every rank the tokens that it holds.
+The numbers of every trace go to all ranks; its columns go once to the rank that trains on it. In a checkpoint the first
+rank writes the numbers, and every rank the columns that it holds.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import distributed
 
-from .rounds import Tokens, TrainingTrace
+from trl.rollout.traces import COLUMNS, Columns, TrainingTrace
 
 Steps = list[list[TrainingTrace]]
 
 
 def gathered(numbers: np.ndarray, shares: Sequence[int], device: torch.device) -> np.ndarray:
-    """The rows of all ranks, of which each has as many as `shares` says, [own, X] -> [all, X]; fp32."""
+    """The rows of all ranks, [own, X] -> [all, X], fp32; `shares` says how many rows each rank has."""
     longest = max(shares)
     mine = torch.zeros(longest, numbers.shape[1], device=device)
     mine[: len(numbers)] = torch.from_numpy(numbers.astype(np.float32)).to(device)
@@ -26,19 +26,28 @@ def gathered(numbers: np.ndarray, shares: Sequence[int], device: torch.device) -
     return torch.cat([part[:count] for part, count in zip(every, shares, strict=True)]).cpu().numpy()
 
 
+def anyone(here: bool, device: torch.device) -> bool:
+    """Whether it is true on this rank or on another."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return here
+    flag = torch.tensor(int(here), device=device)
+    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 def delivered(
     traces: Sequence[TrainingTrace], holders: Sequence[int], names: Sequence[str], device: torch.device
 ) -> list[TrainingTrace]:
     """The traces with their tokens on the ranks `holders`, by one exchange; a holder of -1 needs none. `names` says
-    which fields of `Tokens` there are."""
+    which columns there are."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     outgoing: list[list[np.ndarray]] = [[] for _ in range(ranks)]
     incoming: list[list[int]] = [[] for _ in range(ranks)]
-    found = [trace._replace(holder=holder, tokens=None) for trace, holder in zip(traces, holders, strict=True)]
+    found = [trace._replace(holder=holder, columns=None) for trace, holder in zip(traces, holders, strict=True)]
     for place, (trace, holder) in enumerate(zip(traces, holders, strict=True)):
         if trace.holder == rank and holder >= 0:
-            assert trace.tokens is not None
-            outgoing[holder].append(_words(trace.tokens, names))
+            assert trace.columns is not None
+            outgoing[holder].append(_words(trace.columns, names))
         if holder == rank:
             incoming[trace.holder].append(place)
     sizes = [sum(found[place].length for place in places) * len(names) for places in incoming]
@@ -50,19 +59,21 @@ def delivered(
     words, start = received.cpu().numpy(), 0
     for place in (place for places in incoming for place in places):
         end = start + found[place].length * len(names)
-        found[place] = found[place]._replace(tokens=_tokens(words[start:end], names))
+        found[place] = found[place]._replace(columns=_columns(words[start:end], names))
         start = end
     return found
 
 
-def _words(tokens: Tokens, names: Sequence[str]) -> np.ndarray:
-    """All of a completion's tokens as int32, one field after the other."""
-    return np.concatenate([np.asarray(getattr(tokens, name)).view(np.int32) for name in names])
+def _words(columns: Columns, names: Sequence[str]) -> np.ndarray:
+    """All of a trace's columns as int32, one after the other."""
+    parts = [np.asarray(columns[name]) for name in names]
+    return np.concatenate([part.astype(np.int32) if part.dtype == bool else part.view(np.int32) for part in parts])
 
 
-def _tokens(words: np.ndarray, names: Sequence[str]) -> Tokens:
-    fields = dict(zip(names, words.copy().reshape(len(names), -1), strict=True))
-    return Tokens(**{name: row if name == "ids" else row.view(np.float32) for name, row in fields.items()})
+def _columns(words: np.ndarray, names: Sequence[str]) -> Columns:
+    found = dict(zip(names, words.copy().reshape(len(names), -1), strict=True))
+    return {name: row.astype(bool) if COLUMNS[name] is np.bool_ else row.view(COLUMNS[name])
+            for name, row in found.items()}  # fmt: skip
 
 
 # --- in a checkpoint ------------------------------------------------------------------------------------------------
@@ -77,12 +88,13 @@ def packed(steps: Iterable[Sequence[TrainingTrace]]) -> dict[str, Any]:
     prompts = _distinct([trace.prompt_ids for trace in traces])
     numbers = {id(prompt): place for place, prompt in enumerate(prompts)}
     table = [
-        (trace.row, numbers[id(trace.prompt_ids)], trace.length, int(trace.trained), trace.holder) for trace in traces
+        (trace.row, numbers[id(trace.prompt_ids)], trace.length, trace.trained, trace.holder, trace.version)
+        for trace in traces
     ]
     return {
         "order": [places[id(step)] for step in steps],
         "sizes": [len(step) for step in distinct],
-        "table": torch.tensor(table, dtype=torch.int64).view(-1, 5),
+        "table": torch.tensor(table, dtype=torch.int64).view(-1, 6),
         "advantages": torch.tensor([trace.advantage for trace in traces], dtype=torch.float64),
         "prompt_lengths": [len(prompt) for prompt in prompts],
         "prompts": torch.from_numpy(_joined(prompts)),
@@ -91,9 +103,9 @@ def packed(steps: Iterable[Sequence[TrainingTrace]]) -> dict[str, Any]:
 
 def packed_tokens(steps: Iterable[Sequence[TrainingTrace]], rank: int) -> dict[str, Any]:
     """The tokens of the steps that this rank holds."""
-    held = [trace.tokens for step in _distinct(steps) for trace in step if trace.holder == rank]
+    held = [trace.columns for step in _distinct(steps) for trace in step if trace.holder == rank]
     tokens = [each for each in held if each is not None]
-    names = [name for name in Tokens._fields if tokens and getattr(tokens[0], name) is not None]
+    names = [name for name in COLUMNS if tokens and name in tokens[0]]
     return {"names": names, "words": torch.from_numpy(_joined([_words(each, names) for each in tokens]))}
 
 
@@ -102,15 +114,15 @@ def unpacked(whole: dict[str, Any], parts: Mapping[int, dict[str, Any]]) -> Step
     prompts = np.split(whole["prompts"].numpy().copy(), np.cumsum(whole["prompt_lengths"])[:-1])
     starts = dict.fromkeys(parts, 0)
     traces: list[TrainingTrace] = []
-    for (row, prompt, length, trained, holder), advantage in zip(
+    for (row, prompt, length, trained, holder, version), advantage in zip(
         whole["table"].tolist(), whole["advantages"].tolist(), strict=True
     ):
-        tokens = None
+        columns = None
         if holder in parts:
             names, start = parts[holder]["names"], starts[holder]
             starts[holder] = start + length * len(names)
-            tokens = _tokens(parts[holder]["words"][start : starts[holder]].numpy(), names)
-        traces.append(TrainingTrace(row, prompts[prompt], length, advantage, bool(trained), tokens, holder))
+            columns = _columns(parts[holder]["words"][start : starts[holder]].numpy(), names)
+        traces.append(TrainingTrace(row, prompts[prompt], length, advantage, trained, columns, holder, version))
     bounds = np.cumsum([0, *whole["sizes"]]).tolist()
     distinct = [traces[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
     return [distinct[place] for place in whole["order"]]
@@ -120,7 +132,7 @@ def rehomed(steps: Steps, deal: Callable[[Sequence[TrainingTrace]], list[int]], 
     """Steps whose tokens are all here, with the holders that `deal` names for each step; this rank keeps its own."""
     found = {
         id(step): [
-            trace._replace(holder=holder, tokens=trace.tokens if holder == rank else None)
+            trace._replace(holder=holder, columns=trace.columns if holder == rank else None)
             for trace, holder in zip(step, deal(step), strict=True)
         ]
         for step in _distinct(steps)

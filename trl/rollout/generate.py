@@ -1,7 +1,7 @@
-"""Drawing completions in this process: a prompt is prefilled once, what is finished leaves, what waits takes its place.
+"""Sampling in this process: a prompt is prefilled once, finished rows leave, and waiting ones take their place.
 
-Cost is the tokens drawn, not rows times the longest. The cache is allocated once; a row's tokens end at the column that
-all rows are at, as in a left-padded batch, so that masks, windows and positions are transformers' own.
+Cost is the tokens sampled, not rows times the longest. The cache is allocated once. A row's tokens end at the column
+that all rows are at, as in a left-padded batch, so that masks, windows and positions are transformers' own.
 
 `B` rows that decode together, `T` columns, `V` vocabulary.
 """
@@ -18,26 +18,16 @@ from torch import Tensor, nn
 from transformers import (
     Cache,
     DynamicCache,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
-from transformers.cache_utils import CacheLayerMixin
 
 from trl.data.tokenizing.chat import end_tokens
 from trl.engine.linear import few_rows
 from trl.models.shards import is_sharded
 from trl.models.unwrap import causal_lm, evaluating
 from trl.notices import notify_once
+from trl.rollout.cache import ColumnCache
+from trl.rollout.exchange import anyone
+from trl.rollout.filters import FURTHER, filters, penalties
 
 from .types import Completion, Request, Sampling
 
@@ -45,31 +35,6 @@ ROWS = 256  # that decode together, at most
 CACHE_BYTES = 2**30  # of keys and values; on an accelerator half of what is free
 PREFILL_TOKENS = 4096  # of a prefill, padding included
 DEAD_SHARE = 0.2  # of the rows, from which on they are taken out
-
-# Other arguments of `generate` that are understood.
-FURTHER = (
-    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens"),
-    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
-)
-
-
-def describe(sampling: Sampling) -> str:
-    """What is in force, in one line."""
-    if sampling.temperature == 0:
-        parts = ["the most likely token is taken"]
-    else:
-        parts = [f"temperature {sampling.temperature:g}"]
-        parts += [f"top_k {sampling.top_k}"] if sampling.top_k else []
-        parts += [f"top_p {sampling.top_p:g}"] if sampling.top_p < 1 else []
-        parts += [f"min_p {sampling.min_p:g}"] if sampling.min_p else []
-    if sampling.repetition_penalty != 1:
-        parts.append(f"repetition_penalty {sampling.repetition_penalty:g}")
-    parts += [f"{name} {value}" for name, value in sampling.further.items()]
-    parts.append(f"at most {sampling.max_new_tokens} tokens")
-    if sampling.stop_ids:
-        parts.append(f"stops at {', '.join(map(str, sampling.stop_ids))}")
-    parts += [f"stops after {string!r}" for string in sampling.stop_strings]
-    return ", ".join(parts)
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -86,17 +51,25 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 class InProcessSampler:
     """Draws completions with the model that trains, on its own device.
 
-    `max_rows` decode together at most, and their cache holds `max_cache_tokens` at most; neither changes what is drawn.
+    At most `max_rows` rows decode together, and their cache holds at most `max_cache_tokens`; neither changes a sample.
     The tokenizer is asked for `stop_strings` alone. A model whose cache is not one of keys and values (state-space
-    layers and the like) is served by its own `generate`, which is said once.
+    layers and the like) is served by its own `generate`, with one notice.
     """
 
     def __init__(self, tokenizer: Any = None, *, max_rows: int = ROWS, max_cache_tokens: int | None = None) -> None:
         self.tokenizer, self.max_rows, self.max_cache_tokens = tokenizer, max_rows, max_cache_tokens
+        self.model: nn.Module | None = None
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Draw with this model from now on: it is in this process, and nothing is copied."""
+        self.model = model
 
     @torch.no_grad()
-    def generate(self, model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """`samples` completions of each request, in the order of the requests."""
+        model = self.model
+        if model is None:
+            raise ValueError("the sampler has no model yet: call sync(model, version) first")
         unknown = [name for name in sampling.further if name not in FURTHER]
         if unknown:
             raise ValueError(
@@ -125,74 +98,6 @@ class InProcessSampler:
         return base._trl_sampled is None
 
 
-class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, [rows, heads, columns, D]. Their bookkeeping is shared by all layers."""
-
-    is_sliding = False
-
-    def __init__(self, columns: "_Columns") -> None:
-        super().__init__()
-        self.columns = columns
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, capacity = self.columns.rows, self.columns.capacity
-        self.keys = key_states.new_zeros(rows, key_states.shape[1], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(rows, value_states.shape[1], capacity, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        columns, used = self.columns, key_states.shape[0]
-        self.keys[:used, :, columns.at] = key_states[:, :, 0]
-        self.values[:used, :, columns.at] = value_states[:, :, 0]
-        span = slice(columns.first, columns.at + 1)
-        return self.keys[:used, :, span], self.values[:used, :, span]
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self.columns.at + 1 - self.columns.first, 0
-
-    def get_seq_length(self) -> int:
-        return self.columns.at - self.columns.first
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class _Columns(Cache):
-    """A cache whose rows all end at the column `at`, which is written next; no row begins before `first`."""
-
-    def __init__(self, layers: int, rows: int, capacity: int, at: int) -> None:
-        self.rows, self.capacity, self.at, self.first = rows, capacity, at, at
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.at - self.first
-
-    def put(self, row: int, prompt: list[tuple[Tensor, Tensor]]) -> None:
-        """A prompt's keys and values into a row, ending before the current column."""
-        start = self.at - prompt[0][0].shape[1]
-        for layer, (keys, values) in zip(self.layers, prompt, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys[None], values[None])
-            layer.keys[row, :, start : self.at] = keys
-            layer.values[row, :, start : self.at] = values
-
-    def keep(self, rows: list[int]) -> None:
-        """Move these rows to the front."""
-        span = slice(self.first, self.at)
-        for layer in self.layers:
-            for kept in (layer.keys, layer.values):
-                index = torch.tensor(rows, device=kept.device)
-                kept[: len(rows), :, span] = kept[:, :, span].index_select(0, index)
-
-    def shift(self, to: int) -> None:
-        """Move what is held to the left, so that the current column is `to`."""
-        width = self.at - self.first
-        for layer in self.layers:
-            for kept in (layer.keys, layer.values):
-                kept[:, :, to - width : to] = kept[:, :, self.first : self.at].clone()
-        self.first, self.at = to - width, to
-
-
 class _Prompt:
     """A prompt that was prefilled: keys and values of each layer [heads, length, D], and what its end predicts [V]."""
 
@@ -203,12 +108,15 @@ class _Prompt:
 class _Row:
     """A sample under way."""
 
-    def __init__(self, request: int, number: int, seed: Sequence[int], prompt: _Prompt, longest: int) -> None:
-        self.request, self.number, self.prompt = request, number, prompt
+    def __init__(self, index: int, number: int, request: Request, prompt: _Prompt, longest: int) -> None:
+        self.request, self.number, self.prompt = index, number, prompt
+        self.longest = longest if request.limit is None else min(longest, request.limit)
         self.ids: list[int] = []
         self.logps: list[float] = []
         self.finished = False
-        self.uniforms = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, number]))).random(longest)
+        self.uniforms = np.random.Generator(np.random.Philox(np.random.SeedSequence([*request.seed, number]))).random(
+            longest
+        )
 
     @property
     def length(self) -> int:
@@ -237,10 +145,10 @@ class _Run:
         self.left = {index: request.samples for index, request in enumerate(requests)}
         self.done: dict[tuple[int, int], Completion] = {}
         self.active: list[_Row | None] = []
-        self.cache: _Columns | None = None
+        self.cache: ColumnCache | None = None
         self.kwargs = _accepted(base)
         self.is_sharded = is_sharded(model)
-        self.penalties, self.filters = _penalties(sampling, self.device), _filters(sampling, self.device)
+        self.penalties, self.filters = penalties(sampling, self.device), filters(sampling, self.device)
 
     def drawn(self) -> list[list[Completion]]:
         self._refill()
@@ -254,13 +162,9 @@ class _Run:
         ]
 
     def _someone_asks(self, here: bool) -> bool:
-        """Whether this rank or another is about to call the model: sharded weights are gathered by all ranks together,
-        so that who is done answers each call of the others by one of its own."""
-        if not self.is_sharded:
-            return here
-        flag = torch.tensor(int(here), device=self.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+        """Whether this rank or another is about to call the model. All ranks gather sharded weights together, so a rank
+        that has finished answers each call of the others by one of its own."""
+        return anyone(here, self.device) if self.is_sharded else here
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
@@ -271,11 +175,11 @@ class _Run:
         while free and self.waiting:
             entering = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
             self._prefill(list(dict.fromkeys(index for index, _ in entering if index not in self.prompts)))
-            rows = [_Row(index, number, self.requests[index].seed, self.prompts[index], self.sampling.max_new_tokens)
+            rows = [_Row(index, number, self.requests[index], self.prompts[index], self.sampling.max_new_tokens)
                     for index, number in entering]  # fmt: skip
             self._draw(rows, torch.stack([row.prompt.logits_V for row in rows]))
             for row in rows:
-                if not row.finished and len(row.ids) < self.sampling.max_new_tokens:
+                if not row.finished and len(row.ids) < row.longest:
                     self._enter(row, free.pop(0))
                 else:
                     self._finish(row)
@@ -283,7 +187,7 @@ class _Run:
     def _enter(self, row: _Row, place: int) -> None:
         if self.cache is None:
             layers = len(row.prompt.cached)
-            self.cache = _Columns(layers, self.rows, self.capacity, at=self.longest)
+            self.cache = ColumnCache(layers, self.rows, self.capacity, at=self.longest)
         while len(self.active) <= place:
             self.active.append(None)
         self.active[place] = row
@@ -357,7 +261,7 @@ class _Run:
         rows = [row for row in self.active if row is not None]
         self._draw(rows, logits_BV if len(alive) == len(self.active) else logits_BV[alive])
         for place, row in zip(alive, rows, strict=True):
-            if row.finished or len(row.ids) == self.sampling.max_new_tokens:
+            if row.finished or len(row.ids) == row.longest:
                 self._finish(row)
                 self.active[place] = None
         if self.waiting:
@@ -385,7 +289,7 @@ class _Run:
         else:
             cumulative_BV = scores_BV.softmax(-1).cumsum(-1)
             uniform_B = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float32)
-            # Less than the sum itself, which rounding keeps from being one: reached at a token with a probability.
+            # Keep the draw strictly below the total mass, so that rounding cannot select a zero-probability token.
             sum_B = cumulative_BV[:, -1]
             wanted_B = torch.minimum(uniform_B.to(self.device) * sum_B, sum_B.nextafter(torch.zeros_like(sum_B)))
             # Past the end only where the logits are not numbers.
@@ -416,7 +320,7 @@ class _Run:
         return any(string in tail and string not in last for string in strings)
 
     def _filtered(self, rows: Sequence[_Row], logits_BV: Tensor) -> Tensor:
-        """Scores of what may be drawn: penalties and what is ruled out first, then the filters of what is left."""
+        """Scores of the tokens that can be sampled: penalties and excluded tokens first, then the filters."""
         scores_BV = logits_BV
         if self.penalties:
             scores_BV = scores_BV.clone()
@@ -443,42 +347,6 @@ def _by_length(rows: Sequence[_Row]) -> Iterator[tuple[list[int], Tensor]]:
         places.setdefault(row.length, []).append(place)
     for group in places.values():
         yield group, torch.tensor([rows[place].prompt.ids + rows[place].ids for place in group])
-
-
-def _penalties(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
-    """transformers' processors that raise, lower or rule out tokens, in the order of its `generate`."""
-    further, found = sampling.further, LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if further.get("no_repeat_ngram_size"):
-        found.append(NoRepeatNGramLogitsProcessor(further["no_repeat_ngram_size"]))
-    if further.get("bad_words_ids"):
-        found.append(NoBadWordsLogitsProcessor(further["bad_words_ids"], list(sampling.stop_ids)))
-    if further.get("suppress_tokens"):
-        found.append(SuppressTokensLogitsProcessor(further["suppress_tokens"], device=device))
-    return found
-
-
-def _filters(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
-    """transformers' filters of what a token is drawn from, in the order of its `generate`."""
-    further, found = sampling.further, LogitsProcessorList()
-    if sampling.temperature == 0:
-        return found
-    if sampling.temperature != 1:
-        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k:
-        found.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        found.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        found.append(MinPLogitsWarper(sampling.min_p))
-    if further.get("typical_p", 1.0) < 1:
-        found.append(TypicalLogitsWarper(further["typical_p"]))
-    if further.get("epsilon_cutoff"):
-        found.append(EpsilonLogitsWarper(further["epsilon_cutoff"]))
-    if further.get("eta_cutoff"):
-        found.append(EtaLogitsWarper(further["eta_cutoff"], device=device))
-    return found
 
 
 def _tokens_that_fit(base: Any, device: torch.device) -> int:
@@ -527,11 +395,11 @@ def _by_generate(model: nn.Module, request: Request, sampling: Sampling) -> list
     device = base.get_input_embeddings().weight.device
     found = []
     for number in range(request.first, request.first + request.samples):
-        # One at a time, so that a sample does not depend on how many are drawn together.
+        # One at a time, so that a sample does not depend on the others.
         with torch.random.fork_rng():
             torch.manual_seed(int(np.random.SeedSequence([*request.seed, number]).generate_state(1)[0]))
             settings = {
-                "max_new_tokens": sampling.max_new_tokens,
+                "max_new_tokens": min(sampling.max_new_tokens, request.limit or sampling.max_new_tokens),
                 "do_sample": sampling.temperature != 0,
                 "repetition_penalty": sampling.repetition_penalty,
                 "eos_token_id": list(sampling.stop_ids) or None,

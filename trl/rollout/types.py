@@ -1,6 +1,6 @@
-"""What samplers are asked for and what they give: token ids in, token ids and log-probs out."""
+"""The protocols of samplers and environments: token ids in, token ids and log-probs out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Every field is in force as it stands: a model's own generation config adds nothing.
+    """How completions are sampled. A model's own generation config adds nothing to these fields.
 
     Logits are divided by `temperature` (0: the most likely token is taken); then `top_k` (0: all), `top_p`, `min_p` and
     `repetition_penalty` as transformers' logits processors have them. `stop_ids` end a completion and belong to it;
@@ -28,13 +28,17 @@ class Sampling:
 
 
 class Request(NamedTuple):
-    """So many completions of one prompt, numbered from `first` on. `seed` and the number name the random numbers of a
-    sample, whatever batch it is in, so that ranks can share the samples of a prompt."""
+    """Completions of one prompt, as many as `samples`, numbered from `first` on.
+
+    `seed` and the number name the random numbers of a sample, whatever batch it is in, so that ranks can share the
+    samples of a prompt. `limit` is the longest completion in tokens where it is less than that of the sampling.
+    """
 
     prompt_ids: Sequence[int]
     samples: int
     seed: tuple[int, ...]
     first: int = 0
+    limit: int | None = None
 
 
 class Completion(NamedTuple):
@@ -50,8 +54,29 @@ class Completion(NamedTuple):
 
 
 class Sampler(Protocol):
-    """What draws completions: in this process, or elsewhere."""
+    """Writes completions, in this process or elsewhere."""
 
-    def generate(self, model: nn.Module, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Take over the weights of the policy, which has taken `version` optimizer steps."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """`samples` completions of each request, in the order of the requests."""
+        ...
+
+
+class Episode(Protocol):
+    """One trace's conversation with an environment."""
+
+    def step(self, ids: list[int]) -> list[int] | None:
+        """What follows the tokens written so far (the environment's own among them), as tokens up to where the policy
+        goes on; None ends the trace."""
+        ...
+
+
+class Environment(Protocol):
+    """Answers the policy. Without an environment, a trace ends with its first turn."""
+
+    def start(self, row: Mapping[str, Any]) -> Episode:
+        """A new episode for a row of the data."""
         ...

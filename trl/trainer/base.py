@@ -29,127 +29,50 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
 import copy
 import inspect
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import DynamoBackend
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints, set_seed
+from transformers.trainer_utils import set_seed
 
 from trl import checkpoint
-from trl.config import Adoptable, BaseConfig
+from trl.compat.arguments import Adoptable
+from trl.config import BaseConfig
 from trl.data.batching.batches import RowBatches, StreamBatches
-from trl.data.batching.collate import PaddableRow, Tree, labelled
+from trl.data.batching.collate import Tree
 from trl.data.mixture import Mixture
 from trl.data.reading import sources
 from trl.data.report import DataReport
 from trl.engine import linear
-from trl.engine.forest import Batch, computed, gridded, padded, relabelled, trained, unshared, with_labels
+from trl.engine.forest import Batch, computed, gridded, relabelled, trained
 from trl.engine.probe import attach
-from trl.engine.score import Attachment, score
+from trl.engine.score import score
 from trl.losses.tokens import Metric, seq_sum
-from trl.models import adapters, load, low_bits, offload, saving, shards, vocabulary
+from trl.models import adapters, load, low_bits, offload, saving, vocabulary
 from trl.models.compiled import compile_tokenwise
-from trl.models.shards import keep_precision
 from trl.models.unwrap import causal_lm
 from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
+from trl.trainer.loader import BatchStream, Collate, lengths_of, row_loader, train_split
 
-from . import overrides
+from . import construct, overrides, resume
 from .card import model_card
+from .evaluation import refuse_to_keep
 from .metrics import Totals, gather_rows
+from .nonfinite import NonFiniteError, what_is_not_finite
+from .report import engine_lines, model_lines, steps_line
+from .step import Statistics, Step
 
-_RANK_STATE = "trl_state_{rank}.pt"
 _PART = "loss over "  # the means that add up to the loss of an evaluation
-LARGEST_KEPT_LOGITS = 2**31  # bytes
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or a gradient became NaN or infinite; the weights were not touched by it."""
-
-
-class Collate:
-    """Rows of a prepared data set -> a batch in the layout of the model. Picklable: it may run in a worker process.
-
-    With `labels`, the padded layout and the grid of labels that functions of the user's own read beside logits. `users`
-    is a collator of the user's own, in the way of transformers; `raw` says that it reads rows as they were given.
-    """
-
-    def __init__(
-        self,
-        batch: Callable[[Sequence[Any], Callable[[list[Tree]], Batch]], Batch],
-        users: Callable | None,
-        share_prompt: bool,
-        labels: bool = False,
-        raw: bool = False,
-    ) -> None:
-        self.batch, self.users, self.share_prompt, self.labels, self.raw = batch, users, share_prompt, labels, raw
-        self.attachment: Attachment | None = None  # known when the model is in place
-        self.tokens_without_row: vocabulary.TokensWithoutRow | None = None
-
-    def __call__(self, rows: Sequence[Any]) -> Batch:
-        if self.users is not None and len(rows):
-            return self.taken(self._by_users(rows), [int(row.get("row", -1)) for row in rows])
-        return self.batch(rows, self.lay)
-
-    def lay(self, trees: list[Tree]) -> Batch:
-        assert self.attachment is not None
-        if self.tokens_without_row is not None:
-            for tree in trees:
-                for branch in (tree.root, *tree.branches):
-                    self.tokens_without_row.check(branch.ids, f"row {tree.row}")
-        if self.labels:
-            return with_labels(padded(trees, self.attachment.pad_id))
-        return self.attachment.batch(trees if self.share_prompt else unshared(trees))
-
-    def taken(self, batch: Mapping[str, Any], rows: Sequence[int]) -> Batch:
-        """What a collator or a loader of the user's own made, as a batch."""
-        trees = labelled(batch, rows)
-        # A function that reads the batch wants the grids that were made for it, and what came with them.
-        if self.labels and len(batch["input_ids"]) == len(rows):
-            return gridded(dict(batch), rows)
-        return self.lay(trees)
-
-    def _by_users(self, rows: Sequence[Any]) -> Mapping[str, Any]:
-        assert self.users is not None
-        if self.raw:
-            return self.users(rows)
-        paddable = [PaddableRow(row) for row in rows]
-        try:
-            return self.users(paddable)
-        except ValueError as error:
-            # `tokenizer.pad` pads everything but labels: what calls it makes labels itself, or leaves them as they are.
-            if "labels" not in str(error):
-                raise
-        batch = self.users([PaddableRow(row, labels=False) for row in rows])
-        if batch.get("labels") is not None:
-            return batch
-        labels = torch.full_like(batch["input_ids"], -100)
-        flat = [label for row in paddable for label in row["labels"]]
-        labels[batch["attention_mask"].bool()] = torch.tensor(flat)
-        return {**batch, "labels": labels}
-
-
-class BatchStream(IterableDataset):
-    """The batches of a stream, as torch's loader and `Trainer` want them. A resumed run reads it from the beginning and
-    drops what was trained on: the order is the stream's own."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Any:
-        return iter(self.batches)
 
 
 class _BeforeTraining(TrainerCallback):
@@ -166,10 +89,33 @@ class _BeforeTraining(TrainerCallback):
             notify_once(f"nothing is trained: {done}. Raise max_steps or num_train_epochs to train on")
 
 
+class Component:
+    """A part of a trainer with a state of its own, such as a reference model. Its methods are given the trainer."""
+
+    def on_ready(self, trainer: "BaseTrainer") -> None:
+        """The trainer is made but for its method's `on_ready`."""
+
+    def report(self, trainer: "BaseTrainer") -> list[str]:
+        """Lines of the report before step 1."""
+        return []
+
+    def state(self, trainer: "BaseTrainer") -> dict[str, Any]:
+        """Its part of `method_state`."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned, out of the state of the whole method."""
+
+    def check_evaluation(self, trainer: "BaseTrainer", dataset: Any) -> None:
+        """An error if this data set cannot be evaluated on now."""
+
+
 class BaseTrainer(Adoptable, Trainer):
     """A `transformers.Trainer` whose batches are forests and whose losses are sums over trained items."""
 
     config_class: type[BaseConfig]
+    train_dataset: Any
+    eval_dataset: Any
     method: str  # how the command line and the folders call it
     # Our losses are divided by the items of the whole optimizer step: `Trainer` must not divide them again.
     loss_is_scaled_for_ga = True
@@ -177,11 +123,13 @@ class BaseTrainer(Adoptable, Trainer):
     takes_grids = True
     own_weight = overrides.ROWS  # what the value of the user's own loss is a mean over
     calls_ours = True  # whether an overridden `compute_loss` goes through ours
-    mode = "train"  # or "eval": whose metrics and counts `compute_loss` takes
+    mode = "train"  # or "eval": whose metrics `compute_loss` adds to
+    reference: Any = None  # a `ReferencePolicy`, where the method compares with one
+    components: Sequence[Component] = ()  # parts with a state of their own, such as a reference model
 
     # --- what a method supplies -----------------------------------------------------------------------------------
 
-    def rows(self, dataset: Any, name: str) -> tuple[Dataset, DataReport]:
+    def rows(self, dataset: Any, name: str) -> tuple[Any, Any]:
         """The data set as this method trains on it, tokenised, and what was found on the way."""
         raise NotImplementedError
 
@@ -192,8 +140,8 @@ class BaseTrainer(Adoptable, Trainer):
         return isinstance(dataset, Dataset) and self.prepared_columns <= set(dataset.column_names)
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        """Prepared rows -> a batch: their trees as `lay` lays them out, and what else the loss reads of a row."""
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        """Prepared rows -> a batch: their trees as `to_batch` lays them out, and what else the loss reads of a row."""
         raise NotImplementedError
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -201,13 +149,15 @@ class BaseTrainer(Adoptable, Trainer):
         method differs."""
         return {"tokens": trained(batch)}
 
-    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
-        """Statistics over the micro-batches of an optimizer step (or one batch of evaluation), put into them."""
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> Statistics:
+        """Statistics over the micro-batches of an optimizer step, or over one batch of an evaluation."""
+        return Statistics()
 
-    def before_evaluation(self, dataloader: DataLoader) -> None:
-        """Statistics over the whole data set of an evaluation."""
+    def before_evaluation(self, dataloader: DataLoader) -> dict[str, Any]:
+        """Statistics over the whole data set of an evaluation: entries of `Step.shared` for all its batches."""
+        return {}
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         """The loss as sums, each to be divided by the count of its kind over the whole optimizer step and then added;
         and metrics under their logged names."""
         raise NotImplementedError
@@ -216,13 +166,13 @@ class BaseTrainer(Adoptable, Trainer):
         """Metrics that are made of the means of others."""
         return {}
 
-    def ready(self) -> None:
+    def on_ready(self) -> None:
         """Called once, at the end of the construction."""
 
     def method_state(self) -> dict[str, Any]:
         """What a checkpoint must keep of the method itself: tensors, numbers and strings. What all ranks have alike may
         be left to the first rank: a rank is given what it has not written itself from there."""
-        return {}
+        return {name: value for each in self.components for name, value in each.state(self).items()}
 
     def joined_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         """The state for a run on another number of ranks than those whose `method_state` is given: the first rank's,
@@ -230,7 +180,9 @@ class BaseTrainer(Adoptable, Trainer):
         return states[0]
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take up what `method_state` gave."""
+        """Restore the state returned by `method_state`."""
+        for each in self.components:
+            each.load_state(state)
 
     # --- construction ---------------------------------------------------------------------------------------------
 
@@ -259,58 +211,11 @@ class BaseTrainer(Adoptable, Trainer):
                  "embedding_func": getattr(self, "embedding_func", None)}  # fmt: skip
         for sentence in unused_by_trainer(args, given):
             notify_once(sentence)
-        if args.n_gpu > 1:
-            notify_once(
-                f"{args.n_gpu} GPUs are visible and one is used: nn.DataParallel is never entered. "
-                "Start the script with `accelerate launch` to train on all of them."
-            )
-            args._n_gpu = 1
-
-        assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
-        init_kwargs = dict(args.model_init_kwargs or {})
-        set_seed(args.seed)  # a new scoring head is drawn while the model loads
-        if args.trust_remote_code and isinstance(model, str):
-            init_kwargs["trust_remote_code"] = True
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        if isinstance(model, str):
-            load.check_window(model, getattr(args, "max_length", None), **init_kwargs)
-            if processing_class is None:
-                names = ("revision", "trust_remote_code")
-                kwargs = {name: init_kwargs[name] for name in names if name in init_kwargs}
-                processing_class = load.load_tokenizer(model, **kwargs)
-            model = self.load_model(model, **init_kwargs)
-        elif init_kwargs:
-            raise ValueError(
-                f"{', '.join(init_kwargs)} are for a model given by name or path; this one is already loaded"
-            )
-        elif args.world_size > 1 and load.replace_device_map(model, args.device):
-            notify_once(f"the model's device_map is dropped: each of the {args.world_size} processes holds it whole")
-        if processing_class is None:
-            processing_class = load.load_tokenizer(model.config._name_or_path)
-        self.processing_class = load.tokenizer_of(processing_class)
-        if getattr(args, "chat_template_path", None):
-            model, self.processing_class, added = vocabulary.use_chat_template(
-                model, self.processing_class, args.chat_template_path
-            )
-            vocabulary.check_added_tokens(model, peft_config, added)
-        _special_tokens(self.processing_class, getattr(args, "eos_token", None), getattr(args, "pad_token", None))
-        vocabulary.check_special_tokens(model, self.processing_class)
+        model, self.processing_class = construct.opened(
+            model, args, processing_class, quantization_config, peft_config, self.load_model
+        )
         self._without_row = vocabulary.tokens_without_row(model, self.processing_class)
-        set_seed(args.seed)  # the adapter is the same whether or not the model was loaded here
-        model = adapters.for_training(model, self.adapter_config(peft_config))
-        held = low_bits.hold_in_float32(model, getattr(args.optim, "value", args.optim), bool(args.bf16 or args.fp16))
-        if held:
-            notify_once(held)
-        saving.mend_generation_config(model)
-        if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        self._check_something_trains(model)
-        if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-            # A frozen embedding would leave a checkpointed layer without an input that asks for gradients.
-            model.enable_input_require_grads()
+        model = construct.ready_to_train(model, args, self.adapter_config(peft_config))
 
         self.args, self.model = args, model
         data_collator = self._users_collator(data_collator)
@@ -343,17 +248,7 @@ class BaseTrainer(Adoptable, Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if self.is_fsdp_enabled:
-            keep_precision(self.accelerator.state.fsdp_plugin)
-        if shards.zero_3_is_planned():
-            if args.activation_offloading:
-                raise ValueError(
-                    "activation_offloading keeps what the forward pass saves, gathered weights too, so that nothing of "
-                    "ZeRO-3's sharding is left: use gradient_checkpointing in its place"
-                )
-            # A checkpoint without it holds parts that no `from_pretrained` opens.
-            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            settings["stage3_gather_16bit_weights_on_model_save"] = True
+        construct.configure_sharding(self.accelerator, args)
         self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
         self.neftune_noise_alpha = None
@@ -364,12 +259,14 @@ class BaseTrainer(Adoptable, Trainer):
         self._sums = {"train": Totals(), "eval": Totals()}
         self._tokens_seen = 0  # of this rank, over the whole run
         self._distinct = self._positions = 0  # tokens and computed positions of this call of `train`, on this rank
-        self._step_batches: list[Batch] = []  # of the optimizer step under way, to name a row that breaks it
-        self._step_counts: dict[str, Tensor] = {}  # of its items, on all ranks
+        self.step: Step | None = None  # the optimizer step under way, or the evaluation's batch
+        self._of_evaluation: dict[str, Any] = {}  # what `before_evaluation` found
         self._between_logs: dict[str, Any] | None = None
         self._run: dict[str, str | None] = {}  # what tells it from others, and when it was begun
         self._started = 0.0
-        self.ready()
+        for each in self.components:
+            each.on_ready(self)
+        self.on_ready()
         self._compile()
 
     def _compile(self) -> None:
@@ -395,18 +292,6 @@ class BaseTrainer(Adoptable, Trainer):
     def adapter_config(self, peft_config: Any) -> Any:
         """The adapter's configuration, as the method needs it."""
         return peft_config
-
-    def _check_something_trains(self, model: nn.Module) -> None:
-        count, total = adapters.trainable(model)
-        if count:
-            return
-        remedy = "set requires_grad on what should train, or pass peft_config= to train an adapter"
-        if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
-            remedy = (
-                "it carries an adapter that was loaded for inference: pass the adapter's folder as the model, "
-                "or load it with PeftModel.from_pretrained(base, folder, is_trainable=True)"
-            )
-        raise ValueError(f"0 of {total:,} parameters would train. {remedy[0].upper()}{remedy[1:]}.")
 
     def _users_collator(self, collator: Callable | None) -> Callable | None:
         """A data collator of the user's own, or an error that says what to do instead."""
@@ -454,7 +339,7 @@ class BaseTrainer(Adoptable, Trainer):
         if dataset is None:
             return None
         if name == "train" and isinstance(dataset, dict):
-            dataset = _train_split(dataset)
+            dataset = train_split(dataset)
         if isinstance(dataset, dict) and all(map(sources.is_data_set, dataset.values())):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
         dataset = dataset if isinstance(dataset, Mixture) else sources.load(dataset)
@@ -465,6 +350,11 @@ class BaseTrainer(Adoptable, Trainer):
         if self._without_row is not None:
             self._without_row.check_dataset(rows, name)
         return rows
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference model where it is a model of its own; see `ReferencePolicy.model`."""
+        return self.reference.model if self.reference is not None else None
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -495,63 +385,25 @@ class BaseTrainer(Adoptable, Trainer):
     def report(self) -> list[str]:
         """What will be trained on what, in a few lines."""
         lines = [line for report in self.reports.values() for line in report.lines()]
-        count, total = adapters.trainable(self.model)
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad})
-        lines.append(f"model: {count:,} of {total:,} parameters train ({count / total:.2%}), in {', '.join(dtypes)}")
-        if "bfloat16" in dtypes:
-            lines.append(f"updates: in float32; {self._low_bits_of_weights()}")
-        lines += self._adapter_rate()
-        if self.attachment.is_flat:
-            lines.append("engine: flat rows, no padding, each prompt computed once")
-        else:
-            lines.append(f"engine: padded rows, because {self.attachment.reason}")
-        reader = overrides.reads_batches(self)
-        if reader is not None:
-            lines.append(f"engine: padded rows with labels, because {reader} of your own may read them")
-        if self._collate.users is not None:
-            name = getattr(self._collate.users, "__name__", type(self._collate.users).__name__)
-            lines.append(f"data_collator: {name} says which tokens are trained")
-        if self._compiled_parts is not None:
-            lines.append(
-                f"torch_compile: {self._compiled_parts} parts of layers (norms, feed-forward) are compiled, for all "
-                "lengths; attention by segment and the head run as they are"
-            )
-        if self.attachment.head_reason:
-            lines.append(f"engine: full logits, because {self.attachment.head_reason}")
-        own_loader = overrides.is_overridden(self, "get_train_dataloader")
-        if hasattr(self.train_dataset, "__len__") and not own_loader:
-            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            steps = self.args.max_steps
-            if steps < 0:
-                steps = math.ceil(math.ceil(len(self.train_dataset) / (self.args.train_batch_size
-                        * self.args.world_size)) / self.args.gradient_accumulation_steps
-                        ) * self.args.num_train_epochs  # fmt: skip
-            lines.append(
-                f"steps: {math.ceil(steps):,}, each on {per_step} rows ({self.args.train_batch_size} a batch × "
-                f"{self.args.gradient_accumulation_steps} accumulated × {self.args.world_size} process"
-                f"{'es' if self.args.world_size > 1 else ''})"
-            )
-        return lines
+        lines += model_lines(self.model, self.args.learning_rate, self._full_rate(), self._update_precision())
+        reader, users = overrides.reads_batches(self), self._collate.users
+        lines += engine_lines(self.attachment, reader, users, self._compiled_parts)
+        if hasattr(self.train_dataset, "__len__") and not overrides.is_overridden(self, "get_train_dataloader"):
+            lines.append(steps_line(len(self.train_dataset), self.args))
+        return [*lines, *(line for each in self.components for line in each.report(self))]
 
-    def _low_bits_of_weights(self) -> str:
+    def _full_rate(self) -> float:
+        """The learning rate that suits the method where all weights train: its default."""
+        fields: Any = self.config_class.__dataclass_fields__
+        return fields["learning_rate"].default
+
+    def _update_precision(self) -> str:
         """Where the bits of an update are that a bfloat16 weight has no room for."""
         if self.is_deepspeed_enabled:
             return "DeepSpeed keeps float32 copies of the bfloat16 weights"
         if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
             return "FSDP holds the weights in float32"
         return "the lower halves of bfloat16 weights are kept beside them (2 bytes a weight), moments are float32"
-
-    def _adapter_rate(self) -> list[str]:
-        """A line of the report, where an adapter trains at a rate made for all weights.
-
-        An adapter's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without
-        Regret"); the range is 5 to 25 times this method's default, which is made for all weights.
-        """
-        full = self.config_class.__dataclass_fields__["learning_rate"].default
-        rate, low, high = self.args.learning_rate, min(5 * full, 1e-4), min(25 * full, 5e-4)
-        if not adapters.has_adapter(self.model) or rate >= low * (1 - 1e-6):
-            return []
-        return [f"  caution: learning_rate={rate:g} is low for an adapter, which learns well at {low:g} to {high:g}"]
 
     def _identity(self) -> dict[str, str | None]:
         """What tells this run from others in the same folder; None for what is not known."""
@@ -635,7 +487,7 @@ class BaseTrainer(Adoptable, Trainer):
             strategies = (args.eval_strategy, args.save_strategy, args.logging_strategy)
             if is_training and "epoch" in strategies:
                 notify_once("a stream has no epochs: what is asked for once an epoch comes at the end; count in steps")
-            batches = StreamBatches(
+            stream = StreamBatches(
                 dataset,
                 batch_size,
                 ranks=args.world_size,
@@ -643,7 +495,7 @@ class BaseTrainer(Adoptable, Trainer):
                 drop_last=drop_last,
                 forever=is_training,
             )
-            return DataLoader(BatchStream(batches), batch_size=None, collate_fn=collate)
+            return DataLoader(BatchStream(stream), batch_size=None, collate_fn=collate)
         batches = RowBatches(
             len(dataset),
             batch_size,
@@ -652,21 +504,12 @@ class BaseTrainer(Adoptable, Trainer):
             ranks=args.world_size,
             rank=args.process_index,
             drop_last=drop_last,
-            lengths=_lengths(dataset) if by_length else None,
+            lengths=lengths_of(dataset) if by_length else None,
             step_rows=batch_size * args.gradient_accumulation_steps * args.world_size,
         )
         if own_order:
             batches = overrides.in_sampler_order(self, sampler_fn(dataset), batches)
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-        )
+        return row_loader(dataset, batches, collate, args)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         samples = [self._taken(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -675,15 +518,18 @@ class BaseTrainer(Adoptable, Trainer):
         totals = torch.tensor([float(sum(counts[kind] for counts in found)) for kind in kinds], device=device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
-        self._step_counts = dict(zip(kinds, totals.clamp(min=1), strict=True))
-        self._step_batches = samples
+        counts = dict(zip(kinds, totals.clamp(min=1), strict=True))
         self._tokens_seen += sum(batch["tokens"] for batch in samples)
         for distinct, positions in map(computed, samples):
             self._distinct += distinct
             self._positions += positions
-        if samples:
-            self.before_step(self.model_wrapped, samples, training=True)
-        return samples, next(iter(self._step_counts.values()), None)
+        self.step = self.begin(samples, counts) if samples else None
+        return (list(self.step.batches), self.step.count(None)) if self.step else ([], None)  # type: ignore[return-value]
+
+    def begin(self, batches: list[Batch], counts: dict[str, Tensor], **about: Any) -> Step:
+        """An optimizer step on these micro-batches, with what `before_step` says of them."""
+        found = self.before_step(self.model_wrapped, batches, training=True)
+        return Step({**counts, **found.counts}, found.beside(batches), True, found.shared, **about)
 
     def _taken(self, batch: Batch) -> Batch:
         """A batch of ours as it is; of one from a loader of the user's own, what is trained in it."""
@@ -697,11 +543,9 @@ class BaseTrainer(Adoptable, Trainer):
             )
         return self._collate.taken(batch, [-1] * len(batch["input_ids"]))
 
-    def step_count(self, kind: str | None, batch: Batch) -> Tensor:
-        """Items of a kind (None: the first) in the optimizer step or the evaluation under way; outside of one, in the
-        batch."""
-        counts = self._step_counts or self._counted(batch)
-        return counts[next(iter(counts)) if kind is None else kind]
+    def step_for(self, batch: Batch) -> Step:
+        """The optimizer step or the evaluation under way; outside of one, a step of this batch alone."""
+        return self.step or Step(self._counted(batch), [batch], training=self.mode == "train")
 
     def _counted(self, batch: Batch) -> dict[str, Tensor]:
         found = {**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]}
@@ -728,25 +572,26 @@ class BaseTrainer(Adoptable, Trainer):
                 nothing = self.own_loss_of_nothing(model, inputs)
                 return (nothing, None) if return_outputs else nothing
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            items = overrides.Items.of(self.step_count(None, inputs))
+            items = overrides.Items.of(self.step_for(inputs).count(None))
             loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=items)
             loss = overrides.scaled(self, inputs, loss, items.used)
             return (loss, outputs) if return_outputs else loss
         self.attachment.kept = [] if return_outputs else None
         try:
-            sums, metrics = self.loss(model, inputs)
+            step = self.step_for(inputs)
+            sums, metrics = self.loss(model, inputs, step)
             outputs = next(iter(self.attachment.kept or []), None)
         finally:
             self.attachment.kept = None
         self._add(self.mode, metrics)
-        means = [total / self.step_count(kind, inputs) for kind, total in sums.items()]
+        means = [total / step.count(kind) for kind, total in sums.items()]
         # Gradients are averaged over the ranks afterwards.
         loss = torch.stack(means).sum() * (self.args.world_size if self.mode == "train" else 1)
         return (loss, outputs) if return_outputs else loss
 
     def own_loss_of_nothing(self, model: nn.Module, batch: Batch) -> Tensor:
         """Zero, with a gradient of zero for every parameter that trains: what a rank without rows adds."""
-        sums, metrics = self.loss(model, batch)
+        sums, metrics = self.loss(model, batch, self.step_for(batch))
         if self.compute_loss_func is None and self.calls_ours:
             self._add(self.mode, metrics)
         return torch.stack(list(sums.values())).sum()
@@ -780,20 +625,21 @@ class BaseTrainer(Adoptable, Trainer):
         logits = labels = None
         inputs = self._taken(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            self.before_step(model, [inputs], training=False)
-            batch = self._prepare_inputs(inputs)
+            found = self.before_step(model, [inputs], training=False)
+            batch = self._prepare_inputs(*found.beside([inputs]))
             counts = self.counts(batch)
             if overrides.has_own_loss(self):
                 loss = self.own_evaluation(model, batch, self._counted(batch), next(iter(counts.values())))
             else:
-                sums, metrics = self.loss(model, batch)
+                step = Step(self._counted(batch), [batch], False, {**self._of_evaluation, **found.shared})
+                sums, metrics = self.loss(model, batch, step)
                 self._add("eval", {**metrics, **self.parts(sums, counts)})
                 loss = torch.stack([total / max(counts[kind], 1) for kind, total in sums.items()]).sum()
             if "labels" in batch and self.compute_metrics is not None and not prediction_loss_only:
                 labels = batch["labels"]
                 grid = {key: batch[key] for key in ("input_ids", "attention_mask")}
                 logits = model(**grid, use_cache=False).logits
-                self._refuse_to_keep(logits)
+                refuse_to_keep(self, logits)
                 # Without the stand-in of an empty batch.
                 rows = batch["row_S"].shape[0]
                 labels, logits, inputs["input_ids"] = labels[:rows], logits[:rows], inputs["input_ids"][:rows]
@@ -804,12 +650,13 @@ class BaseTrainer(Adoptable, Trainer):
 
         `items` are those of the first kind in the batch.
         """
-        before, self._step_counts, self.mode = self._step_counts, counts, "eval"
+        before, self.mode = self.step, "eval"
+        self.step = Step(counts, [batch], False, self._of_evaluation)
         try:
             with overrides.completed(self):
-                share = self.compute_loss(model, batch, num_items_in_batch=self.step_count(None, batch))
+                share = self.compute_loss(model, batch, num_items_in_batch=self.step.count(None))
         finally:
-            self._step_counts, self.mode = before, "train"
+            self.step, self.mode = before, "train"
         by_rows = self.own_weight == overrides.ROWS
         whole = counts[overrides.ROWS if by_rows else next(iter(counts))]
         self._add_own(share.detach() * whole, batch["row_S"].shape[0] if by_rows else items)
@@ -829,22 +676,12 @@ class BaseTrainer(Adoptable, Trainer):
         """The name of the metric that is the loss's part averaged over `kind`."""
         return f"{_PART}{kind}"
 
-    def _refuse_to_keep(self, logits: Tensor) -> None:
-        """`compute_metrics` gets what `preprocess_logits_for_metrics` makes of each batch; whole logits only if few."""
-        if self.preprocess_logits_for_metrics is not None or self.args.batch_eval_metrics:
-            return
-        rows = len(self.callback_handler.eval_dataloader.dataset)
-        kept = rows * logits[0].numel() * logits.element_size()
-        if kept > LARGEST_KEPT_LOGITS:
-            raise ValueError(
-                f"compute_metrics would keep {kept / 2**30:.1f} GiB of logits ({rows} rows of {tuple(logits.shape[1:])}"
-                "). Pass preprocess_logits_for_metrics=, for instance lambda logits, labels: logits.argmax(-1), "
-                "or set batch_eval_metrics=True"
-            )
-
     def for_evaluation(self, dataset: Any, name: str) -> Any:
         """A data set that was not given when the trainer was made, as `evaluate` and `predict` take it."""
-        return self._prepared(dataset, name)
+        dataset = self._prepared(dataset, name)
+        for component in self.components:
+            component.check_evaluation(self, dataset)
+        return dataset
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None,
                  metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
@@ -864,7 +701,7 @@ class BaseTrainer(Adoptable, Trainer):
         self._sums["eval"].clear()
         if self.compute_metrics is not None and self.args.world_size > 1 and not self.args.eval_use_gather_object:
             self.gather_function = gather_rows  # that of accelerate takes as many rows of every rank
-        self.before_evaluation(dataloader)
+        self._of_evaluation = self.before_evaluation(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self._reduced("eval", num_tokens=self._tokens_seen)  # seen in training so far, as upstream logs it
         parts = [found.pop(name) for name in list(found) if name.startswith(_PART)]
@@ -880,34 +717,15 @@ class BaseTrainer(Adoptable, Trainer):
         if not self.args.fp16:  # a loss scaler expects overflowing gradients, and skips their step
             finite = finite & torch.isfinite(torch.as_tensor(grad_norm, device=finite.device))
         if not finite:
-            raise NonFiniteError(self._what_is_not_finite(model))
+            raise NonFiniteError(what_is_not_finite(self, model))
         return grad_norm
 
     numbers_of_sequences = "log-probs"
 
     def sums_of_sequences(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the model says of each sequence, [S], to find one of which it is not finite."""
+        """A number for each sequence, [S], that is not finite where the model's outputs are not."""
         stats = score(model, batch)
         return seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
-
-    def _what_is_not_finite(self, model: nn.Module) -> str:
-        where = f"step {self.state.global_step + 1}"
-        remedy = "Lower the learning rate, prefer bf16 to fp16, or take the row out"
-        bad = []
-        with torch.no_grad():
-            for batch in self._step_batches:
-                batch = self._prepare_inputs(batch)
-                sums_S = self.sums_of_sequences(model, batch)
-                bad += batch["row_S"][~torch.isfinite(sums_S)].tolist()
-        if bad:
-            rows = ", ".join(map(str, sorted(set(bad))[:5]))
-            what = self.numbers_of_sequences
-            return f"{where}: the {what} of row {rows} are not finite. {remedy}. The weights are unchanged."
-        names = [name for name, parameter in model.named_parameters()
-                 if parameter.grad is not None and not torch.isfinite(parameter.grad).all()]  # fmt: skip
-        rows = sorted({row for batch in self._step_batches for row in batch["row_S"].tolist()})
-        what = f"the gradient of {names[0]} (and {len(names) - 1} more) is" if names else "the loss is"
-        return f"{where}, rows {rows[:8]}: {what} not finite. {remedy}. The weights are unchanged."
 
     # --- metrics --------------------------------------------------------------------------------------------------
 
@@ -986,53 +804,7 @@ class BaseTrainer(Adoptable, Trainer):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        final = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.hp_search_backend is None and trial is None:
-            self.store_flos()
-        if self.args.should_save:
-            checkpoint.begin(final)
-        self.accelerator.wait_for_everyone()
-        staging = str(checkpoint.staging_folder(final))
-        os.makedirs(staging, exist_ok=True)  # another node's disk
-
-        self.save_model(staging, _internal_call=True)
-        if self.state.best_global_step:
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == final or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(staging)
-            self._save_scaler(staging)
-            self._save_rng_state(staging)
-            torch.save(
-                {
-                    "tokens_seen": self._tokens_seen,
-                    "sums": self._sums["train"].state(),
-                    "loss_since_log": self._tr_loss,
-                    "last_logged_step": self._globalstep_last_logged,
-                    "method": self.method_state(),
-                },
-                os.path.join(staging, _RANK_STATE.format(rank=self.args.process_index)),
-            )
-        if self.args.should_save:
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if hasattr(callback, "state") and type(callback).__name__ in self.state.stateful_callbacks:
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(os.path.join(staging, "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            facts = {"run": self._run, "started": self._started}
-            checkpoint.publish(final, step=self.state.global_step, world_size=self.args.world_size, **facts)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+        resume.save_checkpoint(self, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
@@ -1041,31 +813,13 @@ class BaseTrainer(Adoptable, Trainer):
             adapters.prepare_quantised(model)  # PEFT loads a bfloat16 adapter back in float32
 
     def _load_between_logs(self, folder: Path) -> None:
-        world = checkpoint.manifest(folder).get("world_size")
-        if world is None:
-            return  # another library's checkpoint
-        paths = [folder / _RANK_STATE.format(rank=rank) for rank in range(world)]
-        if not all(path.exists() for path in paths):
-            notify_once(
-                f"{folder.name} holds the model alone: the optimizer, the counters and the data order start afresh"
-            )
+        args = self.args
+        state = resume.rank_state(folder, args.process_index, args.world_size, self.joined_state)
+        if state is None:
             return
-        same = world == self.args.world_size
-        wanted = sorted({0, self.args.process_index}) if same else range(world)
-        states = [torch.load(paths[rank], map_location="cpu", weights_only=True) for rank in wanted]
-        if same:
-            state = states[-1]
-            state["method"] = {**states[0]["method"], **state["method"]}
-        else:
-            notify_once(f"{folder.name} was written by {world} processes and is resumed by {self.args.world_size}")
-            state = states[0]
-            state["method"] = self.joined_state([each["method"] for each in states])
-            state["tokens_seen"] = sum(each["tokens_seen"] for each in states) * (self.args.process_index == 0)
-            state["sums"] = {}
-            state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()
         self._tokens_seen = state["tokens_seen"]
         self.load_method_state(state["method"])
-        self._sums["train"].load(state["sums"], self.args.device)
+        self._sums["train"].load(state["sums"], args.device)
         self._between_logs = state
 
     def _restore_between_logs(self) -> None:
@@ -1076,46 +830,3 @@ class BaseTrainer(Adoptable, Trainer):
         # The final summary is of this call's steps alone: what was already earned is taken off.
         self._total_loss_scalar -= self._tr_loss.item()
         self._globalstep_last_logged = state["last_logged_step"]
-
-
-def _train_split(splits: dict[str, Any]) -> Any:
-    """What to train on of a dictionary: its split `train`. A dictionary of columns is a data set by itself."""
-    if not all(map(sources.is_data_set, splits.values())):
-        return splits
-    whole = isinstance(splits, DatasetDict | IterableDatasetDict)
-    dataset = sources.load(splits, "train") if whole else splits.get("train")
-    if dataset is None:
-        raise ValueError(
-            f"train_dataset is a dictionary of the data sets {', '.join(map(str, splits))}: pass one of them, or join "
-            "them with datasets.concatenate_datasets"
-        )
-    taken = next((name for name in splits if splits[name] is dataset), "train")
-    others = ", ".join(str(name) for name in splits if name != taken)
-    notify_once(
-        f"train_dataset is a dictionary of splits: `{taken}` is trained on" + f", and not {others}" * bool(others)
-    )
-    return dataset
-
-
-def _lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of each prepared row."""
-    total = np.zeros(len(dataset), dtype=np.int64)
-    columns = [name for name in dataset.column_names if name == "input_ids" or name.endswith("_ids")]
-    place = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
-        for name in columns:
-            total[place : place + len(table)] += pc.list_value_length(table[name]).to_numpy().astype(np.int64)
-        place += len(table)
-    return total
-
-
-def _special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> None:
-    """Set end and padding tokens by name; without a padding token the end token stands in (masks go by position)."""
-    for what, token in (("eos_token", eos), ("pad_token", pad)):
-        if token is None:
-            continue
-        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-            raise ValueError(f"{what}={token!r} is not in the tokenizer's vocabulary")
-        setattr(tokenizer, what, token)
-    if getattr(tokenizer, "pad_token", None) is None and getattr(tokenizer, "eos_token", None) is not None:
-        tokenizer.pad_token = tokenizer.eos_token

@@ -18,6 +18,7 @@ from trl.models.unwrap import evaluating
 
 from .kto import UnpairedTrainer, unpaired_batch
 from .metrics import sums_device
+from .step import Statistics, Step
 
 
 @dataclass
@@ -98,28 +99,31 @@ class BCOTrainer(UnpairedTrainer):
             peft_config=peft_config,
         )
 
-    def ready(self) -> None:
-        super().ready()
+    def on_ready(self) -> None:
         if self.embedding_func is not None:
             self.classifier = self._fit()
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        batch = unpaired_batch(rows, lay)
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        batch = unpaired_batch(rows, to_batch)
         batch["prompts"] = [list(rows[index]["prompt_ids"]) for index in collate.by_prompt(rows)]
         return batch
 
-    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> Statistics:
         sums = torch.zeros(2, dtype=torch.float64, device=sums_device(self.args.device))
+        columns = []
         for batch in batches:
             moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                if not self.ref_is_column:
-                    batch["ref_logp_S"] = self.reference_values(moved, self.ask_reference(model))[:, 0]
+                if self.reference.is_column:
+                    ref_S = moved["ref_logp_S"]
+                else:
+                    ref_S = self.reference_values(moved, self.reference.ask(model))[:, 0]
+                    columns.append({"ref_logp_S": ref_S})
                 if training:
                     with evaluating(model):
                         policy_S = self.sequence_logp(score(model, moved))
-                    reward_S = self.args.beta * (policy_S - batch["ref_logp_S"].to(policy_S.device))
+                    reward_S = self.args.beta * (policy_S - ref_S.to(policy_S.device))
                     total = reward_S.to(sums.device).double().sum()
                     sums += torch.stack([total, sums.new_tensor(float(len(reward_S)))])
         if training:
@@ -129,18 +133,17 @@ class BCOTrainer(UnpairedTrainer):
             if count:
                 self.seen += count
                 self.mean_reward += (total / count - self.mean_reward) * count / self.seen
-        for batch in batches:
-            batch["delta"] = torch.tensor(self.mean_reward)
+        return Statistics({"delta": torch.tensor(self.mean_reward)}, columns)
 
-    def settings(self, batch: Batch, policy_S: Tensor) -> dict[str, Any]:
+    def settings(self, batch: Batch, policy_S: Tensor, step: Step) -> dict[str, Any]:
         return {
             "beta": self.args.beta,
-            "reward_mean": batch["delta"].to(policy_S.device, policy_S.dtype),
+            "reward_mean": step.shared["delta"].to(policy_S.device, policy_S.dtype),
             "weight_S": self._weights(batch, policy_S),
         }
 
-    def further_metrics(self, batch: Batch) -> dict[str, Metric]:
-        return {"delta": mean(batch["delta"])}
+    def further_metrics(self, step: Step) -> dict[str, Metric]:
+        return {"delta": mean(step.shared["delta"].to(self.args.device))}
 
     def method_state(self) -> dict[str, Any]:
         return {**super().method_state(), "seen": self.seen, "mean_reward": self.mean_reward}

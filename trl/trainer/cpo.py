@@ -18,6 +18,7 @@ from trl.notices import notify_once
 from .attributes import shows
 from .dpo import pair_batch
 from .preference import ReferenceFreeTrainer
+from .step import Step
 
 
 @dataclass
@@ -67,13 +68,13 @@ class CPOTrainer(ReferenceFreeTrainer):
     method = "cpo"
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        return pair_batch(rows, lay)
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        return pair_batch(rows, to_batch)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"pairs": batch["row_S"].shape[0] // 2, "chosen_tokens": batch["chosen_tokens"]}
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args, balance = self.args, self.router_aux_loss_coef
         stats = score(model, batch, mean_logit=True, router=balance > 0)
         assert stats.mean_logit_N is not None

@@ -14,12 +14,13 @@ from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
 from trl.engine.score import score
 from trl.losses.call import call_with_available, loss_functions
-from trl.losses.preference import DIVERGENCES, DIVERGING, LOSSES, NEED_STEP, PER_TOKEN, Step, ld, wpo_weight
+from trl.losses.preference import DIVERGENCES, DIVERGING, LOSSES, NEED_STEP, PER_TOKEN, StepPairs, ld, wpo_weight
 from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_sum
 from trl.models.unwrap import evaluating
-from trl.trainer.reference import ReferencedTrainer
+from trl.trainer.preference import ReferencedTrainer
 
 from .attributes import shows
+from .step import Statistics, Step
 
 
 @dataclass
@@ -63,10 +64,8 @@ class DPOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
     padding_free: bool = field(default=False, metadata={"help": "Has no effect: flat rows are never padded."})
 
     def __post_init__(self) -> None:
-        self.loss_type = (
-            [self.loss_type] if isinstance(self.loss_type, str) or callable(self.loss_type) else self.loss_type
-        )
-        self.loss_type = list(self.loss_type)
+        given: Any = self.loss_type
+        self.loss_type = [given] if isinstance(given, str) or callable(given) else list(given)
         weights = self.loss_weights
         if weights is not None and len(weights) != len(self.loss_type):
             raise ValueError(f"loss_weights has {len(weights)} entries for {len(self.loss_type)} losses")
@@ -134,8 +133,8 @@ class DPOTrainer(ReferencedTrainer):
         return self.args.ld_alpha
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        return pair_batch(rows, lay)
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        return pair_batch(rows, to_batch)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"pairs": batch["row_S"].shape[0] // 2, "chosen_tokens": batch["chosen_tokens"]}
@@ -148,21 +147,22 @@ class DPOTrainer(ReferencedTrainer):
     def reference_values(self, batch: Batch, score: Callable[[Batch], TokenStats]) -> Tensor:
         return self.sequence_logp(score(batch)).view(-1, 2)
 
-    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> Statistics:
         """Losses that sort the pairs sort those of the whole optimizer step (in evaluation, of the batch)."""
         names = {name for name, _ in loss_functions(self.args.loss_type, LOSSES)}
         if not names & NEED_STEP or (len(batches) == 1 and self.args.world_size == 1):
-            return
-        found = []
+            return Statistics()
+        found: list[Tensor] = []
+        columns: list[dict[str, Any]] = []
         for batch in batches:
             moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager(), evaluating(model):
                 policy_S = self.sequence_logp(score(model, moved))
-                batch["ref_logp_S"] = self._reference_logp(model, moved, policy_S)
-            found.append(torch.stack([policy_S, batch["ref_logp_S"]], 1))
-        own = torch.cat(found).view(
-            -1, 4
-        )  # pairs × (policy chosen, reference chosen, policy rejected, reference rejected)
+                ref_S = self._reference_logp(model, moved, policy_S)
+            found.append(torch.stack([policy_S, ref_S], 1))
+            columns.append({"ref_logp_S": ref_S})
+        # Pairs × (policy chosen, reference chosen, policy rejected, reference rejected).
+        own = torch.cat(found).view(-1, 4)
         offset = 0
         if self.args.world_size > 1:
             counts = [torch.zeros((), dtype=torch.long, device=own.device) for _ in range(self.args.world_size)]
@@ -174,18 +174,13 @@ class DPOTrainer(ReferencedTrainer):
             torch.distributed.all_gather(parts, wide)
             offset = sum(sizes[: self.args.process_index])
             own = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-        chosen, ref_chosen, rejected, ref_rejected = own.unbind(1)
-        for batch in batches:
-            batch["step"] = {
-                "chosen_logp_P": chosen,
-                "rejected_logp_P": rejected,
-                "chosen_ref_logp_P": ref_chosen,
-                "rejected_ref_logp_P": ref_rejected,
-                "offset": offset,
-            }
+        for column, batch in zip(columns, batches, strict=True):
+            column["pairs_before"] = offset
             offset += batch["row_S"].shape[0] // 2
+        kinds = ("chosen_logp_P", "chosen_ref_logp_P", "rejected_logp_P", "rejected_ref_logp_P")
+        return Statistics(shared=dict(zip(kinds, own.unbind(1), strict=True)), columns=columns)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args = self.args
         balance = self.router_aux_loss_coef
         stats = score(
@@ -208,7 +203,7 @@ class DPOTrainer(ReferencedTrainer):
             "chosen_nll_P": -seq_sum(stats.logp_N, stats.seq_N, stats.sequences).view(-1, 2)[:, 0],
             "chosen_tokens_P": chosen_tokens_P,
             "rejected_tokens_P": rejected_tokens_P,
-            "step": Step(**batch["step"]) if "step" in batch else None,
+            "step": StepPairs(**step.shared, offset=batch["pairs_before"]) if "pairs_before" in batch else None,
             "beta": args.beta,
             "label_smoothing": args.label_smoothing,
             "discopop_tau": args.discopop_tau,
@@ -217,7 +212,7 @@ class DPOTrainer(ReferencedTrainer):
         for side in ("chosen", "rejected"):
             ratio = {**available, "logratio_P": available[f"{side}_logratio_P"]}
             available[f"{side}_score_P"] = call_with_available(DIVERGENCES[args.f_divergence_type], ratio)
-        weight_P = 1.0
+        weight_P: Tensor | float = 1.0
         if args.use_weighting:
             assert stats.sum_sq_N is not None
             weight_P = wpo_weight(stats.logp_N, stats.sum_sq_N, seq_N=stats.seq_N, sequences=stats.sequences)
@@ -238,14 +233,14 @@ class DPOTrainer(ReferencedTrainer):
     def _reference_logp(self, model: nn.Module, batch: Batch, policy_S: Tensor) -> Tensor:
         if not self.needs_reference():
             return torch.zeros_like(policy_S)
-        if self.ref_is_column or "step" in batch:
+        if self.reference.is_column or "pairs_before" in batch:
             return batch["ref_logp_S"]
-        return self.reference_values(batch, self.ask_reference(model)).flatten()
+        return self.reference_values(batch, self.reference.ask(model)).flatten()
 
 
 def pair_batch(
     rows: Sequence[Any],
-    lay: Callable[[list[Tree]], Batch],
+    to_batch: Callable[[list[Tree]], Batch],
     trained: Callable[[Sequence[int]], Sequence[bool]] | None = None,
 ) -> Batch:
     """Pairs as a batch: under each prompt the chosen and the rejected completion, in turn.
@@ -255,7 +250,7 @@ def pair_batch(
     rows = [rows[index] for index in collate.by_prompt(rows)]
     options = {} if trained is None else {"trained": trained}
     columns = ("chosen_ids", "rejected_ids")
-    batch = lay(collate.under_prompts(rows, columns, **options))
+    batch = to_batch(collate.under_prompts(rows, columns, **options))
     batch["tokens"] = collate.tokens_of(rows, columns)
     batch["chosen_tokens"] = sum(len(row["chosen_ids"]) for row in rows)
     if all("margin" in row for row in rows):

@@ -1,6 +1,5 @@
 """Group-relative policy optimisation and its family: completions compared with the others of their prompt."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +11,11 @@ from transformers import TrainerCallback
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.advantages import ADVANTAGES
-from trl.losses.call import call_with_available
+from trl.losses.call import call_with_available, named_loss
 from trl.losses.policy import (
-    CLIPPING,
-    METHODS,
+    POLICY_LOSSES,
     TOKENS,
+    PolicyLoss,
     correction,
     high_entropy,
     k3,
@@ -24,14 +23,15 @@ from trl.losses.policy import (
     pool,
     quantile,
     ratio,
-    vespo_weight,
 )
 from trl.losses.tokens import Metric, largest, mean, seq_mean, smallest
 from trl.models.unwrap import evaluating
-from trl.rollout.rounds import TrainingTrace
+from trl.rollout.traces import ScoredTrace, TrainingTrace
+from trl.rollout.types import Environment, Sampler
 
 from .attributes import shows
 from .online import OnlineConfig, OnlineTrainer
+from .step import Statistics, Step
 
 LEVELS = ("token", "sequence", "sequence_token")
 CORRECTIONS = tuple(f"{level}_{what}" for level in ("token", "sequence", "geometric") for what in ("truncate", "mask"))
@@ -41,10 +41,16 @@ CORRECTIONS = tuple(f"{level}_{what}" for level in ("token", "sequence", "geomet
 class GRPOConfig(OnlineConfig):
     """What can be set for `GRPOTrainer`, beside all of `transformers.TrainingArguments`."""
 
+    least_generations = 2
+
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the divergence from the reference; 0: no reference."})
     loss_type: str = field(
-        default="dapo", metadata={"help": "Surrogate and how tokens are added up.", "choices": sorted(METHODS)}
+        default="dapo",
+        metadata={
+            "help": f"Surrogate and how tokens are added up: {', '.join(sorted(POLICY_LOSSES))}; or your own loss, "
+            "as package.module:function or, in Python, as the function itself (see losses.policy.PolicyLoss)."
+        },
     )
     epsilon: float = field(
         default=0.2, metadata={"help": "Ratios below 1 - epsilon are clipped; GMPO's paper has 0.4."}
@@ -103,8 +109,8 @@ class GRPOConfig(OnlineConfig):
     def __post_init__(self) -> None:
         if self.scale_rewards in (True, False):
             self.scale_rewards = "group" if self.scale_rewards else "none"
+        policy_loss(self.loss_type)
         for name, known in (
-            ("loss_type", METHODS),
             ("importance_sampling_level", LEVELS),
             ("scale_rewards", ("group", "batch", "none")),
             ("multi_objective_aggregation", ADVANTAGES),
@@ -122,10 +128,11 @@ class GRPOConfig(OnlineConfig):
             raise ValueError(
                 f"top_entropy_quantile={self.top_entropy_quantile} is a share of the tokens, above 0, at most 1"
             )
-        if self.rollout_correction and self.loss_type == "vespo" and not self._corrects_tokens():
+        weighs = self.rollout_correction and not self._corrects_tokens()
+        if weighs and policy_loss(self.loss_type).corrects_itself:
             raise ValueError(
                 f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weighs whole sequences, but "
-                "vespo multiplies the weights of their tokens: set it to token_truncate or token_mask"
+                f"{self.loss_type} multiplies the weights of their tokens: set it to token_truncate or token_mask"
             )
         super().__post_init__()
 
@@ -140,7 +147,7 @@ class GRPOConfig(OnlineConfig):
     epsilon_low="epsilon",
 )
 class GRPOTrainer(OnlineTrainer):
-    """Trains a causal language model on completions of its own that reward functions judge.
+    """Trains a causal language model on its own completions, scored by reward functions.
 
     `reward_funcs` is a function, a model, a name or a list of them: see `rewards.functions.RewardFunctions`. Rows have
     a `prompt` (a string or messages) and whatever columns the functions read. Shao et al. 2024, arXiv:2402.03300; the
@@ -170,9 +177,9 @@ class GRPOTrainer(OnlineTrainer):
         environment_factory: None = None,
         *,
         ref_model: Any = None,
+        sampler: Sampler | None = None,
+        environment: Environment | None = None,
     ) -> None:
-        self.entropy_coef = 0.0
-        self.last_entropy = float("inf")
         super().__init__(
             model,
             reward_funcs,
@@ -186,37 +193,36 @@ class GRPOTrainer(OnlineTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
             ref_model=ref_model,
+            sampler=sampler,
+            environment=environment,
         )
 
-    def ready(self) -> None:
-        super().ready()
-        self.entropy_coef = self.args.entropy_coef
+    def on_ready(self) -> None:
+        super().on_ready()
+        self.bonus = EntropyBonus(self.args)
 
-    def advantages(self, rewards_SF: Tensor, weights_F: Tensor, generations: int, kl_S: Tensor | None) -> Tensor:
+    def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
         return ADVANTAGES[self.args.multi_objective_aggregation](
-            rewards_SF=rewards_SF,
-            weights_F=weights_F,
+            rewards_SF=self.rewards_of(traces),
+            weights_F=self.rewards.weights,
             num_generations=generations,
             scale_rewards=self.args.scale_rewards,
         )
 
-    def has_entropy_bonus(self) -> bool:
-        return self.args.use_adaptive_entropy or self.args.entropy_coef != 0.0
-
-    def is_idle(self, sample: TrainingTrace) -> bool:
-        still = sample.advantage == 0.0 and self.args.beta == 0.0 and not self.has_entropy_bonus()
+    def has_no_gradient(self, trace: TrainingTrace) -> bool:
+        still = trace.advantage == 0.0 and self.args.beta == 0.0 and not self.bonus.is_used
         # Where tokens are chosen by entropy, all of them say what is high.
         alone = self.router_aux_loss_coef == 0.0 and self.args.top_entropy_quantile == 1.0
-        return not sample.trained or (still and alone)
+        return super().has_no_gradient(trace) or (still and alone)
 
     def needs_old(self) -> bool:
         return super().needs_old() or (self.args.rollout_correction and not self.is_on_policy())
 
-    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
-        """Which tokens of the step are trained on by their entropy, before its first backward pass."""
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> Statistics:
+        """Which tokens of the step are trained on by their entropy."""
         args = self.args
         if args.top_entropy_quantile == 1.0:
-            return
+            return Statistics()
         entropies = []
         for batch in batches:
             with torch.no_grad(), self.compute_loss_context_manager(), evaluating(model):
@@ -227,24 +233,31 @@ class GRPOTrainer(OnlineTrainer):
         if args.world_size > 1 and training:
             together = torch.cat([part.to(together.device) for part in _gathered(together)])
         if not len(together):
-            return
+            return Statistics()
         threshold = quantile(together, 1 - args.top_entropy_quantile)
         # The same numbers on both sides, so that the token on the threshold is not left to rounding.
-        for batch, entropy_N in zip(batches, entropies, strict=True):
-            batch["acts_N"] = high_entropy(entropy_N, threshold=threshold)
-        if training and self.has_entropy_bonus():
-            self._step_counts[ENTROPY] = high_entropy(together, threshold=threshold).sum()
+        columns = [{"token_weight_N": high_entropy(entropy_N, threshold=threshold)} for entropy_N in entropies]
+        counts = {}
+        if training and self.bonus.is_used:
+            counts[ENTROPY] = high_entropy(together, threshold=threshold).sum()
+        return Statistics(columns=columns, counts=counts)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        args, balance = self.args, self.router_aux_loss_coef
-        method = METHODS[args.loss_type]
-        bonus = self.has_entropy_bonus()
-        stats = score(model, batch, entropy=True, entropy_grad=bonus, temperature=args.temperature, router=balance > 0)
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+        args, balance, bonus = self.args, self.router_aux_loss_coef, self.bonus
+        chosen = policy_loss(args.loss_type)
+        stats = score(
+            model,
+            batch,
+            entropy=True,
+            entropy_grad=bonus.is_used,
+            temperature=args.temperature,
+            router=balance > 0,
+        )
         assert stats.entropy_N is not None
         logp_N, seq_N, sequences = stats.logp_N, stats.seq_N, stats.sequences
         advantage_N = batch["advantage_N"]
-        # On the policy that drew them the ratio is one, and no other log-probs are needed.
-        old_logp_N = logp_N.detach() if self.is_on_policy() else batch["old_logp_N"]
+        # On the policy that sampled them the ratio is one, and no other log-probs are needed.
+        old_logp_N = logp_N.detach() if step.on_policy else batch["old_logp_N"]
         log_ratio_N = logp_N - old_logp_N
         pooled_N = pool(
             log_ratio_N, seq_N=seq_N, sequences=sequences, importance_sampling_level=args.importance_sampling_level
@@ -271,7 +284,7 @@ class GRPOTrainer(OnlineTrainer):
             "log_correction_N": None if weight_N is None else weight_N.log(),
             **{name: getattr(args, name) for name in SETTINGS},
         }
-        loss_N = call_with_available(method.surrogate, available)
+        loss_N = call_with_available(chosen.surrogate, available)
         if args.off_policy_mask_threshold is not None:
             loss_N = loss_N * off_policy_keep(
                 advantage_N=advantage_N,
@@ -281,72 +294,67 @@ class GRPOTrainer(OnlineTrainer):
                 sequences=sequences,
                 off_policy_mask_threshold=args.off_policy_mask_threshold,
             )
-        acts_N = batch["acts_N"] if "acts_N" in batch else torch.ones_like(logp_N)
-        loss_N = loss_N * acts_N
-        if weight_N is not None and args.loss_type != "vespo":
+        token_weight_N = batch["token_weight_N"] if "token_weight_N" in batch else torch.ones_like(logp_N)
+        loss_N = loss_N * token_weight_N
+        if weight_N is not None and not chosen.corrects_itself:
             loss_N = loss_N * weight_N
         metrics = {"entropy": mean(stats.entropy_N)}
-        if args.loss_type == "vespo":
-            phi_N = call_with_available(vespo_weight, available)
-            metrics["vespo/phi_seq_mean"] = mean(seq_mean(phi_N, seq_N, sequences))
+        for name, function in chosen.metrics:
+            metrics[name] = mean(seq_mean(call_with_available(function, available), seq_N, sequences))
         if weight_N is not None:
-            metrics.update(self._gap(old_logp_N - batch["sampler_logp_N"], weight_N, seq_N, sequences))
+            metrics.update(self._sampler_gap(old_logp_N - batch["sampler_logp_N"], weight_N, seq_N, sequences))
         if args.beta != 0.0:
             kl_N = k3(logp_N=logp_N, ref_logp_N=batch["ref_logp_N"])
             if args.use_bias_correction_kl:
                 kl_N = kl_N * ratio_N
             loss_N = loss_N + args.beta * kl_N
             metrics["kl"] = mean(kl_N)
-        sums = {method.divide_by: method.add_up(loss_N, seq_N, sequences)}
-        if bonus:
-            if model.training:
-                metrics["policy_loss"] = Metric(sums[method.divide_by].detach(), self._items(method.divide_by))
-            self._entropy_seen(stats.entropy_N.detach(), acts_N, model.training)
-            total = sums.get(ENTROPY, 0.0) - self._bonus() * (stats.entropy_N * acts_N).sum()
+        sums = {chosen.divide_by: chosen.add_up(loss_N, seq_N, sequences)}
+        if bonus.is_used:
+            if step.training:
+                # What one micro-batch counts for, so that the metric is the step's mean.
+                share = float(step.count(chosen.divide_by)) / (len(step.batches) * args.world_size)
+                metrics["policy_loss"] = Metric(sums[chosen.divide_by].detach(), share)
+                bonus.observe(stats.entropy_N.detach(), token_weight_N)
+            total = sums.get(ENTROPY, 0.0) - bonus.weight * (stats.entropy_N * token_weight_N).sum()
             sums[ENTROPY] = total
         if stats.aux is not None:
             sums[TOKENS] = sums.get(TOKENS, 0.0) + balance * stats.aux * len(logp_N)
             metrics["aux_loss"] = mean(stats.aux)
-        read_N = log_ratio_N if args.loss_type == "gmpo" else pooled_N
-        metrics.update(self._clipping(ratio(read_N.detach()), advantage_N, seq_N, sequences))
+        read_N = log_ratio_N if chosen.reads_tokens else pooled_N
+        metrics.update(self._clipping(chosen, ratio(read_N.detach()), advantage_N, seq_N, sequences))
         return sums, metrics
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         """In an evaluation the part of the loss that is not the bonus; a router's term would be in it too."""
         found = super().derived(means)
-        part = self.part(METHODS[self.args.loss_type].divide_by)
-        if self.has_entropy_bonus() and part in means and not self.aux_loss_enabled:
+        part = self.part(policy_loss(self.args.loss_type).divide_by)
+        if self.bonus.is_used and part in means and not self.aux_loss_enabled:
             found["policy_loss"] = means[part]
         return found
 
-    def counts_of(self, samples: Sequence[TrainingTrace]) -> dict[str, float]:
-        found = super().counts_of(samples)
-        if self.has_entropy_bonus():
+    def counts_of(self, traces: Sequence[TrainingTrace]) -> dict[str, float]:
+        found = super().counts_of(traces)
+        if self.bonus.is_used:
             found[ENTROPY] = found["tokens"] * self.args.top_entropy_quantile
         return found
 
-    def _items(self, kind: str) -> float:
-        """What one micro-batch counts for, so that the metric is the step's mean."""
-        shares = max(len(self._step_batches), 1) * self.args.world_size
-        return float(self._step_counts[kind]) / shares if kind in self._step_counts else 1.0
-
-    def _clipping(self, ratio_N: Tensor, advantage_N: Tensor, seq_N: Tensor, sequences: int) -> dict[str, Metric]:
+    def _clipping(
+        self, chosen: PolicyLoss, ratio_N: Tensor, advantage_N: Tensor, seq_N: Tensor, sequences: int
+    ) -> dict[str, Metric]:
+        """How often the surrogate clips, by the ratio that it reads."""
         args = self.args
-        low, high = 1 - args.epsilon, 1 + args.epsilon_high
-        if args.loss_type == "gmpo":  # which clips the logarithms of its tokens' ratios
-            low, high = math.exp(-args.epsilon), math.exp(args.epsilon_high)
-        elif args.loss_type == "cispo":
-            high = args.epsilon_high
-        elif args.loss_type not in CLIPPING:
+        if chosen.bounds is None:
             return {}
-        if args.importance_sampling_level == "sequence" and args.loss_type != "gmpo":
+        low, high = chosen.bounds(args.epsilon, args.epsilon_high)
+        if args.importance_sampling_level == "sequence" and not chosen.reads_tokens:
             # One ratio for each sequence, and one voice.
             advantage_N, ratio_N = seq_mean(advantage_N, seq_N, sequences), seq_mean(ratio_N, seq_N, sequences)
             seq_N = torch.arange(sequences, device=ratio_N.device)
         low_N = ((ratio_N < low) & (advantage_N < 0)).float()
         high_N = ((ratio_N > high) & (advantage_N > 0)).float()
-        if args.loss_type == "cispo":
-            return {"cispo_clip_ratio": mean(high_N)}
+        if not low:
+            return {f"{args.loss_type}_clip_ratio": mean(high_N)}
         found = {
             "clip_ratio/low_mean": mean(low_N),
             "clip_ratio/high_mean": mean(high_N),
@@ -357,7 +365,7 @@ class GRPOTrainer(OnlineTrainer):
             found["clip_ratio/high_max"] = largest(seq_mean(high_N, seq_N, sequences))
         return found
 
-    def _gap(self, gap_N: Tensor, weight_N: Tensor, seq_N: Tensor, sequences: int) -> dict[str, Metric]:
+    def _sampler_gap(self, gap_N: Tensor, weight_N: Tensor, seq_N: Tensor, sequences: int) -> dict[str, Metric]:
         """How far the sampler's log-probs are from the trainer's, and what is made of that."""
         far_N = gap_N.detach().abs()
         far_N = far_N[~far_N.isnan()]
@@ -371,40 +379,72 @@ class GRPOTrainer(OnlineTrainer):
             found["sampling/importance_sampling_ratio/min"] = smallest(weight)
         return found
 
-    # --- the entropy bonus ----------------------------------------------------------------------------------------
-
-    def _bonus(self) -> float:
-        """The weight of the bonus in this step. Adaptive: Skywork-OR1, He et al. 2025, arXiv:2505.22312."""
-        if not self.args.use_adaptive_entropy:
-            return self.entropy_coef
-        return self.entropy_coef if self.last_entropy <= self.args.entropy_target else 0.0
-
-    def _entropy_seen(self, entropy_N: Tensor, acts_N: Tensor, training: bool) -> None:
-        if self.args.use_adaptive_entropy and training:
-            self._seen = self._seen + torch.stack([(entropy_N * acts_N).sum(), acts_N.sum()])
-
-    def _learn(self, model: nn.Module, samples: list[TrainingTrace]) -> Tensor:
-        args = self.args
-        self._seen = torch.zeros(2, device=args.device)
-        loss = super()._learn(model, samples)
-        if args.use_adaptive_entropy:
-            if args.world_size > 1:
-                torch.distributed.all_reduce(self._seen)
-            entropy = (self._seen[0] / self._seen[1].clamp(min=1)).item()
-            change = args.entropy_coef_delta if entropy <= args.entropy_target else -args.entropy_coef_delta
-            self.entropy_coef = min(max(self.entropy_coef + change, args.entropy_coef_min), args.entropy_coef_max)
-            self.last_entropy = entropy
-        if self.has_entropy_bonus():
-            self._add("train", {"entropy_coef": Metric(torch.tensor(self.entropy_coef, device=args.device), 1.0)})
+    def train_on(self, model: nn.Module, traces: list[TrainingTrace]) -> Tensor:
+        loss = super().train_on(model, traces)
+        if self.bonus.is_used:
+            self.bonus.end_step(self.args.device, self.args.world_size)
+            self._add("train", {"entropy_coef": Metric(torch.tensor(self.bonus.coef, device=self.args.device), 1.0)})
         return loss
 
     def method_state(self) -> dict[str, Any]:
-        return {**super().method_state(), "entropy_coef": self.entropy_coef, "last_entropy": self.last_entropy}
+        return {**super().method_state(), **self.bonus.state()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self.entropy_coef = state.get("entropy_coef", self.args.entropy_coef)
+        self.bonus.load_state(state)
+
+
+class EntropyBonus:
+    """The weight of the entropy in the loss, which follows the entropy where that is asked for.
+
+    Adaptive: while the entropy is below its target the coefficient rises, else it falls, and the bonus acts only below
+    the target. Skywork-OR1, He et al. 2025, arXiv:2505.22312.
+    """
+
+    def __init__(self, args: GRPOConfig) -> None:
+        self.args = args
+        self.coef, self.last_entropy = args.entropy_coef, float("inf")
+        self.seen: Tensor | float = 0.0  # entropy and tokens of the step so far, [2]
+
+    @property
+    def is_used(self) -> bool:
+        return self.args.use_adaptive_entropy or self.args.entropy_coef != 0.0
+
+    @property
+    def weight(self) -> float:
+        """The weight of the bonus in this step."""
+        acts = not self.args.use_adaptive_entropy or self.last_entropy <= self.args.entropy_target
+        return self.coef if acts else 0.0
+
+    def observe(self, entropy_N: Tensor, weight_N: Tensor) -> None:
+        """Take in the entropy of a micro-batch of training."""
+        if self.args.use_adaptive_entropy:
+            self.seen = self.seen + torch.stack([(entropy_N * weight_N).sum(), weight_N.sum()])
+
+    def end_step(self, device: torch.device, ranks: int) -> None:
+        """Move the coefficient by the entropy of the step on all ranks."""
+        args = self.args
+        if not args.use_adaptive_entropy:
+            return
+        seen, self.seen = torch.zeros(2, device=device) + self.seen, 0.0
+        if ranks > 1:
+            torch.distributed.all_reduce(seen)
+        self.last_entropy = (seen[0] / seen[1].clamp(min=1)).item()
+        change = args.entropy_coef_delta if self.last_entropy <= args.entropy_target else -args.entropy_coef_delta
+        self.coef = min(max(self.coef + change, args.entropy_coef_min), args.entropy_coef_max)
+
+    def state(self) -> dict[str, float]:
+        return {"entropy_coef": self.coef, "last_entropy": self.last_entropy}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.coef = state.get("entropy_coef", self.args.entropy_coef)
         self.last_entropy = state.get("last_entropy", float("inf"))
+
+
+def policy_loss(loss_type: Any) -> PolicyLoss:
+    """The loss that `loss_type` names. A function alone is a surrogate that is averaged over tokens."""
+    _, found = named_loss(loss_type, POLICY_LOSSES)
+    return found if isinstance(found, PolicyLoss) else PolicyLoss(found)
 
 
 ENTROPY = "entropy_tokens"

@@ -19,10 +19,11 @@ from trl.losses.call import call_with_available, loss_functions
 from trl.losses.tokens import Metric, masked_mean_metric, mean
 from trl.losses.unpaired import LOSSES, kl_estimate
 from trl.models.unwrap import evaluating
-from trl.trainer.reference import ReferencedTrainer
+from trl.trainer.preference import ReferencedTrainer
 
 from .attributes import shows
 from .metrics import sums_device
+from .step import Statistics, Step
 
 WITHOUT_KL = ("apo_zero_unpaired",)
 
@@ -58,8 +59,8 @@ class UnpairedTrainer(ReferencedTrainer):
     loss_type: Any  # a name in LOSSES, or a function
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        return unpaired_batch(rows, lay)
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        return unpaired_batch(rows, to_batch)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"rows": batch["row_S"].shape[0]}
@@ -67,17 +68,19 @@ class UnpairedTrainer(ReferencedTrainer):
     def reference_values(self, batch: Batch, score: Callable[[Batch], TokenStats]) -> Tensor:
         return self.sequence_logp(score(batch))[:, None]
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         balance = self.router_aux_loss_coef
         stats = score(model, batch, entropy=True, mean_logit=True, router=balance > 0)
         assert stats.entropy_N is not None and stats.mean_logit_N is not None
         policy_S, label_S = self.sequence_logp(stats), batch["label_S"]
-        if not (self.ref_is_column or "ref_logp_S" in batch):
-            batch["ref_logp_S"] = self.reference_values(batch, self.ask_reference(model))[:, 0]
-        ratio_S = policy_S - batch["ref_logp_S"]
+        if self.reference.is_column or "ref_logp_S" in batch:
+            ref_S = batch["ref_logp_S"]
+        else:
+            ref_S = self.reference_values(batch, self.reference.ask(model))[:, 0]
+        ratio_S = policy_S - ref_S
         (_, function), *_ = loss_functions([self.loss_type], LOSSES)
         loss_S = call_with_available(
-            function, {"logratio_S": ratio_S, "label_S": label_S, **self.settings(batch, policy_S)}
+            function, {"logratio_S": ratio_S, "label_S": label_S, **self.settings(batch, policy_S, step)}
         )
         total = loss_S.sum()
         reward_S = self.args.beta * ratio_S.detach()
@@ -89,13 +92,13 @@ class UnpairedTrainer(ReferencedTrainer):
         if stats.aux is not None:
             total = total + balance * stats.aux * len(policy_S)
             metrics["aux_loss"] = mean(stats.aux)
-        return {"rows": total}, {**metrics, **self.further_metrics(batch)}
+        return {"rows": total}, {**metrics, **self.further_metrics(step)}
 
-    def settings(self, batch: Batch, policy_S: Tensor) -> dict[str, Any]:
+    def settings(self, batch: Batch, policy_S: Tensor, step: Step) -> dict[str, Any]:
         """What losses may ask for beside log-ratios and labels."""
         return {"beta": self.args.beta}
 
-    def further_metrics(self, batch: Batch) -> dict[str, Metric]:
+    def further_metrics(self, step: Step) -> dict[str, Metric]:
         return {}
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
@@ -137,12 +140,12 @@ class KTOTrainer(UnpairedTrainer):
         return rows, report
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        batch = unpaired_batch(rows, lay)
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        batch = unpaired_batch(rows, to_batch)
         if all(COLUMN in row for row in rows):
             rows = [rows[index] for index in collate.by_prompt(rows)]
-            batch["kl"] = lay(collate.under_prompts(rows, (COLUMN,)))
-            batch["both"] = lay(collate.under_prompts(rows, ("completion_ids", COLUMN)))
+            batch["kl"] = to_batch(collate.under_prompts(rows, (COLUMN,)))
+            batch["both"] = to_batch(collate.under_prompts(rows, ("completion_ids", COLUMN)))
             if all("ref_KL_logps" in row for row in rows):
                 batch["ref_kl_logp_S"] = torch.tensor([row["ref_KL_logps"] for row in rows], dtype=torch.float32)
         return batch
@@ -152,52 +155,49 @@ class KTOTrainer(UnpairedTrainer):
             return super().reference_values(batch, score)
         return self.sequence_logp(score(batch["both"])).view(-1, 2)
 
-    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> None:
-        if not self.needs_kl():
-            return
-        if training:
-            self.kl = self._estimate(model, batches)
-        for batch in batches:
-            batch["kl_estimate"] = self.kl
+    def before_step(self, model: nn.Module, batches: list[Batch], training: bool) -> Statistics:
+        """In training the estimate of the step; in an evaluation `before_evaluation` has taken it."""
+        return self._estimate(model, batches) if training and self.needs_kl() else Statistics()
 
-    def before_evaluation(self, dataloader: Any) -> None:
-        if self.needs_kl():
-            self.kl = self._estimate(self.model, dataloader)
+    def before_evaluation(self, dataloader: Any) -> dict[str, Any]:
+        return dict(self._estimate(self.model, dataloader).shared) if self.needs_kl() else {}
 
-    def _estimate(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-        """The reference point over all batches and ranks, scalar; the batches keep what the reference said of them."""
+    def _estimate(self, model: nn.Module, batches: Iterable[Batch]) -> Statistics:
+        """The reference point over all batches and ranks, a scalar, and what the reference says of each batch."""
         sums = torch.zeros(2, dtype=torch.float64, device=sums_device(self.args.device))
+        columns = []
         for batch in batches:
             moved = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 with evaluating(model):
                     policy_S = self.sequence_logp(score(model, moved["kl"]))
-                if self.ref_is_column:
+                if self.reference.is_column:
                     ref_S = moved["ref_kl_logp_S"]
                 else:
-                    batch["ref_logp_S"], ref_S = self.reference_values(moved, self.ask_reference(model)).unbind(1)
+                    own_S, ref_S = self.reference_values(moved, self.reference.ask(model)).unbind(1)
+                    columns.append({"ref_logp_S": own_S})
             total = (policy_S - ref_S).to(sums.device).double().sum()
             sums += torch.stack([total, sums.new_tensor(float(len(policy_S)))])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
-        return kl_estimate((sums[0] / sums[1].clamp(min=1)).float())
+        return Statistics({"kl": kl_estimate((sums[0] / sums[1].clamp(min=1)).float())}, columns)
 
-    def settings(self, batch: Batch, policy_S: Tensor) -> dict[str, Any]:
+    def settings(self, batch: Batch, policy_S: Tensor, step: Step) -> dict[str, Any]:
         return {
             "beta": self.args.beta,
-            "kl": batch.get("kl_estimate", policy_S.new_zeros(())),
+            "kl": step.shared.get("kl", policy_S.new_zeros(())),
             "desirable_weight": self.args.desirable_weight,
             "undesirable_weight": self.args.undesirable_weight,
         }
 
-    def further_metrics(self, batch: Batch) -> dict[str, Metric]:
-        return {"kl": mean(batch["kl_estimate"])} if self.needs_kl() else {}
+    def further_metrics(self, step: Step) -> dict[str, Metric]:
+        return {"kl": mean(step.shared["kl"])} if self.needs_kl() else {}
 
 
-def unpaired_batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+def unpaired_batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
     """Labelled completions as a batch, with `label_S`, and `ref_logp_S` where the rows have it."""
     rows = [rows[index] for index in collate.by_prompt(rows)]
-    batch = lay(collate.under_prompts(rows, ("completion_ids",)))
+    batch = to_batch(collate.under_prompts(rows, ("completion_ids",)))
     batch["tokens"] = collate.tokens_of(rows, ("completion_ids",))
     batch["label_S"] = torch.tensor([bool(row["label"]) for row in rows], dtype=torch.bool)
     if all("ref_logps" in row for row in rows):

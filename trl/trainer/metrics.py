@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trl.losses.tokens import Metric
 
-_FOLD = {"mean": torch.add, "min": torch.minimum, "max": torch.maximum}
+_FOLD: dict[str, Any] = {"mean": torch.add, "min": torch.minimum, "max": torch.maximum}
 _ABSENT = {"mean": 0.0, "min": math.inf, "max": -math.inf}
 
 

@@ -1,21 +1,20 @@
-"""What the methods share that learn from the model's own completions: drawing, judging, and the step itself.
+"""What the methods share that learn from the model's own completions: rounds, and the optimizer step on them.
 
-What `transformers.Trainer` takes for a batch is one optimizer step here: it is a ticket, and the step cuts what it
-trains on into micro-batches by itself, by a budget of tokens. Hooks of `transformers.Trainer` (5.17 to 5.23) that are
-overridden beyond those of `base.py`, and why:
+The dataloader yields one placeholder per optimizer step; the traces are filled in after the rollout, and cut into
+micro-batches by a budget of tokens. Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden beyond those of
+`base.py`, and why:
 
-    _get_dataloader     the loader yields tickets: the prompts of a round of drawing, then nothing for its further steps
-    get_batch_samples   a ticket is a whole optimizer step; what it trains on is known only once it is drawn
-    training_step       draws and judges when a round begins, then runs the micro-batches, syncing gradients on the last
-    prediction_step     draws and judges in evaluation
+    _get_dataloader     yields placeholders: the prompts of a round, then nothing for the round's further steps
+    get_batch_samples   a placeholder is a whole optimizer step; what it trains on is known only after the rollout
+    training_step       collects traces when a round begins, then runs the micro-batches, syncing gradients on the last
+    prediction_step     collects traces in evaluation
 """
 
 import contextlib
 import copy
-import json
+import functools
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,11 @@ from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.batching.collate import Tree
 from trl.data.mixture import is_stream, prepare
 from trl.data.reading import sources
-from trl.data.report import PromptReport
 from trl.data.tokenizing.prompts import Prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
 from trl.engine.score import score
-from trl.losses.advantages import total_reward, without_spread
+from trl.losses.advantages import total_reward
 from trl.losses.tokens import Metric, largest, smallest
 from trl.models import offload
 from trl.models.shards import without_ddp
@@ -46,39 +44,38 @@ from trl.models.unwrap import causal_lm, evaluating
 from trl.notices import notify_once
 from trl.rewards.functions import RewardFunctions
 from trl.rewards.functions import check as check_rewards
+from trl.rollout.collect import Collected, Collector, Place, Scorer, refilled
 from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
-from trl.rollout.exchange import delivered, gathered, packed, packed_tokens, rehomed, unpacked
-from trl.rollout.generate import InProcessSampler, describe, stop_ids
+from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
+from trl.rollout.filters import describe
+from trl.rollout.generate import InProcessSampler, stop_ids
+from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import (
     RefillPrompts,
     Replay,
-    ScoredTrace,
     StepSampler,
-    Tokens,
-    TrainingTrace,
-    deal,
     evaluation_metrics,
-    grouped,
     round_sizes,
-    same_prompt,
     split_into_steps,
-    trees,
 )
-from trl.rollout.types import Completion, Request, Sampler, Sampling
-from trl.trainer.reference import ReferencedTrainer
+from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace, grouped, trees
+from trl.rollout.types import Environment, Sampler, Sampling
 
 from . import overrides
 from .attributes import shows
-from .base import BatchStream
-
-# Tokens of a forward pass. On a CPU the time of a step is flat from here on (within a tenth), and memory is not.
-BUDGET = {"cpu": 1024, "default": 16384}
+from .base import BaseTrainer
+from .loader import BatchStream
+from .reference import ReferencePolicy
+from .round_metrics import round_metrics, table_rows
+from .step import Step
 
 
 @dataclass
 class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields, BaseConfig):
     """What all methods share that learn from the model's own completions."""
+
+    least_generations = 1  # completions of each prompt that the method needs
 
     _VALID_DICT_FIELDS = [
         *BaseConfig._VALID_DICT_FIELDS,
@@ -86,10 +83,10 @@ class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields,
     ]
 
     def __post_init__(self) -> None:
-        if self.num_generations < 2:
+        if self.num_generations < self.least_generations:
             raise ValueError(
                 f"num_generations={self.num_generations}: completions are compared with others of their prompt; "
-                "give 2 or more"
+                f"give {self.least_generations} or more"
             )
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             raise ValueError("generation_batch_size and steps_per_generation say the same thing: give one of them")
@@ -101,7 +98,7 @@ class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields,
 
 
 @shows(
-    *("mask_truncated_completions", "log_completions", "log_unique_prompts", "num_completions_to_print"),
+    *("beta", "mask_truncated_completions", "log_completions", "log_unique_prompts", "num_completions_to_print"),
     fixed=(
         *("num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
         *("repetition_penalty", "generation_kwargs", "chat_template_kwargs", "shuffle_dataset"),
@@ -109,13 +106,13 @@ class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields,
     ),
     continuous_batching_config="transformers_continuous_batching_config",
 )
-class OnlineTrainer(ReferencedTrainer):
-    """A trainer on completions that the model draws itself and reward functions judge."""
+class OnlineTrainer(BaseTrainer):
+    """A trainer on completions that the model samples itself and reward functions score."""
 
-    ref_columns = ()
+    takes_grids = False
     prepared_columns = frozenset({"prompt", "prompt_ids", "row"})
     takes_lengths = False
-    sampler: Sampler
+    collector: Collector
 
     def __init__(
         self,
@@ -132,6 +129,8 @@ class OnlineTrainer(ReferencedTrainer):
         peft_config: Any = None,
         *,
         ref_model: Any = None,
+        sampler: Sampler | None = None,
+        environment: Environment | None = None,
     ) -> None:
         if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
@@ -143,17 +142,18 @@ class OnlineTrainer(ReferencedTrainer):
                 check_rewards(reward_funcs, {*columns, *renamed, *renamed.values()} - self.prepared_columns)
         if args is None:
             args = self.config_class(output_dir=f"{self.method.upper()}")
-        # One ticket is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
+        # A placeholder is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
         args = copy.copy(args)
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
-        self.numbers = round_sizes(args, self.accumulation)
-        self._reward_funcs, self._reward_processing_classes = reward_funcs, reward_processing_classes
-        self.round: list[list[TrainingTrace]] = []  # what is left of the round, step by step
-        self.rounds_drawn = 0
-        self.refill_position = 0  # in the order of `RefillPrompts`
+        self.round_sizes = round_sizes(args, self.accumulation)
+        self._given = reward_funcs, reward_processing_classes, sampler, environment
+        self.round: list[list[TrainingTrace]] = []  # the steps of the round that are still to be taken
+        self.rounds_sampled = 0
+        self.refills = RefillPrompts(0, args.seed)
+        self.reference = ReferencePolicy(ref_model, model, is_needed=self.needs_reference)
+        self.components = (self.reference,)
         super().__init__(
             model,
-            ref_model,
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -166,13 +166,19 @@ class OnlineTrainer(ReferencedTrainer):
 
     # --- what a method supplies -----------------------------------------------------------------------------------
 
-    def advantages(self, rewards_SF: Tensor, weights_F: Tensor, generations: int, kl_S: Tensor | None) -> Tensor:
-        """The advantage of each completion, [S], of groups of `generations`; `kl_S` is that to the reference."""
+    least_generations = 1  # completions of each prompt that `credit` needs at least
+
+    def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
+        """The advantage of each trace, [S], fp32. Traces come in groups of `generations` of one prompt.
+
+        Where the tokens of a trace differ, the column `advantages` of its holder has them, and the number given here is
+        any that is not zero.
+        """
         raise NotImplementedError
 
-    def is_idle(self, sample: TrainingTrace) -> bool:
-        """Whether every coefficient of the sample is zero, so that it need not be forwarded."""
-        return False
+    def has_no_gradient(self, trace: TrainingTrace) -> bool:
+        """Whether every coefficient of the trace is zero, so that it need not be forwarded."""
+        return not trace.trained
 
     def kl_in_reward(self) -> bool:
         return False
@@ -181,8 +187,8 @@ class OnlineTrainer(ReferencedTrainer):
         return self.args.beta != 0.0
 
     def is_on_policy(self) -> bool:
-        """Whether the policy that is trained is the one that drew the samples."""
-        return self.numbers.parts * self.args.num_iterations == 1 and not self.args.replay_buffer_size
+        """Whether every step trains the policy that sampled its traces: one step a round, and nothing replayed."""
+        return self.round_sizes.parts * self.args.num_iterations == 1 and not self.args.replay_buffer_size
 
     def is_below_fp32(self) -> bool:
         """Whether products are rounded to less than fp32, so that a sampler's log-probs differ from the engine's."""
@@ -194,13 +200,29 @@ class OnlineTrainer(ReferencedTrainer):
         )
 
     def needs_old(self) -> bool:
-        """Whether the trainer computes log-probs of its own for what the sampler drew: where a ratio is taken to them
+        """Whether the trainer computes log-probs of its own for what the sampler wrote: where a ratio is taken to them
         and the sampler's would make another one of it before anything has moved."""
         return not self.is_on_policy() and self.is_below_fp32()
 
     # --- what callers of upstream's trainers read -----------------------------------------------------------------
 
     use_vllm = False
+
+    @property
+    def rewards(self) -> Any:
+        return self.collector.judge
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.collector.sampling
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.collector.sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Sampler) -> None:
+        self.collector.sampler = sampler
 
     @property
     def reward_funcs(self) -> list[Any]:
@@ -247,7 +269,7 @@ class OnlineTrainer(ReferencedTrainer):
 
     # --- data -----------------------------------------------------------------------------------------------------
 
-    def rows(self, dataset: Any, name: str) -> tuple[Dataset, PromptReport]:
+    def rows(self, dataset: Any, name: str) -> tuple[Any, Any]:
         args = self.args
         if is_stream(dataset) and args.dynamic_sampling and name.startswith("train"):
             raise ValueError(
@@ -266,37 +288,50 @@ class OnlineTrainer(ReferencedTrainer):
         return False if not isinstance(dataset, Dataset) else super().is_prepared(dataset)
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        return {"rows": list(rows)}
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        return {"rows": list(rows)}  # a placeholder
 
-    def ready(self) -> None:
+    def on_ready(self) -> None:
         args = self.args
         if args.precompute_ref_log_probs:
             raise ValueError("precompute_ref_log_probs is for completions that are known beforehand; leave it out here")
-        super().ready()
-        talk = any(getattr(report, "conversational", False) for report in self.reports.values())
-        self.rewards = RewardFunctions(
-            self._reward_funcs,
-            weights=args.reward_weights,
-            processing_classes=self._reward_processing_classes,
-            tokenizer=self.processing_class,
-            chat=talk,
-            timeout=args.reward_timeout,
+        reward_funcs, processing_classes, sampler, environment = self._given
+        if environment is not None and args.use_transformers_continuous_batching:
+            raise ValueError("use_transformers_continuous_batching has single turns alone: leave it out")
+        sampling = self._sampling()
+        self.collector = Collector(
+            sampler=sampler or self._sampler(sampling),
+            judge=RewardFunctions(
+                reward_funcs,
+                weights=args.reward_weights,
+                processing_classes=processing_classes,
+                tokenizer=self.processing_class,
+                chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
+                timeout=args.reward_timeout,
+            ),
+            sampling=sampling,
+            decode=functools.partial(self.processing_class.batch_decode, skip_special_tokens=True),
+            seed=args.seed,
+            own_columns=self.prepared_columns,
+            environment=environment,
+            mask_truncated=args.mask_truncated_completions,
+            divergence=kl_of_trace if self.kl_in_reward() and self.needs_reference() else None,
+            keeps_texts=bool(args.log_completions),
         )
-        self.sampling = self._sampling()
-        self.sampler = self._sampler()
-        self.table = Table(Path(args.output_dir) / "completions")
-        self._totals: list[tuple[float, list[float]]] = []  # of an evaluation: for each prompt its total rewards
+        if hasattr(self.train_dataset, "__len__"):
+            self.refills.rows = len(self.train_dataset)
+        self.completions = Table(Path(args.output_dir) / "completions")
+        self._evaluated: list[tuple[float, list[float]]] = []  # for each prompt its mean reward and its rewards
         self.replay = Replay(args.replay_buffer_size, args.seed) if args.replay_buffer_size else None
 
-    def _sampler(self) -> Sampler:
+    def _sampler(self, sampling: Sampling) -> Sampler:
         args = self.args
         if not args.use_transformers_continuous_batching:
             return InProcessSampler(self.processing_class, max_cache_tokens=args.max_cache_tokens)
         sampler = ContinuousSampler(
             args.transformers_continuous_batching_config, max_cache_tokens=args.max_cache_tokens
         )
-        sampler.check(self.sampling)
+        sampler.check(sampling)
         return sampler
 
     def _sampling(self) -> Sampling:
@@ -320,11 +355,11 @@ class OnlineTrainer(ReferencedTrainer):
         return Sampling(**fields, stop_ids=tuple(sorted(stops - {None})), stop_strings=strings, further=further)
 
     def report(self) -> list[str]:
-        numbers, args = self.numbers, self.args
+        sizes, args = self.round_sizes, self.args
         lines = [line for line in super().report() if not line.startswith("steps: ")]
         lines.append(
-            f"rounds: {numbers.prompts} prompts × {args.num_generations} completions each, drawn at once; trained on "
-            f"in {numbers.parts} step{'s' if numbers.parts > 1 else ''} of {numbers.step} completions"
+            f"rounds: {sizes.prompts} prompts × {args.num_generations} completions each, drawn at once; trained on "
+            f"in {sizes.parts} step{'s' if sizes.parts > 1 else ''} of {sizes.step} completions"
             + (f", {args.num_iterations} times" if args.num_iterations > 1 else "")
         )
         if args.dynamic_sampling:
@@ -342,12 +377,12 @@ class OnlineTrainer(ReferencedTrainer):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         # Every rank gets the prompts of the round: the samples of one prompt may be drawn on several.
         if isinstance(dataset, IterableDataset):
-            stream = StreamBatches(dataset, self.numbers.prompts, drop_last=args.dataloader_drop_last, forever=True)
-            tickets = StepSampler(stream, self.numbers.parts * args.num_iterations)
-            return DataLoader(BatchStream(tickets), batch_size=None, collate_fn=self._collate)
+            stream = StreamBatches(dataset, self.round_sizes.prompts, drop_last=args.dataloader_drop_last, forever=True)
+            placeholders = StepSampler(stream, self.round_sizes.parts * args.num_iterations)
+            return DataLoader(BatchStream(placeholders), batch_size=None, collate_fn=self._collate)
         rounds = RowBatches(
             len(dataset),
-            self.numbers.prompts,
+            self.round_sizes.prompts,
             shuffle=bool(args.shuffle_dataset) and args.train_sampling_strategy != "sequential",
             seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=args.dataloader_drop_last,
@@ -355,242 +390,130 @@ class OnlineTrainer(ReferencedTrainer):
         if sampler_fn is not None and overrides.is_overridden(self, "_get_train_sampler"):
             rounds = overrides.in_sampler_order(self, sampler_fn(dataset), rounds)
         self._collate.labels = overrides.reads_batches(self) is not None
-        tickets = StepSampler(rounds, self.numbers.parts * args.num_iterations)
-        return DataLoader(dataset, batch_sampler=tickets, collate_fn=self._collate)
+        placeholders = StepSampler(rounds, self.round_sizes.parts * args.num_iterations)
+        return DataLoader(dataset, batch_sampler=placeholders, collate_fn=self._collate)
 
-    # --- drawing and judging --------------------------------------------------------------------------------------
+    # --- rounds ---------------------------------------------------------------------------------------------------
 
-    def _draw(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[TrainingTrace]:
-        """Completions of the rows, judged and ready to be trained on: in training those of the round, whose tokens are
-        on the ranks that drew them; in an evaluation, where a rank has rows of its own, its own."""
+    def collect(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[TrainingTrace]:
+        """Traces of the rows, judged and ready to be trained on: in training those of the round, whose columns are on
+        the ranks that sampled them; in an evaluation, where a rank has rows of its own, its own."""
         mode = "train" if training else "eval"
-        drawn = everything = self._judged(rows, generations, training)
+        found = self._collected(rows, generations, training)
         if training and self.args.dynamic_sampling:
-            drawn, everything = self._refilled(drawn, generations)
-        advantages = self._advantages(drawn, generations).tolist()
-        if everything:
-            self._log_round(mode, everything, generations)
-        if not training and drawn:
-            totals = total_reward(*self._rewards(drawn)).view(-1, generations)
-            self._totals += [(float(each.nanmean()), each.tolist()) for each in totals]
+            found = self._refilled(found, generations)
+        logged = {name: Metric(torch.tensor(values).sum().to(self.args.device), float(len(values)))
+                  for name, values in found.logged.items()}  # fmt: skip
+        self._add(mode, logged)
+        advantages = self.credit(found.traces, generations).tolist() if found.traces else []
+        if found.sampled:
+            self._log_round(mode, found.sampled, generations)
+        if not training and found.traces:
+            totals = total_reward(self.rewards_of(found.traces), self.rewards.weights).view(-1, generations)
+            self._evaluated += [(float(each.nanmean()), each.tolist()) for each in totals]
         if self.args.log_completions:
-            self._keep(mode, drawn, advantages)
-        samples = [self._sample(*each) for each in zip(drawn, advantages, strict=True)]
-        return self._replayed(samples, generations) if training and self.replay is not None else samples
-
-    def _sample(self, each: ScoredTrace, advantage: float) -> TrainingTrace:
-        return TrainingTrace(
-            each.row, each.prompt_ids, each.length, advantage, self._is_trained(each), each.tokens, each.holder
-        )
-
-    def _is_trained(self, each: ScoredTrace) -> bool:
-        return each.finished or not self.args.mask_truncated_completions
-
-    def _judged(self, rows: list[dict[str, Any]], generations: int, training: bool) -> list[ScoredTrace]:
-        """Completions of the rows, and what they are worth. In training every rank has all rows, draws its part of the
-        completions, and learns the numbers of the others'."""
-        args = self.args
-        # Of sharded weights the wrapper gathers what no layer of its own does. DDP's would wait for the other ranks,
-        # which draw other numbers of tokens, or none.
-        model = without_ddp(self.model_wrapped) if training or self.is_fsdp_enabled else self.model
-        ranks, rank = (args.world_size, args.process_index) if training else (1, 0)
-        shares = np.array_split(np.arange(len(rows) * generations), ranks)
-        samples: dict[int, list[int]] = {}
-        for place, sample in (divmod(number, generations) for number in shares[rank].tolist()):
-            samples.setdefault(place, []).append(sample)
-        number = self.rounds_drawn if training else -1
-        requests = [
-            Request(rows[place]["prompt_ids"], len(own), (args.seed, number + 1, int(rows[place]["row"])), own[0])
-            for place, own in samples.items()
-        ]
-        with self.compute_loss_context_manager():
-            groups = self.sampler.generate(model, requests, self.sampling)
-        completions = [completion for group in groups for completion in group]
-        of_row = [rows[place] for place, own in samples.items() for _ in own]
-        texts: list[str] = []
-        if completions:
-            texts = self.processing_class.batch_decode([each.ids for each in completions], skip_special_tokens=True)
-        rewards_SF, extra = self._ask_rewards("train" if training else "eval", of_row, completions, texts)
-        tokens = [Tokens(*_arrays(each)) for each in completions]
-        if self.needs_reference():
-            ref = self._logps(self.ask_reference(model), of_row, tokens)
-            tokens = [each._replace(ref_logps=logps) for each, logps in zip(tokens, ref, strict=True)]
-        if self.needs_old():
-            old = self._logps(self.ask_policy(model), of_row, tokens)
-            tokens = [each._replace(old_logps=logps) for each, logps in zip(tokens, old, strict=True)]
-        numbers = np.zeros((len(tokens), 3 + len(self.rewards.names)))
-        for own, (each, completion) in enumerate(zip(tokens, completions, strict=True)):
-            numbers[own, :3] = len(each.ids), completion.finished, self._divergence(each)
-        numbers[:, 3:] = rewards_SF.numpy()
-        if ranks > 1:
-            numbers = gathered(numbers, [len(each) for each in shares], args.device)
-        shown: list[Any] = [None] * len(tokens)
-        if args.log_completions:
-            shown = [(row["prompt"], *rest) for row, *rest in zip(of_row, texts, extra, strict=True)]
-        prompts = [np.asarray(row["prompt_ids"], dtype=np.int32) for row in rows]
-        held = dict(zip(shares[rank].tolist(), zip(tokens, shown, strict=True), strict=True))
-        holders = [holder for holder, share in enumerate(shares) for _ in share]
-        drawn = []
-        for number, ((length, finished, kl, *rewards), holder) in enumerate(
-            zip(numbers.tolist(), holders, strict=True)
-        ):
-            place, own = number // generations, held.get(number, (None, None))
-            drawn.append(
-                ScoredTrace(
-                    int(rows[place]["row"]), prompts[place], int(length), bool(finished), rewards, kl, holder, *own
-                )
+            self._show(mode, found.traces, advantages)
+        traces = [
+            TrainingTrace(
+                each.row, each.prompt_ids, each.length, advantage, each.trained, each.columns, each.holder, each.version
             )
-        return drawn
-
-    def _divergence(self, tokens: Tokens) -> float:
-        """The divergence of a completion from the reference, as its own tokens estimate it, where the reward takes it
-        off."""
-        if not (self.kl_in_reward() and self.needs_reference()):
-            return 0.0
-        logps = tokens.logps if tokens.old_logps is None else tokens.old_logps
-        return float(logps.sum(dtype=np.float64) - tokens.ref_logps.sum(dtype=np.float64))
-
-    def _ask_rewards(self, mode: str, rows: list[dict[str, Any]], completions: list[Completion],
-                     texts: list[str]) -> tuple[Tensor, list[dict[str, Any]]]:  # fmt: skip
-        """The rewards of this rank's completions, [S, F], and what the functions want to see beside each."""
-        extra: list[dict[str, Any]] = [{} for _ in rows]
-        if not rows:  # a rank may have none
-            return torch.zeros(0, len(self.rewards.names)), extra
-
-        def keep(name: str, values: Sequence[Any]) -> None:
-            for own, value in zip(extra, values, strict=True):
-                own[name] = value
-
-        logged: dict[str, list[float]] = defaultdict(list)
-        prompts = [row["prompt"] for row in rows]
-        replies: list[Any] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
+            for each, advantage in zip(found.traces, advantages, strict=True)
         ]
-        rewards_SF = self.rewards.score(
-            prompts,
-            replies,
-            [each.ids for each in completions],
-            {name: [row[name] for row in rows] for name in rows[0] if name not in self.prepared_columns},
-            trainer_state=self.state,
-            log_extra=keep,
-            log_metric=lambda name, value: logged[name].append(float(value)),
-        )
-        self._add(mode, {name: Metric(torch.tensor(values).sum().to(self.args.device), float(len(values)))
-                         for name, values in logged.items()})  # fmt: skip
-        return rewards_SF, extra
-
-    def _rewards(self, drawn: Sequence[ScoredTrace]) -> tuple[Tensor, Tensor]:
-        """Of each completion by each function, [S, F], and the weights of the functions, [F]."""
-        names = len(self.rewards.names)
-        return torch.tensor([each.rewards for each in drawn]).view(-1, names), self.rewards.weights
-
-    def _kl(self, drawn: Sequence[ScoredTrace]) -> Tensor | None:
-        """The divergence of each completion from the reference, [S]; of what is not trained on, none."""
-        if not (self.kl_in_reward() and self.needs_reference()):
-            return None
-        return torch.tensor([each.kl if self._is_trained(each) else 0.0 for each in drawn])
-
-    def _advantages(self, drawn: Sequence[ScoredTrace], generations: int) -> Tensor:
-        return self.advantages(*self._rewards(drawn), generations, self._kl(drawn)) if drawn else torch.zeros(0)
-
-    def _refilled(self, drawn: list[ScoredTrace], generations: int) -> tuple[list[ScoredTrace], list[ScoredTrace]]:
-        """The round with further prompts drawn in place of those whose completions all have the same advantage, and
-        everything that was drawn. DAPO's dynamic sampling (Yu et al. 2025, arXiv:2503.14476, section 3.2)."""
-        args, wanted = self.args, len(drawn) // generations
-        everything: list[ScoredTrace] = []
-        kept: list[list[ScoredTrace]] = []
-        dull: list[list[ScoredTrace]] = []
-        prompts = RefillPrompts(len(self.train_dataset), args.seed, self.refill_position)
-        for refills in range(args.max_refills + 1):
-            everything += drawn
-            moves = self._advantages(drawn, generations).view(-1, generations).any(1).tolist()
-            for group, moving in zip(grouped(drawn, generations), moves, strict=True):
-                (kept if moving else dull).append(group)
-            missing = wanted - len(kept) if refills < args.max_refills else 0
-            rows = prompts.take(missing, {each.row for each in everything})
-            if not rows:
-                break
-            drawn = self._judged([self.train_dataset[row] for row in rows], generations, training=True)
-        self.refill_position = prompts.position
-        groups = (kept + dull)[:wanted]
-        if len(kept) < wanted:
-            notify_once(
-                f"dynamic_sampling: {len(kept)} of {wanted} groups have completions of different worth after "
-                f"{len(everything) // generations} prompts were drawn; the round goes on with them (see the metric "
-                "`groups/idle`)"
-            )
-        self._add("train", {"groups/drawn": self._once(len(everything) / generations),
-                            "groups/idle": self._once(max(0, wanted - len(kept)))})  # fmt: skip
-        return [each for group in groups for each in group], everything
-
-    def _replayed(self, samples: list[TrainingTrace], generations: int) -> list[TrainingTrace]:
-        assert self.replay is not None
-        groups, replaced = self.replay.replace(grouped(samples, generations), self.rounds_drawn)
-        self._add("train", {"groups/replayed": self._once(replaced)})
+        if not training or self.replay is None:
+            return traces
+        groups, replaced = self.replay.replace(grouped(traces, generations), self.rounds_sampled)
+        self._add("train", {"groups/replayed": self._known_to_all(replaced)})
         return [each for group in groups for each in group]
 
-    def _once(self, value: float | Tensor, mode: str = "train", items: float = 1.0) -> Metric:
-        """A number that all ranks know in training: only the first adds it. In an evaluation it is the mean of as many
-        `items` of this rank's batch."""
-        value = torch.as_tensor(value, dtype=torch.float32)
-        weight = items if mode == "eval" else float(self.args.process_index == 0)
-        weight *= bool(torch.isfinite(value))
-        return Metric(value.nan_to_num(0.0).to(self.args.device) * weight, weight)
+    def _collected(self, rows: list[dict[str, Any]], generations: int, training: bool) -> Collected:
+        """Traces by the policy as it is. Whoever samples ahead of training gives a future in place of this result."""
+        args = self.args
+        # Of sharded weights the wrapper gathers what no layer of its own does. DDP's would wait for the other ranks,
+        # which sample other numbers of tokens, or none.
+        model = without_ddp(self.model_wrapped) if training or self.is_fsdp_enabled else self.model
+        ranks, rank = (args.world_size, args.process_index) if training else (1, 0)
+        scorers: dict[str, Scorer] = {}
+        if self.needs_reference():
+            scorers["ref_logps"] = functools.partial(self._log_probs, self.reference.ask(model))
+        if self.needs_old():
+            scorers["old_logps"] = functools.partial(self._log_probs, functools.partial(_by_policy, model))
+        with self.compute_loss_context_manager():
+            return self.collector.collect(
+                model,
+                rows,
+                generations,
+                version=self.state.global_step,
+                number=self.rounds_sampled if training else -1,
+                place=Place(rank, ranks, args.device),
+                scorers=scorers,
+                context={"trainer_state": self.state},
+            )
 
-    def _logps(self, ask: Callable[..., TokenStats], rows: list[Any], drawn: list[Tokens]) -> list[np.ndarray]:
-        """Log-probs of every token of the completions under the model that `ask` calls."""
-        blank = [
-            TrainingTrace(int(row["row"]), row["prompt_ids"], len(each.ids), 0.0, True, each)
-            for row, each in zip(rows, drawn, strict=True)
-        ]
+    def _refilled(self, first: Collected, generations: int) -> Collected:
+        def has_signal(traces: Sequence[ScoredTrace]) -> list[bool]:
+            return self.credit(traces, generations).view(-1, generations).any(1).tolist()
+
+        found, idle = refilled(
+            first,
+            generations,
+            self.args.max_refills,
+            self.refills,
+            lambda rows: self._collected([self.train_dataset[row] for row in rows], generations, training=True),
+            has_signal,
+        )
+        prompts, wanted = len(found.sampled) // generations, len(found.traces) // generations
+        if idle:
+            notify_once(
+                f"dynamic_sampling: {wanted - idle} of {wanted} groups have completions of different worth after "
+                f"{prompts} prompts were drawn; the round goes on with them (see the metric `groups/idle`)"
+            )
+        self._add("train", {"groups/drawn": self._known_to_all(len(found.sampled) / generations),
+                            "groups/idle": self._known_to_all(idle)})  # fmt: skip
+        return found
+
+    def _log_probs(
+        self, ask: Callable[..., TokenStats], rows: Sequence[Mapping[str, Any]], columns: Sequence[Columns]
+    ) -> list[np.ndarray]:
+        """Log-probs of every token of the traces under the model that `ask` calls, an array for each trace."""
+        blank = []
+        for row, own in zip(rows, columns, strict=True):
+            length = len(own["ids"])
+            blank.append(TrainingTrace(int(row["row"]), row["prompt_ids"], length, 0.0, length, {"ids": own["ids"]}))
         found: list[np.ndarray] = []
-        for group in self._together(self._micro_batches(blank)):
-            batch = self._prepare_inputs(self._collate.lay(trees(group)))
+        for group in self._micro_batches(blank):
+            batch = self._prepare_inputs(self._collate.to_batch(trees(group)))
             with torch.no_grad(), self.compute_loss_context_manager():
                 stats = ask(batch, temperature=self.args.temperature)
             parts = stats.logp_N.float().cpu().split([each.length for each in group])
             found += [part.numpy().copy() for part in parts]
         return found
 
-    def ask_reference(self, model: nn.Module) -> Callable[..., TokenStats]:
-        reference = self.reference
-        assert reference is not None
-        return lambda batch, **asked: reference.score(model, batch, **asked)
+    def rewards_of(self, traces: Sequence[ScoredTrace]) -> Tensor:
+        """The reward of each trace by each function, [S, F]; NaN where one does not apply."""
+        return torch.tensor([each.rewards for each in traces]).view(-1, len(self.rewards.names))
 
-    def ask_policy(self, model: nn.Module) -> Callable[..., TokenStats]:
-        def ask(batch: Batch, **asked: Any) -> TokenStats:
-            with evaluating(model):
-                return score(model, batch, **asked)
+    def kl_of(self, traces: Sequence[ScoredTrace]) -> Tensor | None:
+        """The divergence of each trace from the reference, [S], where rewards take it off; 0 of what does not train."""
+        if self.collector.divergence is None:
+            return None
+        return torch.tensor([each.kl if each.trained else 0.0 for each in traces])
 
-        return ask
+    def _known_to_all(self, value: float | Tensor, mode: str = "train", items: float = 1.0) -> Metric:
+        """A metric identical on all ranks: only rank 0 contributes it in training. In an evaluation it is the mean of
+        `items` of this rank's batch."""
+        value = torch.as_tensor(value, dtype=torch.float32)
+        weight = items if mode == "eval" else float(self.args.process_index == 0)
+        weight *= bool(torch.isfinite(value))
+        return Metric(value.nan_to_num(0.0).to(self.args.device) * weight, weight)
 
-    def _log_round(self, mode: str, drawn: Sequence[ScoredTrace], generations: int) -> None:
-        """Metrics of all that was drawn, under upstream's names: in training of all ranks, in an evaluation of this."""
-        rewards_SF, weights_F = self._rewards(drawn)
-        total_S = total_reward(rewards_SF, weights_F)
-        numbers = {"reward": total_S.nanmean(), "reward_std": _std(total_S)}
-        items: dict[str, float] = {"reward": int((~total_S.isnan()).sum())}  # those of the others: completions
-        for index, name in enumerate(self.rewards.names):
-            numbers[f"rewards/{name}/mean"] = rewards_SF[:, index].nanmean()
-            items[f"rewards/{name}/mean"] = int((~rewards_SF[:, index].isnan()).sum())
-            numbers[f"rewards/{name}/std"] = _std(rewards_SF[:, index])
-        numbers["frac_reward_zero_std"] = without_spread(rewards_SF, weights_F, generations).float().mean()
-        lengths = torch.tensor([float(each.length) for each in drawn])
-        ended = torch.tensor([each.finished for each in drawn])
-        for what, values in (("length", lengths), ("terminated_length", lengths[ended])):
-            if len(values):
-                numbers[f"completions/mean_{what}"] = values.mean()
-                items[f"completions/mean_{what}"] = len(values)
-            # Equal on all ranks in training, where it does not matter how often they are looked at.
-            values = values.to(self.args.device)
-            self._add(mode, {f"completions/min_{what}": smallest(values), f"completions/max_{what}": largest(values)})
-        numbers["completions/clipped_ratio"] = (~ended).float().mean()
-        kl_S = self._kl(drawn)
-        if kl_S is not None:
-            numbers["kl"] = kl_S.sum() / lengths.sum().clamp(min=1)
-            items["kl"] = float(lengths.sum())
-        self._add(mode, {name: self._once(value, mode, items.get(name, len(drawn))) for name, value in numbers.items()})
+    def _log_round(self, mode: str, traces: Sequence[ScoredTrace], generations: int) -> None:
+        names, device = self.rewards.names, self.args.device
+        means, ranges = round_metrics(
+            traces, self.rewards_of(traces), self.rewards.weights, names, generations, self.kl_of(traces)
+        )
+        self._add(mode, {f"completions/{end}_{what}": fold(values.to(device)) for what, values in ranges.items()
+                         for end, fold in (("min", smallest), ("max", largest))})  # fmt: skip
+        self._add(mode, {name: self._known_to_all(value, mode, items) for name, (value, items) in means.items()})
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         """Lengths of the completions that ended are 0 where none did, as upstream logs them."""
@@ -600,50 +523,32 @@ class OnlineTrainer(ReferencedTrainer):
             found |= {name: 0.0 for name in names if name not in means}
         return found
 
-    def _keep(self, mode: str, drawn: Sequence[ScoredTrace], advantages: Sequence[float]) -> None:
+    def _show(self, mode: str, traces: Sequence[ScoredTrace], advantages: Sequence[float]) -> None:
         """The table of completions, written by the first rank; every rank brings the texts that it has."""
-        rows = [
-            (place, self._table_row(mode, each, advantage))
-            for place, (each, advantage) in enumerate(zip(drawn, advantages, strict=True))
-            if each.shown is not None
-        ]
-        if self.args.world_size > 1:
-            every: list[Any] | None = [None] * self.args.world_size if self.is_world_process_zero() else None
+        args, step = self.args, self.state.global_step
+        rows = table_rows(traces, advantages, self.rewards.names, step, mode)
+        if args.world_size > 1:
+            every: list[Any] | None = [None] * args.world_size if self.is_world_process_zero() else None
             torch.distributed.gather_object(rows, every)
             rows = [row for part in every or [] for row in part]
         if self.is_world_process_zero():
             if mode == "train":  # the places are those of the round
                 rows.sort(key=lambda row: row[0])
             table = [row for _, row in rows]
-            self.table.write(table, self.state.global_step, mode)
-            self.table.show(
-                table, self.state.global_step, self.args.num_completions_to_print, self.args.log_unique_prompts
-            )
-
-    def _table_row(self, mode: str, each: ScoredTrace, advantage: float) -> dict[str, Any]:
-        assert each.shown is not None
-        prompt, text, extra = each.shown
-        return {
-            "step": self.state.global_step,
-            "mode": mode,
-            "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
-            "completion": text,
-            **dict(zip(self.rewards.names, each.rewards, strict=True)),
-            "advantage": advantage,
-            **extra,
-        }
+            self.completions.write(table, step, mode)
+            self.completions.show(table, step, args.num_completions_to_print, args.log_unique_prompts)
 
     # --- the step -------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        tickets = [ticket for _, ticket in zip(range(num_batches), epoch_iterator, strict=False)]
-        if any("rows" not in ticket for ticket in tickets):
+        placeholders = [each for _, each in zip(range(num_batches), epoch_iterator, strict=False)]
+        if any("rows" not in each for each in placeholders):
             raise ValueError(
                 f"get_train_dataloader of your own returned batches, but {type(self).__name__} draws its rounds of "
                 "prompts itself: override _get_train_sampler for an order of prompts, or sort the data set and set "
                 "shuffle_dataset=False"
             )
-        return tickets, None
+        return placeholders, None
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         started = time.perf_counter()
@@ -651,63 +556,65 @@ class OnlineTrainer(ReferencedTrainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         if inputs["rows"]:
-            samples = self._draw(inputs["rows"], self.args.num_generations, training=True)
-            self.rounds_drawn += 1
-            self.round = self._dealt(split_into_steps(samples, self.numbers.parts)) * self.args.num_iterations
-        samples, self.round = self.round[0], self.round[1:]
-        loss = self._learn(model, samples)
+            traces = self.collect(inputs["rows"], self.args.num_generations, training=True)
+            self.rounds_sampled += 1
+            self.round = self._dealt(split_into_steps(traces, self.round_sizes.parts)) * self.args.num_iterations
+        traces, self.round = self.round[0], self.round[1:]
+        loss = self.train_on(model, traces)
         seconds = torch.tensor(time.perf_counter() - started, device=self.args.device)
         self._add("train", {"step_time": Metric(seconds, 1.0)})
         return loss
 
     def _dealt(self, steps: list[list[TrainingTrace]]) -> list[list[TrainingTrace]]:
-        """The steps with the tokens of each sample on the rank that trains on it."""
+        """The steps with the columns of each trace on the rank that trains on it."""
         args = self.args
         if args.world_size == 1:
             return steps
-        names = ["ids", "logps", *["ref_logps"] * self.needs_reference(), *["old_logps"] * self.needs_old()]
         traces = [each for step in steps for each in step]
         holders = [holder for step in steps for holder in self._holders(step)]
-        rest = iter(delivered(traces, holders, names, args.device))
+        rest = iter(delivered(traces, holders, self._columns(), args.device))
         return [[next(rest) for _ in step] for step in steps]
 
+    def _columns(self) -> list[str]:
+        """The columns that every trace of a round has."""
+        names = ["ids", "logps", *["ref_logps"] * self.needs_reference(), *["old_logps"] * self.needs_old()]
+        return [*names, *["mask"] * (self.collector.environment is not None)]
+
     def _holders(self, step: Sequence[TrainingTrace]) -> list[int]:
-        """The rank that trains on each sample of a step; -1 for those of weight zero, whose tokens nobody reads."""
-        moving = [place for place, each in enumerate(step) if not self.is_idle(each)]
-        dealt = zip(moving, deal([step[place] for place in moving], self.args.world_size), strict=True)
+        """The rank that trains on each trace of a step; -1 for those of weight zero, whose columns nobody reads."""
+        active = [place for place, each in enumerate(step) if not self.has_no_gradient(each)]
+        dealt = zip(active, deal([step[place] for place in active], self.args.world_size), strict=True)
         found = [-1] * len(step)
         for place, rank in dealt:
             found[place] = rank
         return found
 
-    def _learn(self, model: nn.Module, samples: list[TrainingTrace]) -> Tensor:
-        """Forward and backward over this rank's share of the samples, in micro-batches of a token budget."""
+    def train_on(self, model: nn.Module, traces: list[TrainingTrace]) -> Tensor:
+        """The backward passes of one optimizer step over this rank's share of the traces, in micro-batches of a token
+        budget. The loss of the step: scalar."""
         args = self.args
-        counts = self.counts_of(samples)
-        self._step_counts = {kind: torch.tensor(max(n, 1.0), device=args.device) for kind, n in counts.items()}
-        moving = [each for each in samples if not self.is_idle(each)]
-        if samples:
-            self._add("train", {"frac_samples_skipped": self._once(1 - len(moving) / len(samples))})
+        counts = {kind: torch.tensor(max(n, 1.0), device=args.device) for kind, n in self.counts_of(traces).items()}
+        active = [each for each in traces if not self.has_no_gradient(each)]
+        if traces:
+            self._add("train", {"frac_samples_skipped": self._known_to_all(1 - len(active) / len(traces))})
         if args.process_index == 0:
-            self._tokens_seen += sum(each.length for each in samples)
-            prompts = {id(each.prompt_ids): each.prompt_ids for each in samples}
+            self._tokens_seen += sum(each.length for each in traces)
+            prompts = {id(each.prompt_ids): each.prompt_ids for each in traces}
             self._tokens_seen += sum(map(len, {tuple(prompt) for prompt in prompts.values()}))
-        self._step_counts[overrides.ROWS] = torch.tensor(max(float(len(moving)), 1.0), device=args.device)
-        mine = [each for each in moving if each.holder == args.process_index]
-        groups = self._together(self._micro_batches(mine))
-        # The step happens even if nothing moves.
-        batches = [self.lay(group) for group in groups or [[]]]
-        self._step_batches = batches
+        counts[overrides.ROWS] = torch.tensor(max(float(len(active)), 1.0), device=args.device)
+        groups = self._micro_batches([each for each in active if each.holder == args.process_index])
+        # The step happens even if nothing has a gradient.
+        batches = [self.to_batch(group) for group in groups or [[]]]
         for distinct, positions in map(computed, batches):
             self._distinct += distinct
             self._positions += positions
-        self.before_step(model, batches, training=True)
+        self.step = self.begin(batches, counts, on_policy=self.is_on_policy())
         total = torch.zeros((), device=self.args.device)
         # The loss is that of the whole step already; DeepSpeed would divide it by the accumulation it was set up for.
         unscaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         saved = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
         with self._half_products(), saved, overrides.completed(self):
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(self.step.batches):
                 last = number == len(batches) - 1
                 self.accelerator.sync_gradients = last  # DeepSpeed's engine steps where it is told so
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
@@ -718,76 +625,43 @@ class OnlineTrainer(ReferencedTrainer):
         return total
 
     def rows_of_a_step(self) -> int:
-        return self.numbers.step
+        return self.round_sizes.step
 
-    def counts_of(self, samples: Sequence[TrainingTrace]) -> dict[str, float]:
-        """How many items of each kind the loss is averaged over; samples that are not forwarded count too."""
-        tokens = sum(each.length for each in samples if each.trained)
+    def counts_of(self, traces: Sequence[TrainingTrace]) -> dict[str, float]:
+        """How many items of each kind the loss is averaged over; traces that are not forwarded count too."""
         longest = self.args.max_completion_length or LONGEST
-        return {"sequences": len(samples), "tokens": tokens, "budget": len(samples) * longest}
+        tokens = sum(each.trained for each in traces)
+        return {"sequences": len(traces), "tokens": tokens, "budget": len(traces) * longest}
 
-    def _micro_batches(self, samples: Sequence[TrainingTrace]) -> list[list[TrainingTrace]]:
-        """The samples in their order, cut so that a forward pass has at most the budget's tokens (or one sample)."""
-        budget = self.args.max_tokens_per_micro_batch
-        if budget is None:
-            budget = BUDGET.get(self.args.device.type, BUDGET["default"])
-        groups: list[list[TrainingTrace]] = []
-        used = 0
-        for sample in samples:
-            shares = bool(groups) and self.args.share_prompt and same_prompt(groups[-1][-1], sample)
-            cost = sample.length + (0 if shares else len(sample.prompt_ids))
-            if not groups or used + cost > budget:
-                groups.append([])
-                used, cost = 0, sample.length + len(sample.prompt_ids)
-            groups[-1].append(sample)
-            used += cost
-        return groups
+    def _micro_batches(self, traces: Sequence[TrainingTrace]) -> list[list[TrainingTrace]]:
+        """Traces of one forward pass each; as many groups on every rank, empty ones among them."""
+        args = self.args
+        groups = micro_batches(traces, args.max_tokens_per_micro_batch, args.share_prompt, args.device)
+        return equally_many(groups, args.world_size, args.device)
 
-    def _together(self, groups: list[list[TrainingTrace]]) -> list[list[TrainingTrace]]:
-        """As many groups on every rank: sharded weights are gathered by all of them at once. Some may be empty."""
-        if self.args.world_size > 1:
-            most = torch.tensor(len(groups), device=self.args.device)
-            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-            groups = groups + [[] for _ in range(int(most) - len(groups))]
-        return groups
-
-    def lay(self, samples: Sequence[TrainingTrace]) -> Batch:
-        """Samples as a batch: under each prompt its completions, with what the loss reads of each token."""
-        batch = self._collate.lay(trees(samples))
-        kept = [each for each in samples if each.trained]
-
-        def flat(values: Callable[[TrainingTrace], Any]) -> Tensor:
-            parts = [np.asarray(values(each), dtype=np.float32) for each in kept]
-            return torch.from_numpy(np.concatenate([*parts, np.zeros(0, dtype=np.float32)]))
-
-        batch["advantage_N"] = flat(lambda each: np.full(each.length, each.advantage))
-        batch["sampler_logp_N"] = flat(lambda each: each.tokens.logps)
-        batch["old_logp_N"] = flat(
-            lambda each: each.tokens.logps if each.tokens.old_logps is None else each.tokens.old_logps
-        )
-        if self.needs_reference():
-            batch["ref_logp_N"] = flat(lambda each: each.tokens.ref_logps)
-        return batch
+    def to_batch(self, traces: Sequence[TrainingTrace]) -> Batch:
+        """Traces as a batch: under each prompt its traces, with what the loss reads of each trained token."""
+        return {**self._collate.to_batch(trees(traces)), **columns_of_tokens(traces, self._columns())}
 
     def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool,
                         ignore_keys: list[str] | None = None) -> tuple[Tensor, Any, Any]:  # fmt: skip
-        generations = self.num_generations_eval
         # Also without rows: other ranks may have some, and wait for this one.
-        samples = self._draw(inputs["rows"], generations, training=False)
-        found = {kind: float(count) for kind, count in self.counts_of(samples).items()}
+        traces = self.collect(inputs["rows"], self.num_generations_eval, training=False)
+        found = {kind: float(count) for kind, count in self.counts_of(traces).items()}
         total = torch.zeros((), device=self.args.device)
-        batches = [self.lay(group) for group in self._together(self._micro_batches(samples))]
-        self.before_step(model, batches, training=False)
-        for batch in batches:
-            if overrides.has_own_loss(self):
-                counts = {**found, overrides.ROWS: float(len(samples))}
-                counts = {kind: torch.tensor(max(n, 1.0), device=self.args.device) for kind, n in counts.items()}
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    batch = self._prepare_inputs(batch)
-                    total += self.own_evaluation(model, batch, counts, batch["row_S"].shape[0])
-                continue
+        batches = [self.to_batch(group) for group in self._micro_batches(traces)]
+        statistics = self.before_step(model, batches, training=False)
+        counts = {**found, overrides.ROWS: float(len(traces))}
+        counts_of_step = {kind: torch.tensor(max(n, 1.0), device=self.args.device) for kind, n in counts.items()}
+        shared = {**self._of_evaluation, **statistics.shared}
+        step = Step(counts_of_step, batches, False, shared, on_policy=self.is_on_policy())
+        for batch in statistics.beside(batches):
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums, metrics = self.loss(model, self._prepare_inputs(batch))
+                batch = self._prepare_inputs(batch)
+                if overrides.has_own_loss(self):
+                    total += self.own_evaluation(model, batch, counts_of_step, batch["row_S"].shape[0])
+                    continue
+                sums, metrics = self.loss(model, batch, step)
             self._add("eval", {**metrics, **self.parts(sums, dict.fromkeys(sums, 0.0))})
             total += torch.stack([each / max(found[kind], 1.0) for kind, each in sums.items()]).sum()
         zero = torch.zeros((), device=self.args.device)
@@ -799,9 +673,9 @@ class OnlineTrainer(ReferencedTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
-        self._totals = []
+        self._evaluated = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        judged = gather_object(self._totals)
+        judged = gather_object(self._evaluated)
         for name, value in evaluation_metrics(judged, self.args.pass_threshold).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -821,18 +695,18 @@ class OnlineTrainer(ReferencedTrainer):
             **state,
             "round": packed(self.round),
             "replay": packed(replayed),
-            "rounds_drawn": self.rounds_drawn,
-            "refill_position": self.refill_position,
+            "rounds_sampled": self.rounds_sampled,
+            "refill_position": self.refills.position,
         }
 
     def joined_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         names = [name for name in ("round_tokens", "replay_tokens") if name in states[0]]
-        tokens = {name: [each[name] for each in states] for name in names}
+        tokens: dict[str, Any] = {name: [each[name] for each in states] for name in names}
         return {**super().joined_state(states), **tokens}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self.rounds_drawn, self.refill_position = state.get("rounds_drawn", 0), state.get("refill_position", 0)
+        self.rounds_sampled, self.refills.position = state.get("rounds_sampled", 0), state.get("refill_position", 0)
         self.round = self._resumed("round", state, self._holders)
         if self.replay is not None:
             ranks = self.args.world_size
@@ -853,13 +727,15 @@ class OnlineTrainer(ReferencedTrainer):
 LONGEST = 512  # tokens of a completion where nobody says
 
 
-def _arrays(completion: Completion) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(completion.ids, dtype=np.int32), np.asarray(completion.logps, dtype=np.float32)
+def kl_of_trace(columns: Columns) -> float:
+    """The divergence of a trace from the reference, as its own tokens estimate it."""
+    logps = columns.get("old_logps", columns["logps"])
+    return float(logps.sum(dtype=np.float64) - columns["ref_logps"].sum(dtype=np.float64))
 
 
-def _std(values: Tensor) -> Tensor:
-    good = values[~values.isnan()]
-    return good.std() if len(good) > 1 else values.new_zeros(())
+def _by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+    with evaluating(model):
+        return score(model, batch, **asked)
 
 
 def _opened(dataset: Any) -> Any:

@@ -17,6 +17,7 @@ from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_mean, seq_su
 
 from .attributes import shows
 from .preference import ReferenceFreeTrainer
+from .step import Step
 
 COMPLETIONS = ("chosen_ids", "rejected_ids")
 
@@ -40,7 +41,7 @@ class ORPOTrainer(ReferenceFreeTrainer):
     method = "orpo"
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
         """The prompt is trained too: a sequence of its own, before the completions. `place_P3` says which sequences are
         the prompt, the chosen and the rejected completion of each pair."""
         rows = [rows[index] for index in collate.by_prompt(rows)]
@@ -53,7 +54,7 @@ class ORPOTrainer(ReferenceFreeTrainer):
             first = sequences + 1
             places += [(sequences, first + pair, first + pair + 1) for pair in range(0, len(tree.branches), 2)]
             sequences = first + len(tree.branches)
-        batch = lay(trees)
+        batch = to_batch(trees)
         batch["place_P3"] = torch.tensor(places, dtype=torch.long).view(-1, 3)
         batch["tokens"] = collate.tokens_of(rows, COMPLETIONS)
         batch["nll_tokens"] = sum(len(row["prompt_ids"]) - 1 + len(row["chosen_ids"]) for row in rows)
@@ -62,7 +63,7 @@ class ORPOTrainer(ReferenceFreeTrainer):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"pairs": batch["place_P3"].shape[0], "nll_tokens": batch["nll_tokens"]}
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         beta, balance = self.args.beta, self.router_aux_loss_coef
         stats = score(model, batch, mean_logit=True, router=balance > 0)
         assert stats.mean_logit_N is not None

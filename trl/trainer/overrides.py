@@ -14,7 +14,7 @@ from trl.data.batching.batches import RowBatches, SamplerBatches
 from trl.engine.forest import Batch
 from trl.notices import notify_once
 
-ROWS = "rows of the batch"  # a kind of `_step_counts` beside those of the method
+ROWS = "rows of the batch"  # a kind of the step's counts beside those of the method
 OURS = ("trl", "transformers")
 
 
@@ -75,7 +75,7 @@ def scaled(trainer: Any, batch: Batch, value: Tensor, by_items: bool) -> Tensor:
     trainer.own_weight = "items" if by_items else ROWS
     if by_items:
         return value * ranks
-    return value * (batch["row_S"].shape[0] * ranks / trainer.step_count(ROWS, batch))
+    return value * (batch["row_S"].shape[0] * ranks / trainer.step_for(batch).count(ROWS))
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ def completed(trainer: Any) -> Iterator[None]:
         if inputs["row_S"].shape[0] == 0:
             nothing = trainer.own_loss_of_nothing(model, inputs)
             return (nothing, None) if return_outputs else nothing
-        items = Items.of(trainer.step_count(None, inputs) if num_items_in_batch is None else num_items_in_batch)
+        items = Items.of(trainer.step_for(inputs).count(None) if num_items_in_batch is None else num_items_in_batch)
         trainer.calls_ours = False
         given: dict[str, Any] = {"num_items_in_batch": items} if takes_items else {}
         if return_outputs:

@@ -1,4 +1,4 @@
-"""What the methods share that learn from judged completions: how rows are read, and the reference policy."""
+"""What the methods on judged completions share: how rows are read, and the reference model."""
 
 import json
 from collections.abc import Callable
@@ -9,17 +9,23 @@ from typing import Any
 import torch
 from datasets import Dataset
 from datasets import IterableDataset as Stream
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl.data.mixture import prepare
 from trl.data.report import DataReport
 from trl.data.tokenizing.comparisons import Preferences
+from trl.engine.forest import Batch
+from trl.engine.head import TokenStats
+from trl.losses.tokens import seq_sum
 from trl.models import shards
 from trl.models.unwrap import evaluating
 from trl.notices import notify_once
 from trl.rollout.generate import stop_ids
 
+from .attributes import shows
 from .base import BaseTrainer
+from .reference import ReferencePolicy
 
 # Collators of upstream and transformers that do nothing but pad what is prepared here.
 PADDING_COLLATORS = (
@@ -80,7 +86,7 @@ class PreferenceTrainer(BaseTrainer):
         return output
 
     def _write_answers(self, dataset: Any) -> None:
-        """What the model answers to a few prompts of the data, as JSON lines in the output folder."""
+        """Write the model's answers to a few prompts of the data, as JSON lines in the output folder."""
         prompts = [row["prompt_ids"] for row in islice(dataset, ANSWERED)]
         writes, model = self.is_world_process_zero(), self.accelerator.unwrap_model(self.model)
         # Sharded weights are gathered by all ranks: each of them answers, and the first one writes.
@@ -150,3 +156,79 @@ class ReferenceFreeTrainer(PreferenceTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+
+
+@shows("beta", fixed=("precompute_ref_log_probs",), precompute_ref_logps="precompute_ref_log_probs")
+class ReferencedTrainer(PreferenceTrainer):
+    """A preference trainer that compares the policy with a reference.
+
+    A method names the columns of the data that may hold the reference's log-probs, `ref_columns`, and computes them of
+    a batch in `reference_values`.
+    """
+
+    ref_columns: tuple[str, ...]
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: str | nn.Module | None = None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+    ) -> None:
+        self.reference = ReferencePolicy(
+            ref_model,
+            model,
+            is_needed=self.needs_reference,
+            columns=lambda: self.ref_columns,
+            values=self.reference_values,
+            options=self.reference_options,
+        )
+        self.components = (self.reference,)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+    def needs_reference(self) -> bool:
+        return True
+
+    def reference_values(self, batch: Batch, score: Callable[[Batch], TokenStats]) -> Tensor:
+        """The reference's log-probs of each row of a batch in the order of `ref_columns`, [rows, columns]."""
+        raise NotImplementedError
+
+    def reference_options(self) -> Any:
+        """Settings of the method that change `reference_values`."""
+        return ()
+
+    def sequence_logp(self, stats: TokenStats) -> Tensor:
+        """The log-prob of each completion: [S]."""
+        return seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
+
+    def compute_ref_log_probs(self, inputs: Batch) -> tuple[Tensor, ...]:
+        """The reference's log-probs of the rows of a batch (one of this trainer's dataloaders), a tensor for each of
+        `ref_columns`."""
+        return self.reference.log_probs(self, inputs)

@@ -16,6 +16,7 @@ from trl.losses.reward import step_cross_entropy
 from trl.losses.tokens import Metric, mean
 
 from .reward import ScalarTrainer
+from .step import Step
 
 
 @dataclass
@@ -85,7 +86,7 @@ class PRMTrainer(ScalarTrainer):
         return {"step_separator": self.args.step_separator, "train_on_last_step_only": last}
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
         trees = [
             Tree(
                 Branch(row["prompt_ids"], [False] * len(row["prompt_ids"])),
@@ -94,14 +95,14 @@ class PRMTrainer(ScalarTrainer):
             )
             for row in rows
         ]
-        batch = lay(trees)
+        batch = to_batch(trees)
         batch["label_N"] = torch.tensor([label for row in rows for label in row["step_labels"]], dtype=torch.long)
         return batch
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"steps": trained(batch)}
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         logits_NC, label_N = scalars(model, batch), batch["label_N"]
         loss_N = step_cross_entropy(logits_NC=logits_NC, label_N=label_N)
         return {"steps": loss_N.sum()}, {"accuracy": mean((logits_NC.argmax(-1) == label_N).float())}

@@ -20,6 +20,7 @@ from trl.notices import notify_once
 
 from .dpo import pair_batch
 from .preference import PreferenceTrainer
+from .step import Step
 
 ENDS_READ = 256  # rows that tell what texts end in
 
@@ -111,15 +112,14 @@ class RewardTrainer(ScalarTrainer):
             peft_config=peft_config,
         )
 
-    def ready(self) -> None:
-        super().ready()
+    def on_ready(self) -> None:
         self._pad_apart()
-        # Who scores with this model later reads the end of turn too, even where it serves as padding.
+        # Code that scores with this model later reads the end of turn too, even where it serves as padding.
         causal_lm(self.model).config.scores_end_of_turn = True
 
     def _pad_apart(self) -> None:
-        """transformers scores a text at its last token that is not padding: with the end of text for padding, one token
-        before the one that is trained. So padding becomes a token in which no text ends."""
+        """Pad with a token that ends no text. transformers scores a text at its last token that is not padding; if the
+        end of text were padding, it would read the token before the one that is trained."""
         tokenizer, base = self.processing_class, causal_lm(self.model)
         ends = {tokenizer.eos_token_id}
         if isinstance(self.train_dataset, Dataset):
@@ -144,14 +144,14 @@ class RewardTrainer(ScalarTrainer):
         self.attachment.pad_id = tokenizer.pad_token_id
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
         # The hidden state of the last token is what is scored.
-        return pair_batch(rows, lay, trained=lambda ids: [place == len(ids) - 1 for place in range(len(ids))])
+        return pair_batch(rows, to_batch, trained=lambda ids: [place == len(ids) - 1 for place in range(len(ids))])
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"pairs": batch["row_S"].shape[0] // 2}
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         reward_S = scalars(model, batch)[:, 0]
         chosen_P, rejected_P = reward_S.view(-1, 2).unbind(1)
         loss_P = bradley_terry(chosen_reward_P=chosen_P, rejected_reward_P=rejected_P, margin_P=batch.get("margin_P"))

@@ -1,5 +1,6 @@
 """REINFORCE leave-one-out: each completion against the mean of the others of its prompt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,15 +11,18 @@ from trl.engine.score import score
 from trl.losses.advantages import leave_one_out, total_reward
 from trl.losses.policy import SEQUENCES, clip, ratio
 from trl.losses.tokens import Metric, largest, mean, seq_sum, smallest
-from trl.rollout.rounds import TrainingTrace
+from trl.rollout.traces import ScoredTrace, TrainingTrace
 
 from .attributes import shows
 from .online import OnlineConfig, OnlineTrainer
+from .step import Step
 
 
 @dataclass
 class RLOOConfig(OnlineConfig):
     """What can be set for `RLOOTrainer`, beside all of `transformers.TrainingArguments`."""
+
+    least_generations = 2
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     num_generations: int = field(default=2, metadata={"help": "Completions of each prompt: a group."})
@@ -59,22 +63,23 @@ class RLOOTrainer(OnlineTrainer):
         # The divergence in the reward is a difference to log-probs of the engine.
         return super().needs_old() or (self.is_below_fp32() and self.needs_reference())
 
-    def advantages(self, rewards_SF: Tensor, weights_F: Tensor, generations: int, kl_S: Tensor | None) -> Tensor:
-        reward_S = total_reward(rewards_SF, weights_F)
+    def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
+        reward_S, kl_S = total_reward(self.rewards_of(traces), self.rewards.weights), self.kl_of(traces)
         if self.args.reward_clip_range is not None:
             reward_S = reward_S.clamp(*self.args.reward_clip_range)
         if kl_S is not None:
             reward_S = reward_S - self.args.beta * kl_S
         return leave_one_out(reward_S, num_generations=generations, normalize=self.args.normalize_advantages)
 
-    def is_idle(self, sample: TrainingTrace) -> bool:
-        return not sample.trained or (sample.advantage == 0.0 and self.router_aux_loss_coef == 0.0)
+    def has_no_gradient(self, trace: TrainingTrace) -> bool:
+        still = trace.advantage == 0.0 and self.router_aux_loss_coef == 0.0
+        return super().has_no_gradient(trace) or still
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args, balance = self.args, self.router_aux_loss_coef
         stats = score(model, batch, entropy=True, temperature=args.temperature, router=balance > 0)
         assert stats.entropy_N is not None
-        old_N = stats.logp_N.detach() if self.is_on_policy() else batch["old_logp_N"]
+        old_N = stats.logp_N.detach() if step.on_policy else batch["old_logp_N"]
         ratio_S = ratio(seq_sum(stats.logp_N - old_N, stats.seq_N, stats.sequences))
         # An advantage is the same for all tokens of a sequence; one without trained tokens has none.
         advantage_S = torch.zeros_like(ratio_S).index_copy(0, stats.seq_N, batch["advantage_N"])

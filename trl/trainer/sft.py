@@ -22,6 +22,7 @@ from trl.losses.tokens import Metric, mean
 
 from .attributes import shows
 from .base import BaseTrainer
+from .step import Step
 
 
 @dataclass
@@ -143,14 +144,15 @@ class SFTTrainer(BaseTrainer):
         if args.shuffle_dataset:
             rows = rows.shuffle(seed=args.seed)
         if packs:
+            assert window is not None
             rows, report.packing = packed(rows, window, args.packing_strategy, args.seed, args.dataset_num_proc, name)
         return rows, report
 
     @staticmethod
-    def batch(rows: Sequence[Any], lay: Callable[[list[Tree]], Batch]) -> Batch:
-        return lay(collate.sequences(rows))
+    def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
+        return to_batch(collate.sequences(rows))
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+    def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         args, smoothing = self.args, self.args.label_smoothing_factor
         balance = self.router_aux_loss_coef
         stats = score(

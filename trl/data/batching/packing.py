@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from trl.data.reading.errors import DataError
 from trl.data.report import Packing

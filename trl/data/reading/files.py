@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from trl.data.reading.errors import DataError
 

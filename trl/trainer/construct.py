@@ -1,0 +1,105 @@
+"""A model and a tokenizer on their way into a trainer: opened, checked, and made ready to train."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import set_seed
+
+from trl.models import adapters, load, low_bits, saving, shards, vocabulary
+from trl.models.shards import keep_precision
+from trl.notices import notify_once
+from trl.trainer.loader import set_special_tokens
+
+
+def opened(
+    model: Any,
+    args: Any,
+    processing_class: Any,
+    quantization_config: Any,
+    peft_config: Any,
+    load_model: Callable[..., Any],
+) -> tuple[Any, Any]:
+    """The model and its tokenizer, loaded where they are given by name, with the chat template and the special tokens
+    that `args` name."""
+    if args.n_gpu > 1:
+        notify_once(
+            f"{args.n_gpu} GPUs are visible and one is used: nn.DataParallel is never entered. "
+            "Start the script with `accelerate launch` to train on all of them."
+        )
+        args._n_gpu = 1
+
+    assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
+    init_kwargs = dict(args.model_init_kwargs or {})
+    set_seed(args.seed)  # a new scoring head is drawn while the model loads
+    if args.trust_remote_code and isinstance(model, str):
+        init_kwargs["trust_remote_code"] = True
+    if quantization_config is not None:
+        init_kwargs["quantization_config"] = quantization_config
+    if isinstance(model, str):
+        load.check_window(model, getattr(args, "max_length", None), **init_kwargs)
+        if processing_class is None:
+            names = ("revision", "trust_remote_code")
+            kwargs = {name: init_kwargs[name] for name in names if name in init_kwargs}
+            processing_class = load.load_tokenizer(model, **kwargs)
+        model = load_model(model, **init_kwargs)
+    elif init_kwargs:
+        raise ValueError(f"{', '.join(init_kwargs)} are for a model given by name or path; this one is already loaded")
+    elif args.world_size > 1 and load.replace_device_map(model, args.device):
+        notify_once(f"the model's device_map is dropped: each of the {args.world_size} processes holds it whole")
+    if processing_class is None:
+        processing_class = load.load_tokenizer(model.config._name_or_path)
+    tokenizer = load.tokenizer_of(processing_class)
+    if getattr(args, "chat_template_path", None):
+        model, tokenizer, added = vocabulary.use_chat_template(model, tokenizer, args.chat_template_path)
+        vocabulary.check_added_tokens(model, peft_config, added)
+    set_special_tokens(tokenizer, getattr(args, "eos_token", None), getattr(args, "pad_token", None))
+    vocabulary.check_special_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def ready_to_train(model: Any, args: Any, peft_config: Any) -> Any:
+    """The model with its adapter, in the precision that it trains in. ValueError if nothing would train."""
+    set_seed(args.seed)  # the adapter is the same whether or not the model was loaded here
+    model = adapters.for_training(model, peft_config)
+    held = low_bits.hold_in_float32(model, getattr(args.optim, "value", args.optim), bool(args.bf16 or args.fp16))
+    if held:
+        notify_once(held)
+    saving.mend_generation_config(model)
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    _check_something_trains(model)
+    if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        # A frozen embedding would leave a checkpointed layer without an input that asks for gradients.
+        model.enable_input_require_grads()
+    return model
+
+
+def configure_sharding(accelerator: Any, args: Any) -> None:
+    """Settings of FSDP and ZeRO-3 without which numbers or checkpoints would be wrong."""
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        keep_precision(accelerator.state.fsdp_plugin)
+    if shards.zero_3_is_planned():
+        if args.activation_offloading:
+            raise ValueError(
+                "activation_offloading keeps what the forward pass saves, gathered weights too, so that nothing of "
+                "ZeRO-3's sharding is left: use gradient_checkpointing in its place"
+            )
+        # A checkpoint without it holds parts that no `from_pretrained` opens.
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        settings["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def _check_something_trains(model: nn.Module) -> None:
+    count, total = adapters.trainable(model)
+    if count:
+        return
+    remedy = "set requires_grad on what should train, or pass peft_config= to train an adapter"
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        remedy = (
+            "it carries an adapter that was loaded for inference: pass the adapter's folder as the model, "
+            "or load it with PeftModel.from_pretrained(base, folder, is_trainable=True)"
+        )
+    raise ValueError(f"0 of {total:,} parameters would train. {remedy[0].upper()}{remedy[1:]}.")

@@ -1,0 +1,149 @@
+"""Rows on their way to the model: batches in the layout of the model, their order, streams."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from torch.utils.data import DataLoader, IterableDataset
+
+from trl.data.batching.collate import PaddableRow, Tree, labelled
+from trl.data.reading import sources
+from trl.engine.forest import Batch, gridded, padded, unshared, with_labels
+from trl.engine.score import Attachment
+from trl.models import vocabulary
+from trl.notices import notify_once
+
+
+class Collate:
+    """Rows of a prepared data set -> a batch in the layout of the model. Picklable: it may run in a worker process.
+
+    With `labels`, the padded layout and the grid of labels that functions of the user's own read beside logits. `users`
+    is a collator of the user's own, in the way of transformers; `raw` says that it reads rows as they were given.
+    """
+
+    def __init__(
+        self,
+        batch: Callable[[Sequence[Any], Callable[[list[Tree]], Batch]], Batch],
+        users: Callable | None,
+        share_prompt: bool,
+        labels: bool = False,
+        raw: bool = False,
+    ) -> None:
+        self.batch, self.users, self.share_prompt, self.labels, self.raw = batch, users, share_prompt, labels, raw
+        self.attachment: Attachment | None = None  # known when the model is in place
+        self.tokens_without_row: vocabulary.TokensWithoutRow | None = None
+
+    def __call__(self, rows: Sequence[Any]) -> Batch:
+        if self.users is not None and len(rows):
+            return self.taken(self._by_users(rows), [int(row.get("row", -1)) for row in rows])
+        return self.batch(rows, self.to_batch)
+
+    def to_batch(self, trees: list[Tree]) -> Batch:
+        assert self.attachment is not None
+        if self.tokens_without_row is not None:
+            for tree in trees:
+                for branch in (tree.root, *tree.branches):
+                    self.tokens_without_row.check(branch.ids, f"row {tree.row}")
+        if self.labels:
+            return with_labels(padded(trees, self.attachment.pad_id))
+        return self.attachment.batch(trees if self.share_prompt else unshared(trees))
+
+    def taken(self, batch: Mapping[str, Any], rows: Sequence[int]) -> Batch:
+        """What a collator or a loader of the user's own made, as a batch."""
+        trees = labelled(batch, rows)
+        # A function that reads the batch wants the grids that were made for it, and what came with them.
+        if self.labels and len(batch["input_ids"]) == len(rows):
+            return gridded(dict(batch), rows)
+        return self.to_batch(trees)
+
+    def _by_users(self, rows: Sequence[Any]) -> Mapping[str, Any]:
+        assert self.users is not None
+        if self.raw:
+            return self.users(rows)
+        paddable = [PaddableRow(row) for row in rows]
+        try:
+            return self.users(paddable)
+        except ValueError as error:
+            # `tokenizer.pad` pads everything but labels: what calls it makes labels itself, or leaves them as they are.
+            if "labels" not in str(error):
+                raise
+        batch = self.users([PaddableRow(row, labels=False) for row in rows])
+        if batch.get("labels") is not None:
+            return batch
+        labels = torch.full_like(batch["input_ids"], -100)
+        flat = [label for row in paddable for label in row["labels"]]
+        labels[batch["attention_mask"].bool()] = torch.tensor(flat)
+        return {**batch, "labels": labels}
+
+
+class BatchStream(IterableDataset):
+    """The batches of a stream, as torch's loader and `Trainer` want them.
+
+    A resumed run reads the stream from the beginning and drops what was trained on: the order is the stream's own.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def train_split(splits: dict[str, Any]) -> Any:
+    """What to train on of a dictionary: its split `train`. A dictionary of columns is a data set by itself."""
+    if not all(map(sources.is_data_set, splits.values())):
+        return splits
+    whole = isinstance(splits, DatasetDict | IterableDatasetDict)
+    dataset = sources.load(splits, "train") if whole else splits.get("train")
+    if dataset is None:
+        raise ValueError(
+            f"train_dataset is a dictionary of the data sets {', '.join(map(str, splits))}: pass one of them, or join "
+            "them with datasets.concatenate_datasets"
+        )
+    taken = next((name for name in splits if splits[name] is dataset), "train")
+    others = ", ".join(str(name) for name in splits if name != taken)
+    notify_once(
+        f"train_dataset is a dictionary of splits: `{taken}` is trained on" + f", and not {others}" * bool(others)
+    )
+    return dataset
+
+
+def lengths_of(dataset: Dataset) -> np.ndarray:
+    """Tokens of each prepared row."""
+    total = np.zeros(len(dataset), dtype=np.int64)
+    columns = [name for name in dataset.column_names if name == "input_ids" or name.endswith("_ids")]
+    place = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        for name in columns:
+            total[place : place + len(table)] += pc.list_value_length(table[name]).to_numpy().astype(np.int64)
+        place += len(table)
+    return total
+
+
+def set_special_tokens(tokenizer: Any, eos: str | None, pad: str | None) -> None:
+    """Set end and padding tokens by name; without a padding token the end token stands in (masks go by position)."""
+    for what, token in (("eos_token", eos), ("pad_token", pad)):
+        if token is None:
+            continue
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"{what}={token!r} is not in the tokenizer's vocabulary")
+        setattr(tokenizer, what, token)
+    if getattr(tokenizer, "pad_token", None) is None and getattr(tokenizer, "eos_token", None) is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def row_loader(dataset: Any, batches: Any, collate: Callable, args: Any) -> DataLoader:
+    """A loader of the rows of a data set in the order of `batches`, with the worker settings of `args`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )

@@ -1,0 +1,65 @@
+"""The lines that a trainer prints before step 1, beside those of the data."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from trl.engine.score import Attachment
+from trl.models import adapters
+
+
+def model_lines(model: nn.Module, rate: float, full_rate: float, precision: str) -> list[str]:
+    """What trains, in which precision, and a caution where an adapter trains at a rate made for all weights.
+
+    `full_rate` is the method's default learning rate, which is made for all weights. `precision` says where updates of
+    bfloat16 weights are kept.
+    """
+    count, total = adapters.trainable(model)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    lines = [f"model: {count:,} of {total:,} parameters train ({count / total:.2%}), in {', '.join(dtypes)}"]
+    if "bfloat16" in dtypes:
+        lines.append(f"updates: in float32; {precision}")
+    # An adapter's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
+    low, high = min(5 * full_rate, 1e-4), min(25 * full_rate, 5e-4)
+    if adapters.has_adapter(model) and rate < low * (1 - 1e-6):
+        lines.append(
+            f"  caution: learning_rate={rate:g} is low for an adapter, which learns well at {low:g} to {high:g}"
+        )
+    return lines
+
+
+def engine_lines(attachment: Attachment, reader: str | None, collator: Any, compiled: int | None) -> list[str]:
+    """How batches are laid out and computed.
+
+    `reader` is the user's function that may read batches, `collator` the user's data collator, `compiled` the number of
+    compiled parts.
+    """
+    lines = ["engine: flat rows, no padding, each prompt computed once"]
+    if not attachment.is_flat:
+        lines = [f"engine: padded rows, because {attachment.reason}"]
+    if reader is not None:
+        lines.append(f"engine: padded rows with labels, because {reader} of your own may read them")
+    if collator is not None:
+        name = getattr(collator, "__name__", type(collator).__name__)
+        lines.append(f"data_collator: {name} says which tokens are trained")
+    if compiled is not None:
+        lines.append(
+            f"torch_compile: {compiled} parts of layers (norms, feed-forward) are compiled, for all lengths; attention "
+            "by segment and the head run as they are"
+        )
+    if attachment.head_reason:
+        lines.append(f"engine: full logits, because {attachment.head_reason}")
+    return lines
+
+
+def steps_line(rows: int, args: Any) -> str:
+    """How many optimizer steps there will be, and on how many rows each."""
+    batch, accumulated, ranks = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+    steps = args.max_steps
+    if steps < 0:
+        steps = math.ceil(math.ceil(rows / (batch * ranks)) / accumulated) * args.num_train_epochs
+    return (
+        f"steps: {math.ceil(steps):,}, each on {batch * accumulated * ranks} rows ({batch} a batch × {accumulated} "
+        f"accumulated × {ranks} process{'es' if ranks > 1 else ''})"
+    )
