@@ -55,7 +55,7 @@ def test_the_tables_name_fields() -> None:
         ("CPOConfig", "label_smoothing", reference_free.LOSSES),
         ("CPOConfig", "simpo_gamma", reference_free.LOSSES),
         *(
-            ("GRPOConfig", name, {loss: method.surrogate for loss, method in policy.METHODS.items()})
+            ("GRPOConfig", name, {loss: method.surrogate for loss, method in policy.POLICY_LOSSES.items()})
             for name in ("delta", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_neg")
         ),
     ],
@@ -114,7 +114,7 @@ def test_every_field_of_our_own_is_read_or_has_a_row() -> None:
         (
             "SFT",
             {"remove_unused_columns": True},
-            "remove_unused_columns=True has no effect here: the data stage keeps exactly the columns that training "
+            "remove_unused_columns=True has no effect here: preprocessing keeps exactly the columns that training "
             "reads",
         ),
         (
@@ -137,7 +137,7 @@ def test_every_field_of_our_own_is_read_or_has_a_row() -> None:
         (
             "KTO",
             {"label_smoothing_factor": 0.1},
-            "label_smoothing_factor=0.1 has no effect here: it smooths the loss of SFT alone",
+            "label_smoothing_factor=0.1 has no effect here: only SFT smooths labels",
         ),
         (
             "CPO",
@@ -158,7 +158,7 @@ def test_every_field_of_our_own_is_read_or_has_a_row() -> None:
         (
             "RLOO",
             {"warmup_steps": 5, "lr_scheduler_type": "constant"},
-            "warmup_steps=5 has no effect with lr_scheduler_type=constant: constant_with_warmup has one",
+            "warmup_steps=5 has no effect with lr_scheduler_type=constant: constant_with_warmup has a warmup",
         ),
         ("Reward", {"adam_beta2": 0.9, "optim": "sgd"}, "adam_beta2=0.9 has no effect with optim=sgd"),
     ],
@@ -314,15 +314,15 @@ async def waits(completions: Any, solution: Any) -> list[float]:
         (
             judge,
             [{"prompt": "a", "solutoin": "b"}],
-            "reward function 'judge': it wants `solution`, and the data have no such column (did you mean `solutoin`?)"
-            ". Their columns: `solutoin`; beside",
+            "reward function 'judge': it requires `solution`, and the data have no such column (did you mean "
+            "`solutoin`?). Their columns: `solutoin`; it may",
         ),
         (
             [waits],
             [{"prompt": "a"}],
-            "reward function 'waits': it wants `solution`, and the data have no such column. ",
+            "reward function 'waits': it requires `solution`, and the data have no such column. ",
         ),
-        ("accuracy_reward", [{"prompt": "a"}], "reward function 'accuracy_reward': it wants `solution`, and "),
+        ("accuracy_reward", [{"prompt": "a"}], "reward function 'accuracy_reward': it requires `solution`, and "),
     ],
 )
 def test_a_column_that_a_reward_function_lacks(method: str, functions: Any, rows: Any, sentence: str) -> None:

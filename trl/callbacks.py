@@ -8,10 +8,12 @@ from transformers import TrainerCallback
 
 
 class SyncRefModelCallback(TrainerCallback):
-    """Moves `ref_model` towards the model that trains, every `ref_model_sync_steps` steps of the trainer's arguments,
-    by the share `ref_model_mixup_alpha` (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656, equation 6).
+    """Moves `ref_model` towards the trained model every `ref_model_sync_steps` steps, with the weight
+    `ref_model_mixup_alpha`; both are read from the trainer's arguments (TR-DPO, Gorbatovski et al. 2024,
+    arXiv:2404.09656, equation 6).
 
-    The trainers here do so by themselves with `sync_ref_model=True`; this is for loops of your own.
+    For your own training loops: the trainers here do it themselves with `sync_ref_model=True`. `accelerator` unwraps
+    the trained model.
     """
 
     def __init__(self, ref_model: nn.Module, accelerator: Any = None) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints that appear whole or not at all, and the state that makes a resumed run the uninterrupted one.
+"""Atomic checkpoints, and which of them a run can resume from.
 
-A checkpoint is written into a staging folder beside its place, synced to disk, listed in a manifest, then renamed. What
-is called `checkpoint-N` is therefore complete; a run killed while saving leaves a staging folder that the next save
-removes, and every earlier checkpoint as it was.
+A checkpoint is written into a staging folder, listed in a manifest, synced to disk, then renamed. A folder named
+`checkpoint-N` is therefore complete. A run killed while saving leaves a staging folder, which the next save removes;
+earlier checkpoints stay as they are.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ _REPLACED = ".replaced-"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with what to do about it."""
+    """A checkpoint cannot be used; the message gives the remedy."""
 
 
 def staging_folder(final: Path) -> Path:
-    """Where the checkpoint that will be called `final` is written."""
+    """The folder in which the checkpoint `final` is written."""
     return final.parent / f"{_STAGING}{final.name}"
 
 
 def published_name(folder: Path) -> str:
-    """What a folder is called once it is in place, if it is one that is being written."""
+    """The final name of a folder, which may be a staging folder."""
     return folder.name.removeprefix(_STAGING)
 
 
 def begin(final: Path) -> Path:
-    """Remove what a killed save left behind and make the staging folder. One process calls this."""
+    """Remove the remains of a killed save and make the staging folder. Only one process calls this."""
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(f"{_STAGING}*"):
         shutil.rmtree(leftover)
@@ -53,9 +53,10 @@ def begin(final: Path) -> Path:
 
 
 def publish(final: Path, **facts: Any) -> None:
-    """Manifest, sync, rename: the staging folder becomes `final`. One process calls this, after all have written.
+    """Write the manifest, sync to disk, rename the staging folder to `final`. Only one process calls this, after all
+    processes have written.
 
-    `facts` are kept in the manifest beside the list of files and their sizes in bytes.
+    `facts` are stored in the manifest, in addition to the files and their sizes in bytes.
     """
     staging = staging_folder(final)
     files = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -76,8 +77,8 @@ def publish(final: Path, **facts: Any) -> None:
 
 
 def problem(folder: Path) -> str | None:
-    """Why this checkpoint cannot be resumed from, in one sentence, or None. Folders without a manifest pass if they
-    hold a trainer state: they come from another library."""
+    """The reason why a checkpoint cannot be resumed from, in one sentence, or None. A folder without a manifest passes
+    if it holds a trainer state: it comes from another library."""
     if not folder.is_dir():
         return f"{folder} is not a folder"
     manifest = folder / MANIFEST
@@ -97,7 +98,7 @@ def problem(folder: Path) -> str | None:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The facts that were published with a checkpoint; empty for folders of another library."""
+    """The facts published with a checkpoint; empty for a folder of another library."""
     path = folder / MANIFEST
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -122,7 +123,7 @@ def step(folder: Path) -> int:
 
 
 def started(folder: Path) -> float:
-    """When the run of a checkpoint was begun, in seconds since 1970; 0 where the checkpoint does not say."""
+    """The time at which the run of a checkpoint began, in seconds since 1970; 0 if it is not recorded."""
     try:
         return float(manifest(folder).get("started", 0.0))
     except ValueError:
@@ -130,7 +131,7 @@ def started(folder: Path) -> float:
 
 
 def fingerprint(dataset: Any) -> str | None:
-    """What tells a prepared data set from others: its length, and the tokens of some rows. None for a stream."""
+    """Identifies a prepared data set: its length and a hash of the tokens of some rows. None for a stream."""
     if not isinstance(dataset, Dataset):
         return None
     rows = f"{len(dataset):,} rows"
@@ -143,7 +144,7 @@ def fingerprint(dataset: Any) -> str | None:
 
 
 def differences(folder: Path, run: Mapping[str, str | None]) -> str:
-    """What a checkpoint's run differs in from this one; empty where nothing is known to differ."""
+    """The known differences between a checkpoint's run and this run, as text; empty if there are none."""
     known = manifest(folder).get("run") or {}
     return "; ".join(
         f"{what}: {known[what]} there, {value} here"
@@ -153,19 +154,21 @@ def differences(folder: Path, run: Mapping[str, str | None]) -> str:
 
 
 def earlier(output_dir: Path, run: Mapping[str, str | None]) -> list[str]:
-    """Sentences on what an earlier run left in the folder, for a run that starts from the beginning."""
+    """Notices about what an earlier run left in the folder, for a run that starts from the beginning."""
     found = [folder for folder in checkpoints(output_dir) if problem(folder) is None]
     if found:
         newest = max(found, key=lambda folder: (started(folder), step(folder)))
         other = differences(newest, run)
         how = (
-            f"it is of another run ({other}): another output_dir keeps the two apart"
+            f"it belongs to another run ({other}): use another output_dir to keep the two apart"
             if other
-            else "to go on from it, pass resume_from_checkpoint=True (--resume_from_checkpoint)"
+            else "to resume from it, pass resume_from_checkpoint=True (--resume_from_checkpoint)"
         )
         return [f"{output_dir} holds {newest.name} of an earlier run, and this run starts from the beginning; {how}"]
     result = [name for name in ("adapter_model.safetensors", "model.safetensors") if (output_dir / name).exists()]
-    return [f"{output_dir} holds {result[0]} of an earlier run: a result saved there takes its place"] if result else []
+    return (
+        [f"{output_dir} holds {result[0]} of an earlier run: the result of this run will replace it"] if result else []
+    )
 
 
 _WEIGHTS = re.compile(r"^(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?$")
@@ -173,13 +176,13 @@ _ADAPTER = re.compile(r"^adapter_(model\.(safetensors|bin)|config\.json)$")
 
 
 def set_aside(folder: Path, adapter: bool, base: str = "") -> list[str]:
-    """Move weights of the other kind out of the way of those that were just saved: a whole model's from beside an
-    adapter, an adapter's from beside a whole model. Who opens the folder would get one for the other. They are kept, in
-    the folder `earlier` within. The base model of the adapter (`base`) stays where it is. Returns what to say."""
+    """Move an earlier run's weights of the other kind into the subfolder `earlier`: a whole model's if an `adapter` was
+    just saved, an adapter's if a whole model was. Otherwise the folder would open as the wrong one. The adapter's base
+    model (`base`) stays where it is. Returns notices."""
     stale = [path for path in folder.iterdir() if (_WEIGHTS if adapter else _ADAPTER).match(path.name)]
     if not stale or (adapter and base and Path(base).resolve() == folder.resolve()):
         return []
-    if adapter:  # what describes a whole model goes with it
+    if adapter:  # a whole model's configuration goes with its weights
         stale += [path for name in ("config.json", "generation_config.json") if (path := folder / name).exists()]
     aside = folder / "earlier"
     aside.mkdir(exist_ok=True)
@@ -192,10 +195,11 @@ def set_aside(folder: Path, adapter: bool, base: str = "") -> list[str]:
 def resolve(
     output_dir: Path, resume: str | Path | bool, run: Mapping[str, str | None] | None = None
 ) -> tuple[Path, list[str]]:
-    """The checkpoint to resume from, checked, and sentences on those passed over.
+    """The checkpoint to resume from, and notices about checkpoints that are skipped.
 
-    `True` means the newest complete one of `output_dir`: of the run begun last, and of no other model, data set or
-    method than `run` says. A path must itself be complete; of another run it may be, which is said.
+    `resume=True` means the newest complete checkpoint in `output_dir` whose model, data set and method match `run`; the
+    run that began last goes first. A path must be a complete checkpoint; if it belongs to another run, a notice tells.
+    Raises CheckpointError if there is none.
     """
     run = run or {}
     if resume is not True:
@@ -204,7 +208,7 @@ def resolve(
             others = ", ".join(path.name for path in checkpoints(folder.parent)) or "none"
             raise CheckpointError(f"cannot resume from {folder}: {fault}. Checkpoints beside it: {others}")
         other = differences(folder, run)
-        return folder, [f"{folder.name} is of another run ({other})"] if other else []
+        return folder, [f"{folder.name} belongs to another run ({other})"] if other else []
     passed = []
     found = checkpoints(output_dir)
     for folder in sorted(found, key=lambda path: (started(path), _number(path)), reverse=True):
@@ -212,13 +216,13 @@ def resolve(
         if fault is None and not (other := differences(folder, run)):
             later = [path.name for path in found if _number(path) > _number(folder) and started(path) < started(folder)]
             if later:
-                passed.append(f"{', '.join(later)} of a run that was begun earlier: passed over")
+                passed.append(f"{', '.join(later)} of a run that began earlier: skipped")
             return folder, passed
         if fault is not None:
             passed.append(f"{folder.name} is damaged ({fault}): trying the one before it")
         else:
-            passed.append(f"{folder.name} is of another run ({other}): passed over")
-    why = f" ({'; '.join(passed)}). Name a checkpoint to go on from it all the same, or leave" if passed else "; leave"
+            passed.append(f"{folder.name} belongs to another run ({other}): skipped")
+    why = f" ({'; '.join(passed)}). Name a checkpoint to resume from it anyway, or leave" if passed else "; leave"
     raise CheckpointError(
         f"nothing to resume from: {output_dir} holds no complete checkpoint of this run{why} resume_from_checkpoint "
         "out to start from the beginning"
@@ -226,7 +230,7 @@ def resolve(
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` write a file that appears whole or not at all."""
+    """Write a file atomically: `write(path)` writes it under another name, and it is renamed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     write(aside)

@@ -1,4 +1,4 @@
-"""What a user sets. Field groups are dataclasses over `transformers.TrainingArguments`; each field is written once."""
+"""Options of commands and trainers: field groups over `transformers.TrainingArguments`. Each field is written once."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from trl.notices import notify_once
 
 @dataclass
 class ScriptArguments(Adoptable):
-    """Which data a command reads."""
+    """The data that a command reads."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set: a file, a folder, or a name that `datasets` knows."}
@@ -24,13 +24,13 @@ class ScriptArguments(Adoptable):
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read rows as they are trained on, in their order; needs max_steps."}
+        default=False, metadata={"help": "Read rows during training, in file order; needs max_steps."}
     )
 
 
 @dataclass
 class RewardArguments(ScriptArguments):
-    """Which data a command reads, and what judges completions."""
+    """The data that a command reads, and the reward functions."""
 
     reward_funcs: list[str] | None = field(
         default=None,
@@ -39,69 +39,66 @@ class RewardArguments(ScriptArguments):
         },
     )
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model: a folder or a name; beside reward_funcs, one more of them."}
+        default=None, metadata={"help": "Reward model: a folder or a name; used in addition to reward_funcs."}
     )
 
 
 @dataclass
 class ModelConfig(Adoptable):
-    """Which model a command loads, and which adapter it trains."""
+    """The model that a command loads, and the adapter that it trains."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model: a folder, or a name on the Hub. An adapter's folder brings its base."}
+        default=None,
+        metadata={"help": "Model: a folder, or a name on the Hub. An adapter's folder also loads its base."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     dtype: str | None = field(
         default="auto",
         metadata={
-            "help": "Weights in memory: `auto` as the checkpoint has them, or bfloat16, float16, float32.",
+            "help": "Dtype of the weights: `auto` for the checkpoint's, or bfloat16, float16, float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention outside the engine; flat rows are computed by segment whatever is set here."},
+        metadata={"help": "Attention implementation outside training; flat rows always use attention by segment."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
     use_peft: bool | None = field(
         default=None,
-        metadata={
-            "help": "Train a LoRA adapter instead of all weights. Default: where an option of the adapter is set."
-        },
+        metadata={"help": "Train a LoRA adapter instead of all weights. Default: only if a LoRA option is set."},
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(
-        default=32, metadata={"help": "Scale of the adapter (times 1/r, or 1/sqrt(r) with rsLoRA)."}
+        default=32, metadata={"help": "Scale of the adapter: alpha / r, or alpha / sqrt(r) with rsLoRA."}
     )
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the adapter."})
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the layers to adapt, or `all-linear`. Default: PEFT's for the family."},
     )
     lora_target_parameters: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Names of bare weights to adapt, as mixtures of experts keep them: `mlp.experts.gate_up_proj`."
-        },
+        metadata={"help": "Names of weights to adapt that are no layers, such as `mlp.experts.gate_up_proj`."},
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of layers to train and save in full beside the adapter."}
+        default=None, metadata={"help": "Names of layers to train and save in full, in addition to the adapter."}
     )
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type written into the adapter's config."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by 1/sqrt(r) (rank-stabilised LoRA)."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise frozen weights to 8 bits as they load."})
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA: scale by 1/sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: weight-decomposed LoRA."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise frozen weights to 8 bits at loading."})
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantise frozen weights to 4 bits as they load; with --use_peft: QLoRA."}
+        default=False, metadata={"help": "Quantise frozen weights to 4 bits at loading (QLoRA, with use_peft)."}
     )
     bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "Four-bit code: normal float or float.", "choices": ["nf4", "fp4"]}
+        default="nf4", metadata={"help": "4-bit data type: normal float or float.", "choices": ["nf4", "fp4"]}
     )
     use_bnb_nested_quant: bool = field(
-        default=False, metadata={"help": "Quantise the scales of the 4-bit blocks too: 0.4 bits a weight less."}
+        default=False, metadata={"help": "Quantise the scales of the 4-bit blocks too; saves 0.4 bits a weight."}
     )
     bnb_4bit_quant_storage: str | None = field(
-        default=None, metadata={"help": "Type that 4-bit weights are stored as; FSDP wants that of the other weights."}
+        default=None, metadata={"help": "Storage dtype of 4-bit weights; FSDP needs the dtype of the other weights."}
     )
 
     def __post_init__(self) -> None:
@@ -123,17 +120,17 @@ class ModelConfig(Adoptable):
 
 @dataclass
 class BaseConfig(Adoptable, TrainingArguments):
-    """What all trainers share beyond `transformers.TrainingArguments`.
+    """Options of all trainers, in addition to `transformers.TrainingArguments`.
 
-    Defaults that differ from transformers: `logging_steps=10`, activation checkpointing on, `bf16` on where the
-    accelerator computes in it, `average_tokens_across_devices` always on (gradients do not depend on the split).
+    Defaults that differ from transformers: `logging_steps=10`; activation checkpointing is on; `bf16` is on if the
+    accelerator supports it; `average_tokens_across_devices` is always on (gradients do not depend on the split).
     """
 
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "Mixed precision in bfloat16. Default: where the accelerator has it. `true` works on a CPU too.",
+            "help": "Mixed precision in bfloat16. Default: if the accelerator supports it. `true` also works on a CPU.",
             "nargs": "?",
             "const": True,
         },
@@ -143,13 +140,13 @@ class BaseConfig(Adoptable, TrainingArguments):
         metadata={"help": "Recompute activations in the backward pass: less memory, a third more compute."},
     )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Has no effect: the data stage keeps exactly what training reads."}
+        default=False, metadata={"help": "No effect: preprocessing keeps exactly the columns that training reads."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Has no effect: a loss that is not finite stops the run and names the row."}
+        default=False, metadata={"help": "No effect: a loss that is not finite stops the run and names the row."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of `from_pretrained` when the model is given by name or path."}
+        default=None, metadata={"help": "Arguments of `from_pretrained`, for a model given by name or path."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with a checkpoint given by name or path."}
@@ -160,14 +157,14 @@ class BaseConfig(Adoptable, TrainingArguments):
     )
     share_prompt: bool = field(
         default=True,
-        metadata={"help": "Compute a prompt once for all that continues it (its dropout draw is shared too)."},
+        metadata={"help": "Compute a prompt once for all its completions; they then share its dropout mask."},
     )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            self.use_cpu = True  # or each process of a launcher would train alone
+            self.use_cpu = True  # otherwise each process of a launcher would train alone
         accelerator = torch.accelerator.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = accelerator and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -183,16 +180,16 @@ class BaseConfig(Adoptable, TrainingArguments):
         super().__post_init__()
         for sentence in options.unused(self):
             notify_once(sentence)
-        self.logging_nan_inf_filter = False  # it would hide from the check what it looks for
+        self.logging_nan_inf_filter = False  # it would hide losses that are not finite from the check
 
 
 @dataclass
 class RouterFields:
-    """What a mixture of experts adds to the loss."""
+    """The load-balancing term of a mixture of experts."""
 
     router_aux_loss_coef: float | None = field(
         default=None,
-        metadata={"help": "Weight of a mixture of experts' load-balancing term. Default: the model's configuration's."},
+        metadata={"help": "Weight of a mixture of experts' load-balancing loss. Default: the model configuration's."},
     )
 
 
@@ -202,25 +199,25 @@ class SequenceFields:
 
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest sequence in tokens; longer rows are cut and counted. Default: the model's window."},
+        metadata={"help": "Maximum sequence length in tokens; longer rows are cut. Default: the model's window."},
     )
     truncation_mode: str = field(
         default="keep_start",
-        metadata={"help": "Which end of a longer row stays.", "choices": ["keep_start", "keep_end"]},
+        metadata={"help": "The end of a longer row that is kept.", "choices": ["keep_start", "keep_end"]},
     )
     columns: dict[str, str] | str | None = field(
         default=None,
         metadata={
-            "help": "Which column is which: `question=prompt,reply=completion`, or as JSON. A column so named is "
-            "read as one that bears the name."
+            "help": "New names of columns: `question=prompt,reply=completion`, or JSON. The column `question` is then "
+            "read as `prompt`."
         },
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Leave out rows that cannot be read, and count them, instead of stopping."}
+        default=False, metadata={"help": "Skip and count rows that cannot be read, instead of stopping."}
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
-    eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token, if not the tokenizer's."})
-    pad_token: str | None = field(default=None, metadata={"help": "Padding token, if not the tokenizer's."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that preprocess the data."})
+    eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token. Default: the tokenizer's."})
+    pad_token: str | None = field(default=None, metadata={"help": "Padding token. Default: the tokenizer's."})
 
     def __post_init__(self) -> None:
         if isinstance(self.columns, str):
@@ -245,86 +242,90 @@ def _names(columns: str) -> dict[str, str]:
 
 @dataclass
 class PreferenceFields(SequenceFields):
-    """How rows of prompts and judged completions become token sequences."""
+    """How rows of prompts and labelled completions become token sequences."""
 
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens; a longer one loses its beginning. Default: any."}
+        default=None, metadata={"help": "Maximum prompt length in tokens, cut at the beginning. Default: no limit."}
     )
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Longest completion in tokens; a longer one loses its end. Default: any."}
+        default=None, metadata={"help": "Maximum completion length in tokens, cut at the end. Default: no limit."}
     )
     pad_to_multiple_of: int | str | None = field(
-        default="auto", metadata={"help": "Has no effect on flat rows; padded rows are as wide as their longest."}
+        default="auto", metadata={"help": "No effect: flat rows are not padded, others are as wide as the longest."}
     )
     generate_during_eval: bool = field(
         default=False,
-        metadata={"help": "At each evaluation, write the answers to a few of its prompts into the folder `answers`."},
+        metadata={"help": "At each evaluation, write completions of a few prompts into the folder `answers`."},
     )
 
 
 @dataclass
 class ReferenceFields:
-    """Which policy the trained one is compared with, and how."""
+    """The reference model."""
 
     precompute_ref_log_probs: bool = field(
         default=False,
-        metadata={"help": "Compute the reference's log-probs once, before the first step, and keep them on disk."},
+        metadata={"help": "Compute the reference's log-probs once, before the first step, and store them on disk."},
     )
     precompute_ref_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows a batch in that computation. Default: the training batch's."}
+        default=None, metadata={"help": "Batch size of that computation. Default: that of training."}
     )
     sync_ref_model: bool = field(
-        default=False, metadata={"help": "Move the reference towards the policy as training goes on (TR-DPO)."}
+        default=False, metadata={"help": "Move the reference towards the policy during training (TR-DPO)."}
     )
     ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "Share of the policy in the reference after such a move."}
+        default=0.6, metadata={"help": "Weight of the policy in each update of the reference."}
     )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two such moves."})
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between updates of the reference."})
 
 
 @dataclass
 class RolloutFields:
-    """How completions are drawn and judged."""
+    """How completions are sampled and scored."""
 
-    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt: a group."})
+    num_generations: int = field(default=8, metadata={"help": "Number of completions of each prompt: a group."})
     num_generations_eval: int | None = field(
-        default=None, metadata={"help": "Completions of each prompt in an evaluation. Default: as num_generations."}
+        default=None, metadata={"help": "Number of completions of each prompt in evaluation. Default: num_generations."}
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens; a longer one loses its beginning. Default: any."}
+        default=None, metadata={"help": "Maximum prompt length in tokens, cut at the beginning. Default: no limit."}
     )
-    max_completion_length: int | None = field(default=512, metadata={"help": "Longest completion in tokens."})
+    max_completion_length: int | None = field(default=512, metadata={"help": "Maximum completion length in tokens."})
     generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions drawn at once, on all devices. Default: those of a step."}
+        default=None, metadata={"help": "Completions sampled in a round, on all devices. Default: those of one step."}
     )
     steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Batches (per device) that completions drawn at once are trained on in."}
+        default=None, metadata={"help": "Per-device batches trained on each sampled round."}
     )
-    num_iterations: int = field(default=1, metadata={"help": "Times that each completion is trained on."})
-    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Draw the prompts in a new order each epoch."})
-    temperature: float = field(default=1.0, metadata={"help": "What logits are divided by, in sampling and training."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
-    top_k: int = field(default=0, metadata={"help": "Sample from so many of the likeliest tokens; 0: from all."})
+    num_iterations: int = field(default=1, metadata={"help": "Number of times that each completion is trained on."})
+    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Use the prompts in a new order each epoch."})
+    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature, for sampling and training."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Nucleus sampling: total probability of the tokens sampled from."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Number of most likely tokens to sample from; 0: all."})
     min_p: float | None = field(
-        default=None, metadata={"help": "Sample from tokens at least this likely, relative to the likeliest."}
+        default=None, metadata={"help": "Minimum probability of a sampled token, relative to the most likely token."}
     )
-    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1, tokens that occurred are less likely."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1, repeated tokens become less likely."})
     generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of `generate`; they are stronger than the fields."}
+        default=None, metadata={"help": "More arguments of `generate`; they override the fields."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template, for every prompt."}
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a forward pass in training. Default: 1,024 on a CPU, 16,384 on an accelerator."},
+        metadata={
+            "help": "Maximum tokens in a forward pass of training. Default: 1,024 on a CPU, 16,384 on an accelerator."
+        },
     )
     max_cache_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens that the cache holds while completions are drawn."}
+        default=None, metadata={"help": "Maximum tokens in the key-value cache during sampling."}
     )
     use_transformers_continuous_batching: bool = field(
         default=False,
-        metadata={"help": "Let transformers' continuous batching draw, instead of the library's own sampler."},
+        metadata={"help": "Sample with transformers' continuous batching instead of the library's own sampler."},
     )
     transformers_continuous_batching_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of transformers' ContinuousBatchingConfig, as a dict or JSON."}
@@ -332,26 +333,28 @@ class RolloutFields:
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}
     )
-    reward_timeout: float = field(default=600.0, metadata={"help": "Seconds that a reward function may take."})
+    reward_timeout: float = field(default=600.0, metadata={"help": "Time limit of a reward function, in seconds."})
     dynamic_sampling: bool = field(
         default=False,
-        metadata={"help": "Draw further prompts in place of those whose completions are all worth the same (DAPO)."},
+        metadata={"help": "Replace prompts whose completions all have the same reward by other prompts (DAPO)."},
     )
-    max_refills: int = field(default=10, metadata={"help": "Times that dynamic_sampling draws again in a round."})
+    max_refills: int = field(default=10, metadata={"help": "Maximum attempts of dynamic_sampling in a round."})
     replay_buffer_size: int = field(
         default=0,
-        metadata={"help": "Groups of earlier rounds kept to be trained on in place of those worth the same; 0: none."},
+        metadata={"help": "Number of earlier groups kept to replace groups with equal rewards; 0: none."},
     )
     mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Do not train on completions that reached max_completion_length."}
+        default=False, metadata={"help": "Do not train on completions that reach max_completion_length."}
     )
     log_completions: bool = field(
-        default=False, metadata={"help": "Print completions with their rewards, and keep them in the output folder."}
+        default=False, metadata={"help": "Print completions with their rewards, and save them in the output folder."}
     )
-    num_completions_to_print: int | None = field(default=None, metadata={"help": "How many to print. Default: all."})
-    log_unique_prompts: bool = field(default=False, metadata={"help": "Print one completion of each prompt."})
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "Number of completions to print. Default: all."}
+    )
+    log_unique_prompts: bool = field(default=False, metadata={"help": "Print only one completion of each prompt."})
     pass_threshold: float = field(
-        default=1.0, metadata={"help": "Total reward from which a completion passes, for pass@k in evaluations."}
+        default=1.0, metadata={"help": "Minimum total reward at which a completion passes, for pass@k in evaluation."}
     )
 
 

@@ -1,8 +1,8 @@
-"""What options may be, and which of them have no effect in the combination at hand: two tables, checked when a config
-is made and again when a trainer is, before anything is loaded.
+"""Two tables on options: the range of each number, and the condition under which an option has an effect. Both are
+checked when a config is made and again when a trainer is made, before anything is loaded.
 
-`LIMITS` holds for every field of a name. The rows of `UNUSED` belong to a class, and a subclass replaces those of its
-bases (None: the option is read there). An option is looked at where it differs from its default.
+`LIMITS` applies to every field with that name. The rows of `UNUSED` belong to a class; a subclass overrides rows of its
+bases (None: the option is read there). Only options that differ from their default are checked.
 """
 
 import math
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 
 class Limit(NamedTuple):
-    """The least and the greatest value of a number. `above` and `below` leave the bound itself out."""
+    """The range of a number. `above` and `below` exclude the bound itself."""
 
     least: float = -math.inf
     most: float = math.inf
     above: bool = False
     below: bool = False
     whole: bool = False
-    note: str = ""  # what a special value means
+    note: str = ""  # the meaning of a special value
 
     def holds(self, value: float) -> bool:
         enough = value > self.least if self.above else value >= self.least
@@ -37,7 +37,7 @@ class Limit(NamedTuple):
 
 
 COUNT = Limit(1, whole=True)
-NUMBER_OF = Limit(0, whole=True)  # none is a number too
+NUMBER_OF = Limit(0, whole=True)  # 0 is allowed
 POSITIVE = Limit(0, above=True)
 WEIGHT = Limit(0)
 SHARE = Limit(0, 1)
@@ -75,7 +75,7 @@ LIMITS: dict[str, Limit] = {
 
 
 def check(config: Any) -> None:
-    """ValueError for the first number that is out of its range."""
+    """Raise ValueError for the first number of `config` that is out of its range."""
     for field in fields(config):
         value, limit = getattr(config, field.name), LIMITS.get(field.name)
         if limit is None or isinstance(value, bool) or not isinstance(value, int | float):
@@ -88,7 +88,7 @@ def check(config: Any) -> None:
 
 
 class Needs(NamedTuple):
-    """The option is read where another, `name`, is set; or where it is (a list: holds) one of `among`."""
+    """The option is read only if the option `name` is set, or is (a list: contains) one of `among`."""
 
     name: str
     among: tuple = ()
@@ -98,14 +98,14 @@ class Needs(NamedTuple):
         words = [getattr(each, "value", each) for each in (found if isinstance(found, list) else [found])]
         if not self.among:
             return None if any(words) else f"without {self.name}"
-        # What is no word (a function of the user's own, or its path) may read anything.
+        # A user's own function, or its path, may read any option.
         if any(word in self.among or callable(word) or ":" in str(word) for word in words):
             return None
         return f"with {self.name}={' + '.join(map(str, words)) or 'none'}, only with {_either(self.among)}"
 
 
 class Except(NamedTuple):
-    """The option is read but where another, `name`, is one of `among`."""
+    """The option is read unless the option `name` is one of `among`."""
 
     name: str
     among: tuple
@@ -119,7 +119,7 @@ class Except(NamedTuple):
 
 
 class Never(NamedTuple):
-    """The option is accepted for the sake of older scripts."""
+    """The option is never read; it is accepted for older scripts."""
 
     because: str
 
@@ -128,7 +128,7 @@ class Never(NamedTuple):
 
 
 class Where(NamedTuple):
-    """The option is read where `holds` of the config and the value; `reason_else` says why not."""
+    """The option is read if `holds(config, value)`; else the reason is `reason_else`."""
 
     holds: Callable[[Any, Any], bool]
     reason_else: str
@@ -138,7 +138,7 @@ class Where(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The option is read where the trainer was given `what`."""
+    """The option is read if the trainer got the argument `what`."""
 
     what: str
     remedy: str = ""
@@ -149,7 +149,7 @@ Row = Needs | Except | Never | Where | Given | None
 _EVALUATES = Given("eval_dataset", "eval_strategy says when to evaluate on it")
 _MEASURES = Given("compute_metrics")
 _NO_BETAS = ("adafactor", "sgd", "adagrad", "rmsprop", "lomo", "adalomo", "schedule_free_sgd")
-# Losses of GRPO by what they read: `trl.losses.policy`.
+# Losses of GRPO that clip the ratio at 1 - epsilon and 1 + epsilon_high: `trl.losses.policy`.
 CLIP = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _FLAT = Never("flat rows have no padding, and padded rows are as wide as their longest")
 
@@ -158,15 +158,15 @@ UNUSED: dict[str, dict[str, Row]] = {
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), Needs("load_in_4bit")
     ),
     "BaseConfig": {
-        "remove_unused_columns": Never("the data stage keeps exactly the columns that training reads"),
+        "remove_unused_columns": Never("preprocessing keeps exactly the columns that training reads"),
         "logging_nan_inf_filter": Never("a loss that is not finite stops the run and names the row"),
         "average_tokens_across_devices": Never("gradients never depend on how rows are split among devices"),
         "padding_free": Never("flat rows are never padded"),
         "pad_to_multiple_of": _FLAT,
         "dataloader_in_order": Never("rows come in the order of (seed, epoch)"),
-        "label_names": Never("the data stage names its columns itself"),
-        "label_smoothing_factor": Never("it smooths the loss of SFT alone"),
-        "neftune_noise_alpha": Never("noise is added to embeddings in SFT alone"),
+        "label_names": Never("preprocessing names its columns itself"),
+        "label_smoothing_factor": Never("only SFT smooths labels"),
+        "neftune_noise_alpha": Never("only SFT adds noise to embeddings"),
         "gradient_checkpointing_kwargs": Needs("gradient_checkpointing"),
         "liger_kernel_config": Needs("use_liger_kernel"),
         "dataloader_persistent_workers": Needs("dataloader_num_workers"),
@@ -183,7 +183,7 @@ UNUSED: dict[str, dict[str, Row]] = {
         **dict.fromkeys(
             ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), Needs("report_to", ("trackio",))
         ),
-        "warmup_steps": Except("lr_scheduler_type", ("constant",), "constant_with_warmup has one"),
+        "warmup_steps": Except("lr_scheduler_type", ("constant",), "constant_with_warmup has a warmup"),
         **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), Except("optim", _NO_BETAS)),
         "optim_target_modules": Where(
             lambda config, value: str(getattr(config.optim, "value", config.optim)).startswith(("galore", "apollo")),
@@ -200,7 +200,7 @@ UNUSED: dict[str, dict[str, Row]] = {
         "neftune_noise_alpha": None,
         "packing_strategy": Where(lambda config, value: bool(config.packing or config.eval_packing), "without packing"),
         "eval_packing": _EVALUATES,
-        "share_prompt": Never("each row of SFT is one sequence, which shares its prompt with no other"),
+        "share_prompt": Never("each row of SFT is one sequence, so no prompt is shared"),
     },
     "PreferenceFields": {"generate_during_eval": _EVALUATES},
     "ReferenceFields": {
@@ -224,7 +224,7 @@ UNUSED: dict[str, dict[str, Row]] = {
         "max_length": Never("max_prompt_length cuts prompts, max_completion_length completions"),
         "truncation_mode": Never("max_prompt_length keeps the end of a prompt"),
         "auto_find_batch_size": Never("max_tokens_per_micro_batch bounds a forward pass, whatever the batch size"),
-        "torch_empty_cache_steps": Never("rounds of drawing keep one cache"),
+        "torch_empty_cache_steps": Never("the sampler keeps one cache for all rounds"),
         "sync_ref_model": Needs("beta"),
         "num_generations_eval": _EVALUATES,
         "pass_threshold": _EVALUATES,
@@ -264,7 +264,7 @@ UNUSED: dict[str, dict[str, Row]] = {
 
 
 def check_trackers(config: Any) -> None:
-    """ImportError for a tracker in `report_to` that is not installed, ValueError for one that does not exist."""
+    """Check the trackers in `report_to`: ImportError for one that is not installed, ValueError for an unknown one."""
     from transformers import integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -282,7 +282,7 @@ def check_trackers(config: Any) -> None:
 
 
 def rows_of(cls: type) -> dict[str, Row]:
-    """The rows of a class: its own ones before those of its bases."""
+    """The rows of a class; its own rows override those of its bases."""
     return {name: row for part in reversed(cls.__mro__) for name, row in UNUSED.get(part.__name__, {}).items()}
 
 
@@ -296,7 +296,7 @@ def unused(config: Any) -> list[str]:
 
 
 def unused_by_trainer(config: Any, given: Mapping[str, Any]) -> list[str]:
-    """As `unused`, of the options that are read where a trainer has been given something."""
+    """As `unused`, for options that need an argument of the trainer; `given` holds its arguments."""
     return [
         f"{_shown(name, value)} has no effect without {row.what}{f': {row.remedy}' if row.remedy else ''}"
         for name, row, value in _set(config)

@@ -13,7 +13,8 @@ import pytest
 
 import trl
 from trl.cli import UsageError, train
-from trl.cli.parser import Kind, Parser, set_environment
+from trl.cli.parser import Parser, set_environment
+from trl.cli.values import Kind
 
 
 class Colour(enum.Enum):

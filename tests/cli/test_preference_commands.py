@@ -114,7 +114,7 @@ def test_an_adapter_of_sft_goes_on_in_dpo_and_becomes_a_reward_model(
         *("--learning_rate", "1e-2", *FEW),
     )
     assert answer.returncode == 0, answer.stderr
-    assert "the adapter in sft is of a language model: it is merged into the weights below" in answer.stdout
+    assert "the adapter in sft belongs to a language model: it is merged into the weights below" in answer.stdout
     assert 'AutoModelForSequenceClassification.from_pretrained("reward")' in answer.stdout
     from transformers import AutoModelForSequenceClassification
 

@@ -222,7 +222,7 @@ eval_steps: 3
     sums = {"path": "sums.jsonl", "columns": {"prompt": "question", "completion": "answer"}, "fraction": 0.8}
     answer = trl_here(*typed, "--datasets", rows_file, json.dumps(sums), "--test_split_size", 0.25)
     assert answer.returncode == 0, answer.stderr
-    assert "trl: test_split_size=0.25 sets rows aside, and without eval_strategy nothing reads them" in answer.stdout
+    assert "trl: test_split_size=0.25 sets rows aside that are not used without eval_strategy" in answer.stdout
     assert json.loads((tmp_path / "typed" / "data_report.json").read_text())["train"]["rows_read"] == 12
     # Given twice, or without rows to evaluate on.
     both = trl_here(*line, "--dataset_name", rows_file)

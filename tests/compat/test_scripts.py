@@ -215,8 +215,8 @@ def test_dpo_0_9_contradicts_itself(tokenizer):
     ("word", "value", "remedy"),
     [
         ("is_encoder_decoder", True, "train a causal language model"),
-        ("ref_adapter_name", "reference", "pass a model with any other adapter as ref_model"),
-        ("model_adapter_name", "train", "the active one trains"),
+        ("ref_adapter_name", "reference", "pass a model with it as ref_model"),
+        ("model_adapter_name", "train", "the active adapter trains"),
         ("ref_model_init_kwargs", {"torch_dtype": "bfloat16"}, "load the reference with from_pretrained"),
         ("loss_type", "kto_pair", "train with KTOTrainer"),
     ],
@@ -396,7 +396,7 @@ def steps_taken(trainer, *arguments, **keywords):
 def test_train_honours_the_flag_once(half_way, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sft_train.py", "--resume_from_checkpoint", "out/checkpoint-2/"])
     assert steps_taken(half_way()) == 2
-    said = "trl: --resume_from_checkpoint on the command line: training goes on from out/checkpoint-2/"
+    said = "trl: --resume_from_checkpoint on the command line: training resumes from out/checkpoint-2/"
     assert capsys.readouterr().out.splitlines().count(said) == 1
     assert steps_taken(half_way()) == 4, "the flag concerns the first run"
 

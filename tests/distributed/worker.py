@@ -33,7 +33,7 @@ from tests.trainer.helpers import (
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.probe import attach
 from trl.engine.score import score
-from trl.losses.tokens import Metric, largest, mean, smallest
+from trl.losses.tokens import Metric, largest, mean_metric, smallest
 from trl.models import offload
 from trl.models.adapters import TWIN
 from trl.models.shards import keep_precision, local_weights
@@ -492,13 +492,13 @@ def names(out):
 
     torch.distributed.all_gather = counted
     for line in range(3):
-        own = {"all": mean(torch.tensor([float(rank)] * (rank + 1)))}
+        own = {"all": mean_metric(torch.tensor([float(rank)] * (rank + 1)))}
         if rank % 2:
             own["odd"] = Metric(torch.tensor(10.0 * rank), 2.0)
         if rank == 3 and line != 1:
             own |= {"low": smallest(torch.tensor([4.0, 9.0])), "high": largest(torch.tensor([-7.0, -8.0]))}
         if rank == 0 and line != 1:
-            own |= {"low": smallest(torch.tensor([5.0])), "late" if line else "early": mean(torch.ones(1))}
+            own |= {"low": smallest(torch.tensor([5.0])), "late" if line else "early": mean_metric(torch.ones(1))}
         totals.add(own)
         if rank < 3:
             totals.add(own)
@@ -506,7 +506,7 @@ def names(out):
         found.append(totals.reduced(device, dist.get_world_size(), tokens=rank))
     torch.distributed.all_gather = original
     # One kind on one rank, another on the rest.
-    totals.add({"mixed": mean(torch.ones(1)) if rank else smallest(torch.ones(1))})
+    totals.add({"mixed": mean_metric(torch.ones(1)) if rank else smallest(torch.ones(1))})
     try:
         totals.reduced(device, dist.get_world_size())
     except ValueError as error:

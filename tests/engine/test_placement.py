@@ -12,7 +12,7 @@ from tests.engine import families
 from trl.engine.forest import flat, padded, unshared
 from trl.engine.probe import attach
 from trl.engine.score import score
-from trl.models.unwrap import causal_lm
+from trl.models.unwrap import unwrap
 
 
 def test_device_hooks_move_every_tensor_of_the_segments_and_keep_the_rest():
@@ -153,7 +153,7 @@ def test_gradient_checkpointing(reentrant, adapter, build):
     batch = build(families.forest())
     model.train()
     expected = gradients_of(model, batch)
-    families.checkpoint_layers(causal_lm(model), reentrant)
+    families.checkpoint_layers(unwrap(model), reentrant)
     assert_close(gradients_of(model, batch), expected)
 
 

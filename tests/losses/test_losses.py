@@ -5,7 +5,7 @@ import math
 import torch
 
 from trl.losses.sft import LOSSES, dft, nll
-from trl.losses.tokens import largest, mean, position, seq_count, seq_mean, seq_sum, smallest
+from trl.losses.tokens import largest, mean_metric, position, seq_count, seq_mean, seq_sum, smallest
 
 
 def test_sums_and_means_over_ragged_sequences():
@@ -25,7 +25,7 @@ def test_half_precision_is_summed_in_full_precision():
     """In bf16 a sum of 300 times -1.0078125 would stop at -256."""
     values_N, seq_N = torch.full((300,), -1.0078125, dtype=torch.bfloat16), torch.zeros(300, dtype=torch.long)
     assert seq_sum(values_N, seq_N, 1).tolist() == [-302.34375] and seq_mean(values_N, seq_N, 1).item() == -1.0078125
-    assert mean(values_N).total.item() == -302.34375
+    assert mean_metric(values_N).total.item() == -302.34375
     assert seq_sum(values_N.double(), seq_N, 1).dtype == torch.float64
 
 
@@ -47,7 +47,7 @@ def test_counts_and_places_of_tokens():
 
 
 def test_mean_keeps_sum_and_count_and_no_graph():
-    metric = mean(torch.tensor([1.0, 2.0, 6.0], requires_grad=True))
+    metric = mean_metric(torch.tensor([1.0, 2.0, 6.0], requires_grad=True))
     assert metric.total.item() == 9.0 and metric.items == 3.0 and not metric.total.requires_grad
 
 

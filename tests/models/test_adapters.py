@@ -58,8 +58,8 @@ def test_an_expression_among_names() -> None:
     with pytest.raises(ValueError) as error:
         adapters.lora_config(ModelConfig(lora_target_modules=["q_proj", ".*v_proj"]))
     assert str(error.value) == (
-        "lora_target_modules: '.*v_proj' is no plain name of a layer, which each of several entries has to be. "
-        r"Write one regular expression for whole names, such as '.*\.(q|v)_proj'"
+        "lora_target_modules: '.*v_proj' is not a plain name, and several entries must all be plain names. "
+        r"Write one regular expression for whole names instead, such as '.*\.(q|v)_proj'"
     )
 
 

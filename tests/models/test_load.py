@@ -169,7 +169,7 @@ def test_under_a_launcher_no_model_is_spread(
     monkeypatch.setenv("WORLD_SIZE", "2")
     model = load.load_causal_lm(tiny_path, device_map="auto")
     assert not hasattr(model, "hf_device_map")
-    assert "under a launcher each process holds a whole one" in capsys.readouterr().out
+    assert "under a launcher each process holds a whole model" in capsys.readouterr().out
     # A map to one device is a choice, not a spread.
     assert load._placed({"device_map": {"": 1}}) == {"device_map": {"": 1}}
     monkeypatch.delenv("WORLD_SIZE")

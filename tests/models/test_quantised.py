@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from tests.rollout.helpers import sample
 from tests.trainer.helpers import chat_rows, sft
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import flat, padded
@@ -74,7 +75,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def test_without_an_adapter_the_remedy_is_named(smol2_path: str) -> None:
-    with pytest.raises(ValueError, match=r"rounded weights cannot be trained themselves. Pass peft_config=LoraConfig"):
+    with pytest.raises(ValueError, match=r"rounded weights cannot be trained. Pass peft_config=LoraConfig"):
         adapters.for_training(four_bit(smol2_path))
 
 
@@ -274,7 +275,7 @@ def test_log_probs_of_what_is_drawn_are_the_engines(smol2_path: str, sampler: An
     before = gradients(model)
     prompts = [list(tree.root.ids) for tree in forest(smol2_path)]
     requests = [Request(prompt, 3, (0, index)) for index, prompt in enumerate(prompts)]
-    drawn = sampler.generate(model, requests, Sampling(max_new_tokens=8, temperature=0.8))
+    drawn = sample(sampler, model, requests, Sampling(max_new_tokens=8, temperature=0.8))
     for prompt, group in zip(prompts, drawn, strict=True):
         branches = tuple(Branch(each.ids, [True] * len(each.ids)) for each in group)
         with torch.no_grad():

@@ -36,7 +36,7 @@ def test_a_generation_config_with_settings_of_sampling_is_saved(tokenizer: Any, 
 def test_what_cannot_be_saved_is_told_before_the_first_step(tokenizer: Any, tmp_path: Path) -> None:
     trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(4), max_steps=1)
     trainer.model.config.note = lambda: None
-    with pytest.raises(ValueError, match="the model's configuration cannot be saved, so that the training would be"):
+    with pytest.raises(ValueError, match="the model's configuration cannot be saved, so the training would be"):
         trainer.train()
     assert trainer.state.global_step == 0
     del trainer.model.config.note

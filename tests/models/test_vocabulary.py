@@ -61,7 +61,7 @@ def test_sources_that_have_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(load.ModelError, match="no chat template file at ./absent.jinja"):
         vocabulary.set_chat_template(tokenizer(), "./absent.jinja")
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(load.ModelError, match=f"{tmp_path} has no chat template to take"):
+    with pytest.raises(load.ModelError, match=f"{tmp_path} has no chat template to copy"):
         vocabulary.set_chat_template(tokenizer(), str(tmp_path))
 
 
@@ -129,7 +129,7 @@ def test_a_second_clone_changes_nothing(source: Any) -> None:
 
 def test_a_clone_after_the_adapter_is_refused(source: Any) -> None:
     wrapped = adapters.wrap(model(42), peft.LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(load.ModelError, match="clone the chat template before putting an adapter on"):
+    with pytest.raises(load.ModelError, match="clone the chat template before adding an adapter"):
         vocabulary.clone_chat_template(wrapped, tokenizer(), source)
 
 

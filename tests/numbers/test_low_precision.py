@@ -118,7 +118,7 @@ def test_float16_weights_are_held_in_float32(tmp_path, tokenizer, capsys):
     trainer = sft_run(tmp_path, tiny(tokenizer).half(), tokenizer)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     trainer.train()
-    assert "float16 weights that train are held in float32" in capsys.readouterr().out
+    assert "trainable float16 weights are held in float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -248,10 +248,12 @@ def test_a_checkpoint_of_another_run_is_never_taken_in_silence(tmp_path, tokeniz
     quick(tmp_path, tiny(tokenizer), tokenizer).train()
     capsys.readouterr()
     other = quick(tmp_path, tiny(tokenizer), tokenizer, rows=5)
-    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint-2 is of another run \(data: 6 rows .* there, 5"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"checkpoint-2 belongs to another run \(data: 6 rows .* there, 5"
+    ):
         other.train(resume_from_checkpoint=True)
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # named, it is taken, and said
-    assert "checkpoint-1 is of another run (data: 6 rows" in capsys.readouterr().out
+    assert "checkpoint-1 belongs to another run (data: 6 rows" in capsys.readouterr().out
 
 
 def test_an_earlier_run_is_mentioned_and_the_latest_start_is_resumed(tmp_path, tokenizer, capsys):
@@ -262,7 +264,7 @@ def test_an_earlier_run_is_mentioned_and_the_latest_start_is_resumed(tmp_path, t
     assert f"{tmp_path} holds checkpoint-2 of an earlier run, and this run starts from the beginning" in said
     folder, sentences = checkpoint.resolve(tmp_path, True)
     assert folder.name == "checkpoint-1"
-    assert sentences == ["checkpoint-2 of a run that was begun earlier: passed over"]
+    assert sentences == ["checkpoint-2 of a run that began earlier: skipped"]
 
 
 def test_an_adapter_of_another_rank_is_a_sentence(tmp_path, tokenizer):

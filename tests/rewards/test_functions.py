@@ -209,12 +209,12 @@ WRONG = {
     "exception": (fails_on_105, r"'fails_on_105', row 1 \('Maybe 104'\): ZeroDivisionError: division by zero"),
     "column": (
         wants_solution,
-        r"'wants_solution': it wants `solution`, and the data have no such column. Their columns: `answer`; beside",
+        r"'wants_solution': it requires `solution`, and the data have no such column. Their columns: `answer`; it may",
     ),
-    "near": (wants_answers, r"'wants_answers': it wants `answers`, and .* \(did you mean `answer`\?\)"),
+    "near": (wants_answers, r"'wants_answers': it requires `answers`, and .* \(did you mean `answer`\?\)"),
     "factory": (
         REWARDS["get_regex_reward"],
-        r"'get_regex_reward': it makes a reward function and is none: pass get_regex_reward\(pattern=...\)",
+        r"'get_regex_reward': it makes a reward function and is not one itself: pass get_regex_reward\(pattern=...\)",
     ),
 }
 
@@ -272,7 +272,7 @@ def test_a_constant_is_said_once(rewards: Any, said: set[str]) -> None:
     (sentence,) = said
     assert sentence == (
         "reward function '<lambda>' gave 0.5 to every row 5 times in a row, lately to 'It is 4.': nothing is learnt "
-        "from it like this."
+        "from a constant reward."
     )
 
 
@@ -294,7 +294,7 @@ def test_a_function_for_messages_and_data_of_strings(rewards: Any, said: set[str
         assert ask(functions) == [[1.0], [0.0], [0.0]]
     assert said == {
         "reward function 'correctness_reward' reads chat messages, and prompts and completions are strings: each "
-        "answers as one message"
+        "acts as one message"
     }
     assert ask(rewards(correctness_reward, chat=True)) == [[1.0], [0.0], [0.0]]
 
@@ -309,7 +309,7 @@ def test_a_function_that_loops_over_messages(rewards: Any, said: set[str]) -> No
         assert ask(functions) == [[8.0], [9.0], [0.0]]
     (sentence,) = said
     assert sentence.startswith("reward function 'loops' fails on strings (TypeError: string indices must be integers")
-    assert sentence.endswith("and works on chat messages: it is given those")
+    assert sentence.endswith("and works on chat messages: it gets chat messages")
 
 
 def test_a_function_for_strings_and_data_of_messages(rewards: Any, said: set[str]) -> None:
@@ -473,7 +473,7 @@ def test_async_errors(rewards: Any) -> None:
     assert time.monotonic() - began < 10
     with pytest.raises(RewardError, match=r"'own', one of 3 rows, .* 'It is 4.': TimeoutError: the service is slow"):
         ask(rewards(own, timeout=30))
-    with pytest.raises(RewardError, match="'wants': it wants `solution`"):
+    with pytest.raises(RewardError, match="'wants': it requires `solution`"):
         ask(rewards(wants))
 
 
@@ -497,7 +497,7 @@ def test_workers(rewards: Any, said: set[str]) -> None:
     assert extra == {"upper": ["IT IS 4.", "MAYBE 104", ""]} and metrics == [("rows", 2), ("rows", 1)]
     assert all(row[1] != judges.os.getpid() % 1000 for row in table)
     assert said == {
-        "reward function 'content' reads chat messages, and prompts and completions are strings: each answers as one "
+        "reward function 'content' reads chat messages, and prompts and completions are strings: each acts as one "
         "message"
     }
     chatty = rewards([judges.lengths], workers=1, chat=True)
@@ -633,7 +633,7 @@ def test_endpoint_retries(rewards: Any, endpoint: Any) -> None:
 
 def test_endpoint_errors(rewards: Any, endpoint: Any) -> None:
     server = endpoint((500, b"out of order"))
-    sentence = r"score', one of 3 rows, .*: the endpoint http://\S+ failed 3 times, lastly with HTTP 500 .*out of order"
+    sentence = r"score', one of 3 rows, .*: the endpoint http://\S+ failed 3 times, last with: HTTP 500 .*out of order"
     with pytest.raises(RewardError, match=sentence):
         ask(rewards(server.url, retries=2))
     assert len(server.asked) == 3
@@ -648,11 +648,11 @@ def test_endpoint_errors(rewards: Any, endpoint: Any) -> None:
         ask(rewards(endpoint((200, {"rewards": [1, 2]})).url))
     with pytest.raises(RewardError, match=r"row 1 \('Maybe 104'\): gave 'a', a str"):
         ask(rewards(endpoint((200, {"rewards": [1, "a", 2]})).url))
-    with pytest.raises(RewardError, match="failed 1 times, lastly with no answer within 0.2 seconds"):
+    with pytest.raises(RewardError, match="failed 1 times, last with: no answer within 0.2 seconds"):
         ask(rewards(endpoint((0, 2.0)).url, timeout=0.2, retries=0))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        with pytest.raises(RewardError, match="failed 2 times, lastly with .*[Rr]efused"):
+        with pytest.raises(RewardError, match="failed 2 times, last with: .*[Rr]efused"):
             ask(rewards(f"http://127.0.0.1:{free.getsockname()[1]}", retries=1))
 
 

@@ -154,7 +154,7 @@ def test_what_cannot_be_attached(tokenizer: Any, monkeypatch: pytest.MonkeyPatch
     functions = RewardFunctions(model, processing_classes=tokenizer, chat=True, batch_tokens=90)
     table = functions.score(*chats(), [[1]] * 4)
     torch.testing.assert_close(table[:, 0], one_by_one(model, tokenizer, rendered(tokenizer)), atol=1e-5, rtol=1e-5)
-    assert "LlamaForSequenceClassification is called as it is (ValueError: no head)" in said
+    assert "LlamaForSequenceClassification runs outside the engine (ValueError: no head)" in said
 
 
 def test_without_a_chat_template(tokenizer: Any, smol_path: str, said: set[str]) -> None:
@@ -224,5 +224,5 @@ def test_pipelines(tokenizer: Any) -> None:
         logits = torch.cat([two(**tokenizer(text, return_tensors="pt")).logits for text in texts])
     probabilities = logits.softmax(-1)
     torch.testing.assert_close(table[:, 1], probabilities[:, 1] - probabilities[:, 0], atol=1e-5, rtol=1e-5)
-    with pytest.raises(RewardError, match="has the labels a, b, c, which do not say which is wanted"):
+    with pytest.raises(RewardError, match="has the labels a, b, c, which do not tell which is positive"):
         RewardFunctions(pipeline("text-classification", model=three, tokenizer=tokenizer, device="cpu"))

@@ -143,7 +143,7 @@ def test_a_sample_is_twelve_bytes_a_token_on_its_rank_and_few_elsewhere():
 
 def test_prompts_for_refilling_come_in_a_seeded_order_again_and_again():
     prompts = RefillPrompts(5, seed=3)
-    first = prompts.take(3, drawn={1})
+    first = prompts.take(3, sampled={1})
     assert len(set(first)) == 3 and 1 not in first
     resumed = RefillPrompts(5, 3, prompts.position)
     assert resumed.take(4, set()) == prompts.take(4, set())

@@ -109,16 +109,16 @@ def implicit(rows):
 
 
 @pytest.mark.slow
-def test_dpo_train_runs_as_written_after_sft_train(tmp_path, smol2_path):
+def test_dpo_train_runs_as_written_after_sft_train(tmp_path, tiny_path):
     """An adapter that transformers loads frozen, and a reference given beside it: it trains all the same."""
     write(tmp_path / "rows.jsonl", chat_rows(16))
     write(tmp_path / "pairs.jsonl", implicit(pair_rows(32)))
-    settings = {"model": smol2_path, "data": "rows.jsonl", "logging": 1, "saving": 100}
+    settings = {"model": tiny_path, "data": "rows.jsonl", "logging": 1, "saving": 100}
     (tmp_path / "sft_train.py").write_text(SFT_SCRIPT.format(**settings))
     run(tmp_path, "sft_train.py")
     (tmp_path / "dpo_train.py").write_text(SCRIPT)
     out = run(tmp_path, "dpo_train.py")
-    assert "the model was loaded with a frozen adapter inside: the adapter trains" in out
+    assert "the model was loaded with a frozen adapter inside: the adapter is made trainable" in out
     assert "reference: the model given" in out
     assert "32 rows read, 32 kept" in out
     state = json.loads((tmp_path / "dpo_output" / "checkpoint-4" / "trainer_state.json").read_text())
@@ -131,11 +131,11 @@ def test_dpo_train_runs_as_written_after_sft_train(tmp_path, smol2_path):
 
 
 @pytest.mark.slow
-def test_the_two_commands_as_typed(tmp_path, smol2_path):
+def test_the_two_commands_as_typed(tmp_path, tiny_path):
     write(tmp_path / "chats.jsonl", chat_rows(16))
     write(tmp_path / "pairs.jsonl", implicit(pair_rows(32)))
     sft = (
-        f"trl sft --model_name_or_path {smol2_path} --dataset_name chats.jsonl --dataset_text_field messages "
+        f"trl sft --model_name_or_path {tiny_path} --dataset_name chats.jsonl --dataset_text_field messages "
         "--output_dir ./cli_sft_output --num_train_epochs 3 --per_device_train_batch_size 2 "
         "--gradient_accumulation_steps 4 --learning_rate 2e-4 --bf16 --use_peft --lora_r 16 --lora_alpha 32"
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl.losses.tokens import Metric, largest, mean, smallest
+from trl.losses.tokens import Metric, largest, mean_metric, smallest
 from trl.trainer.metrics import Totals, gather_rows
 
 CPU = torch.device("cpu")
@@ -11,9 +11,11 @@ CPU = torch.device("cpu")
 
 def test_means_add_up_and_ends_do_not():
     totals = Totals()
-    totals.add({"a": mean(torch.tensor([1.0, 2.0])), "low": smallest(torch.tensor([3.0, 4.0]))})
-    totals.add({"none": mean(torch.zeros(0))})
-    totals.add({"a": mean(torch.tensor([6.0])), "low": smallest(torch.zeros(0)), "high": largest(torch.tensor([-5.0]))})
+    totals.add({"a": mean_metric(torch.tensor([1.0, 2.0])), "low": smallest(torch.tensor([3.0, 4.0]))})
+    totals.add({"none": mean_metric(torch.zeros(0))})
+    totals.add(
+        {"a": mean_metric(torch.tensor([6.0])), "low": smallest(torch.zeros(0)), "high": largest(torch.tensor([-5.0]))}
+    )
     assert totals.reduced(CPU, 1, tokens=7) == ({"a": 3.0, "high": -5.0, "low": 3.0}, {"tokens": 7.0})
     assert totals.reduced(CPU, 1) == ({}, {})
     totals.add({"high": largest(torch.tensor([1.0]))})
@@ -22,9 +24,9 @@ def test_means_add_up_and_ends_do_not():
 
 def test_what_a_checkpoint_keeps_goes_on():
     first, second = Totals(), Totals()
-    first.add({"a": mean(torch.tensor([1.0, 2.0])), "low": smallest(torch.tensor([3.0]))})
+    first.add({"a": mean_metric(torch.tensor([1.0, 2.0])), "low": smallest(torch.tensor([3.0]))})
     second.load(first.state(), CPU)
-    second.add({"a": mean(torch.tensor([6.0])), "low": smallest(torch.tensor([2.0]))})
+    second.add({"a": mean_metric(torch.tensor([6.0])), "low": smallest(torch.tensor([2.0]))})
     assert second.reduced(CPU, 1)[0] == {"a": 3.0, "low": 2.0}
     older = Totals()
     older.load({"a": (torch.tensor(3.0), 2.0)}, CPU)  # as checkpoints were before there were kinds

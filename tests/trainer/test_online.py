@@ -50,11 +50,11 @@ class Canned:
 
 def logps(model, prompt, ids, temperature):
     from trl.data.batching.collate import Branch, Tree
-    from trl.models.unwrap import causal_lm
+    from trl.models.unwrap import unwrap
 
     tree = Tree(Branch(list(prompt), [False] * len(prompt)), (Branch(ids, [True] * len(ids)),))
     with torch.no_grad():
-        return score(model, causal_lm(model)._trl_attachment.batch([tree]), temperature=temperature).logp_N.tolist()
+        return score(model, unwrap(model)._trl_attachment.batch([tree]), temperature=temperature).logp_N.tolist()
 
 
 def reward(completion_ids, **_):

@@ -95,7 +95,7 @@ from dataclasses import dataclass, field
 
 from trl.config import BaseConfig
 from trl.engine.score import score
-from trl.losses.tokens import mean, seq_sum
+from trl.losses.tokens import mean_metric, seq_sum
 from trl.trainer.dpo import pair_batch
 from trl.trainer.preference import ReferenceFreeTrainer
 from trl.config import PreferenceFields
@@ -121,7 +121,7 @@ class MarginTrainer(ReferenceFreeTrainer):
         stats = score(model, batch)
         chosen_P, rejected_P = seq_sum(stats.logp_N, stats.seq_N, stats.sequences).view(-1, 2).unbind(1)
         gap_P = chosen_P - rejected_P
-        return {"pairs": (self.args.margin - gap_P).clamp(min=0).sum()}, {"gap": mean(gap_P)}
+        return {"pairs": (self.args.margin - gap_P).clamp(min=0).sum()}, {"gap": mean_metric(gap_P)}
 """
 
 

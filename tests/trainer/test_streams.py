@@ -123,7 +123,7 @@ class Processor:
 def test_a_processor_stands_for_its_tokenizer(tmp_path, tokenizer, capsys):
     trainer = sft(tmp_path, tiny(tokenizer), Processor(tokenizer), chat_rows(2))
     assert trainer.processing_class is tokenizer
-    assert "of the Processor its tokenizer is used" in capsys.readouterr().out
+    assert "only the tokenizer of the Processor is used" in capsys.readouterr().out
 
 
 def test_a_length_beyond_the_window_is_told_before_the_weights_load(tmp_path, tiny_path, monkeypatch):

@@ -1,9 +1,8 @@
-"""`trl demo`: the whole job on a small real model, offline, on whatever machine this is.
+"""`trl demo`: three training stages on a small real model, offline, on any machine.
 
-SmolLM2-135M-Instruct learns to turn an order, phrased as people phrase it, into one line of JSON. It cannot do so
-before; the rows it is judged on hold customers and orders that it never saw in training. Then it learns from pairs, of
-a right ticket and one with a mistake, to keep the two apart. Last it learns from its own tickets and how right they are
-what nobody showed it: to hear out who changes an order.
+SmolLM2-135M-Instruct learns to turn an order in natural language into one line of JSON, a ticket. The held-out rows
+have customers and orders that training never shows. Then it learns from pairs of a right ticket and one with a mistake.
+Last, it learns by reward alone to follow a change of the order, which no example shows.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from trl.demo.stages import FULL, QUICK, dpo, grpo, quiet, sft
 def run(argv: Sequence[str], command: str) -> int:
     parser = argparse.ArgumentParser(
         prog=f"trl {command}",
-        description="Train SmolLM2-135M-Instruct on this machine, offline, and see what it learned: about "
+        description="Train SmolLM2-135M-Instruct on this machine, offline, and evaluate it: about "
         f"{FULL.minutes} on two processor cores. The exit status is 1 if it did not learn.",
     )
-    parser.add_argument("--output_dir", default="trl-demo", help="where everything is written [trl-demo]")
-    parser.add_argument("--quick", action="store_true", help="a sixth of the steps: a check that everything works")
-    parser.add_argument("--seed", type=int, default=0, help="for the rows, the adapter and their order [0]")
+    parser.add_argument("--output_dir", default="trl-demo", help="folder for all output [trl-demo]")
+    parser.add_argument("--quick", action="store_true", help="a sixth of the steps, to check that everything works")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the rows, their order and the adapter [0]")
     options = parser.parse_args(argv)
     size = QUICK if options.quick else FULL
     started = time.perf_counter()
@@ -36,8 +35,8 @@ def run(argv: Sequence[str], command: str) -> int:
         "follow changes of an order,\nby reward alone.\n"
         f"About {size.minutes} on two idle processor cores; nothing is downloaded.\n"
     )
-    # Waiting threads sleep instead of spinning: a tenth slower on an idle machine, far faster on one that does
-    # something else as well. Read when torch is loaded, which has not happened yet.
+    # Waiting threads sleep instead of spinning: a tenth slower on an idle machine, far faster on a busy one. Set
+    # before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     hide_library_notes()
     quiet()

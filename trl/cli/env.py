@@ -1,4 +1,4 @@
-"""`trl env`: what a report of a problem should begin with."""
+"""`trl env`: versions and devices, for a bug report."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 def _accelerate_config() -> str:
-    """The file that `accelerate config` wrote, on one line, or that there is none."""
+    """The settings of `accelerate config` on one line, or "none"."""
     cache = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     path = Path(cache).expanduser() / "accelerate" / "default_config.yaml"
     if not path.is_file():

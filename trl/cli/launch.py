@@ -1,6 +1,6 @@
-"""Several processes: options that `accelerate launch` knows make a command start itself again through it.
+"""Several processes: with options of `accelerate launch`, a command restarts itself through that launcher.
 
-The command that was typed reads its options first, so that a mistake in them is told once and before anything starts.
+The command parses its own options first, so that an error in them is reported once, before anything starts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 from trl.cli import UsageError, nearest
 
-# Says to the commands of a launcher that they are its own, and need start nothing.
+# Tells a command that a launcher has started it, so that it does not start another.
 LAUNCHED = "TRL_LAUNCHED"
-# What decides how a command is started, and is not the user's to say.
+# Options of the launcher that the command sets itself.
 RESERVED = {
     "help",
     "module",
@@ -32,7 +32,7 @@ RESERVED = {
     "vm",
     "config_file",
 }
-# What `torch.distributed.run` can be told too. `accelerate launch` starts one process where there is no accelerator.
+# Options that `torch.distributed.run` has too. Without an accelerator, `accelerate launch` starts only one process.
 PLAIN = {
     *("cpu", "mixed_precision", "multi_gpu", "num_processes", "num_machines", "machine_rank"),
     *("main_process_ip", "main_process_port", "same_network"),
@@ -41,7 +41,7 @@ PLAIN = {
 
 @cache
 def options() -> Mapping[str, bool]:
-    """What `accelerate launch` can be told here, and whether it takes a value."""
+    """The options of `accelerate launch` that are accepted, and whether each takes a value."""
     from accelerate.commands.launch import launch_command_parser
 
     known = {"accelerate_config": True}
@@ -58,9 +58,9 @@ def launched() -> bool:
 
 
 def relaunch(command: str, argv: Sequence[str], settings: Mapping[str, Any], values: Mapping[str, Any]) -> int:
-    """Start `trl <command> <argv>` in the processes that `settings` describe. Its exit status."""
+    """Start `trl <command> <argv>` in the processes that `settings` describe; return the exit status."""
     settings = {name: value for name, value in settings.items() if value not in (None, False)}
-    child = ["-m", "trl.cli.main", command, *argv, *_said_to_the_trainer(settings, values)]
+    child = ["-m", "trl.cli.main", command, *argv, *_for_the_trainer(settings, values)]
     environment = {**os.environ, LAUNCHED: "1"}
     written = None
     try:
@@ -83,8 +83,8 @@ def relaunch(command: str, argv: Sequence[str], settings: Mapping[str, Any], val
             os.unlink(written)
 
 
-def _said_to_the_trainer(settings: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    """What the launcher is told and the trainer has to know as well, unless it was told otherwise."""
+def _for_the_trainer(settings: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Options of the trainer that follow from those of the launcher, unless `values` sets them."""
     words = []
     precision = str(settings.get("mixed_precision", "")).lower()
     if precision in ("bf16", "fp16", "no") and not {"bf16", "fp16"} & values.keys():
@@ -138,7 +138,7 @@ def _wait(line: Sequence[str], environment: Mapping[str, str]) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
-    except KeyboardInterrupt:  # the launcher has it too, and gives its processes some time to end
+    except KeyboardInterrupt:  # the launcher is interrupted too, and gives its processes time to end
         try:
             process.wait()
         except KeyboardInterrupt:
@@ -149,28 +149,28 @@ def _wait(line: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _kill(pid: int) -> None:
-    """End a process and all that it started, at once."""
+    """Kill a process and all its children."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        # The parent first, or it would start again what ends.
+        # The parent first, since it would restart its children.
         for process in (parent, *parent.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
 
 def how_to_go_on(output_dir: str) -> str:
-    """The newest checkpoint of an interrupted run, and how it is resumed."""
+    """A sentence that names the newest checkpoint of an interrupted run and how to resume from it."""
     from trl import checkpoint
 
     found = [each for each in checkpoint.checkpoints(Path(output_dir)) if checkpoint.problem(each) is None]
     if not found:
-        return f"{output_dir} holds no checkpoint yet: --save_steps says how often one is written."
+        return f"{output_dir} holds no checkpoint yet: --save_steps sets how often one is written."
     newest = max(found, key=lambda each: (checkpoint.started(each), checkpoint.step(each)))
     return (
         f"The newest checkpoint is {newest}, of step {checkpoint.step(newest)}; the same command with "
-        "--resume_from_checkpoint goes on from there."
+        "--resume_from_checkpoint resumes from it."
     )
 
 
@@ -199,7 +199,7 @@ def _sharded(version: int, **more: Any) -> dict[str, Any]:
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "fsdp_cpu_ram_efficient_loading": True,
             "fsdp_offload_params": False,
-            # Whole weights: what is saved opens without the processes that trained it.
+            # Whole weights, so that the saved model opens in one process.
             "fsdp_state_dict_type": "FULL_STATE_DICT",
             **more,
         },
@@ -224,7 +224,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def config_file(name: str) -> str:
-    """The file that `--accelerate_config` names. A preset is written to a temporary one, for all GPUs there are."""
+    """The file for `--accelerate_config`; a preset is written to a temporary file, for all GPUs. Raises UsageError."""
     if Path(name).expanduser().is_file():
         return str(Path(name).expanduser())
     if name not in PRESETS:

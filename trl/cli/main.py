@@ -1,4 +1,4 @@
-"""`trl <command>`: finds the command, runs it, and turns mistakes into sentences.
+"""`trl <command>`: finds the command, runs it, and prints errors as sentences.
 
 Nothing heavy is imported before a command is known, so that `trl --help` answers at once.
 """
@@ -27,7 +27,7 @@ def commands() -> dict[str, Command]:
     """The commands by name. Each module has `run(argv, command) -> int`."""
     return {
         **{name: Command("trl.cli.train", f"{row.title}: {row.summary}") for name, row in METHODS.items()},
-        "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and see what it learned"),
+        "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and evaluate it"),
         "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
     }
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0:1] == ["help"] and argv[1:2] and argv[1] in commands():
         argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        # Asked for, it goes to stdout; typed by mistake, it is an error.
+        # On request, help goes to stdout; without a command, it is an error.
         print(help_text(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = import_module(known[name].module).run
         return run(rest, name)
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once what is still winding up
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         print(f"\ntrl {name}: interrupted{'. ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         return 130
     except UsageError as error:
@@ -89,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"trl {name}: {error}", file=sys.stderr)
         return 2
     except (ValueError, ArithmeticError, OSError, ImportError) as error:
-        # What a user can put right: rows, paths, settings, missing packages, a loss that runs away. Anything else is a
-        # fault of the program, whose traceback is the most useful thing to show.
+        # Errors that a user can correct: rows, paths, options, missing packages, a diverging loss. Any other error is a
+        # bug, and its traceback is the most useful output.
         if debug:
             raise
         message = str(error).strip() or type(error).__name__
-        print(f"trl {name}: {message}\n(TRL_DEBUG=1 shows where this arose.)", file=sys.stderr)
+        print(f"trl {name}: {message}\n(TRL_DEBUG=1 shows the traceback.)", file=sys.stderr)
         return 1
 
 

@@ -1,7 +1,7 @@
-"""Flags made from dataclasses: each field one flag, with its type, its help and its default.
+"""Flags from dataclasses: one flag for each field, with its type, help and default.
 
-A value may come from three places: the dataclass's default, a YAML file (`--config`), and the command line; the later
-one wins. The last two pass through the same conversion, so that `learning_rate: 1e-4` (text, to YAML) is a number too.
+A value comes from the command line, else from a YAML file (`--config`), else from the dataclass's default. The first
+two are converted alike, so that `learning_rate: 1e-4` (text, in YAML) becomes a number too.
 """
 
 from __future__ import annotations
@@ -10,31 +10,30 @@ import argparse
 import copy
 import dataclasses
 import enum
-import json
 import sys
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, NoReturn
 
 from trl.cli import UsageError, nearest
+from trl.cli.values import FALSE, TRUE, Kind, yaml_value
 from trl.compat.arguments import rows_of
 from trl.compat.table import VALUES, ArgumentError, Now
 from trl.near import near
 
-TRUE = ("true", "yes", "on", "1")
-FALSE = ("false", "no", "off", "0")
-# Flags of text that may stand alone, and then say "true".
+# Text flags that may stand without a value, which is then "true".
 BARE = ("resume_from_checkpoint",)
 
 
 class Parser:
-    """Reads argv into one instance of each of `classes`. A field that two of them share is one flag.
+    """Parses argv into one instance of each of `classes`. A field that two classes share is one flag.
 
-    `common` names the options that `--help` shows, by group, with a sentence that replaces the field's own where it is
-    not empty; without it, all are shown. `foreign`, asked only when a word is unknown, names another program's options
-    and whether each takes a value.
+    common     the options that `--help` shows, by group, each with a help text or "" for the field's own; default: all
+    notes      paragraphs at the end of the help
+    foreign    returns another program's options and whether each takes a value; called only for an unknown option
+
+    Raises UsageError for a wrong command line.
     """
 
     def __init__(
@@ -49,16 +48,21 @@ class Parser:
     ) -> None:
         self.classes = classes
         self.kinds: dict[str, Kind] = {}
-        self.older: dict[str, Any] = {}  # word -> its row in the table of older words
+        self.older: dict[str, Any] = {}  # older name -> its row in the compatibility table
         self.prog, self.description, self.notes = prog, description, notes
         self.foreign = foreign
-        self.stray: list[str] | None = None  # words of no option; where they are not kept, they are an error
+        self.stray: list[str] | None = (
+            None  # words that belong to no option, if they are collected; else they are an error
+        )
         self._older_values: dict[str, Collection[Any]] = {}
         self._groups: dict[str, list[argparse.Action]] = {"Everywhere": []}
         self._argparse = _Argparse(prog=prog, add_help=False, allow_abbrev=False)
         self._options = self._argparse.add_argument_group()
         self._add_flag(
-            "Everywhere", "--config", metavar="FILE", help="YAML file of these same options; what is typed is stronger"
+            "Everywhere",
+            "--config",
+            metavar="FILE",
+            help="YAML file of the same options; the command line overrides it",
         )
         for cls in classes:
             hints = typing.get_type_hints(cls)
@@ -85,11 +89,13 @@ class Parser:
         return self.instances(self.read(argv))
 
     def instances(self, values: Mapping[str, Any]) -> list[Any]:
-        """One of each class. Older words are put into today's as the classes are made, and said."""
+        """One instance of each class. The classes translate older names of options, with a notice."""
         instances = []
         for cls in self.classes:
             own = {field.name for field in dataclasses.fields(cls) if field.init}
-            own |= rows_of(cls).keys() & self.older.keys()  # an older word may be today's of another class
+            own |= (
+                rows_of(cls).keys() & self.older.keys()
+            )  # an older name of one class may be a present name of another
             try:
                 instances.append(cls(**{name: value for name, value in values.items() if name in own}))
             except ArgumentError as error:
@@ -97,11 +103,11 @@ class Parser:
         return instances
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What argv and its YAML file say, converted; fields that neither names are absent."""
+        """The converted values from argv and its YAML file; other fields are absent."""
         return self.read_apart(argv)[0]
 
     def read_apart(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-        """As `read`; then the foreign options; then argv without them."""
+        """The result of `read`, the foreign options, and argv without them."""
         words = [_with_underscores(word) for word in argv]
         for flag, everything in (("-h", False), ("--help", False), ("--help_all", True)):
             if flag in words:
@@ -128,7 +134,7 @@ class Parser:
                     meant = nearest(str(name), self.kinds)
                     raise UsageError(f"{config}: there is no option `{name}`{meant}")
             foreign = elsewhere | foreign
-        # What is typed is stronger than the file, in whichever of two words it says the same thing.
+        # The command line overrides the file, also if one uses an older name of the option.
         values = {name: value for name, value in values.items() if not any(self._same(name, each) for each in typed)}
         for name, value in typed.items():
             values[name] = self._convert(name, value, where=f"--{name}")
@@ -160,10 +166,10 @@ class Parser:
         return formatter.format_help().rstrip()
 
     def _help_on_help(self) -> str:
-        return "the options people use" if self.common else "this text"
+        return "the most used options" if self.common else "this text"
 
     def _without_foreign(self, words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The words of our own options, and the foreign options among them. UsageError for an option nobody has."""
+        """argv without foreign options, and the foreign options. Raises UsageError for an unknown option."""
         known = self._argparse._option_string_actions
         own: list[str] = []
         foreign: dict[str, Any] = {}
@@ -180,11 +186,11 @@ class Parser:
                 own.append(word)
                 continue
             if name not in theirs:
-                # An older word that was nearly typed is answered with today's.
+                # A misspelt older name is answered with the present name.
                 meanings = {old: getattr(row, "name", old) for old, row in self.older.items()}
                 meanings |= {each: each for each in [*self.kinds, *theirs]}
                 meanings |= {each[2:]: each[2:] for each in known if each[2:] not in self.older}
-                # Without the dashes, which all of them share.
+                # Compared without the dashes, which all flags share.
                 match = near(name, meanings)
                 meant = f"; did you mean --{meanings[match]}?" if match else "."
                 raise UsageError(f"there is no option {flag}{meant} `{self.prog} --help` lists them.")
@@ -197,7 +203,7 @@ class Parser:
         return own, foreign
 
     def _same(self, one: str, other: str) -> bool:
-        """Whether two words set the same field, one of them the older; keys of one mapping stand side by side."""
+        """Whether two names set the same field, one of them an older name. Keys of one mapping do not conflict."""
         today = [getattr(self.older.get(word), "name", word) for word in (one, other)]
         return today[0] == today[1] and not (today[0] in self.kinds and self.kinds[today[0]].mapping)
 
@@ -210,12 +216,12 @@ class Parser:
         if today in BARE and isinstance(value, bool):
             return str(value).lower()
         try:
-            return kind.convert(value, older) if kind is not None else _plain(value)
+            return kind.convert(value, older) if kind is not None else yaml_value(value)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from None
 
     def _kind(self, name: str) -> Kind | None:
-        """What a word admits; None for an older word of which nothing is known."""
+        """The kind of an option; None for an older name whose type is not known."""
         if name in self.kinds:
             return self.kinds[name]
         row = self.older[name]
@@ -223,7 +229,7 @@ class Parser:
         return kind if kind is not None and (row.value is None or kind.number) else None
 
     def _add_flag(self, title: str, *flags: str, **options: Any) -> argparse.Action:
-        # Absent flags stay absent from the result, or they would override the YAML file.
+        # Absent flags stay absent from the result; a default would override the YAML file.
         action = self._options.add_argument(*flags, default=argparse.SUPPRESS, **options)
         self._groups.setdefault(title, []).append(action)
         return action
@@ -231,7 +237,7 @@ class Parser:
     def _add(self, title: str, field: dataclasses.Field[Any], kind: Kind) -> None:
         help_text = " ".join(str(field.metadata.get("help", "")).split()).replace("%", "%%")
         if kind.choices and "|" not in kind.metavar:
-            # The flag itself does not show them. Other libraries' long lists are in their own documentation.
+            # The flag itself does not show the choices. Long lists of other libraries are in their documentation.
             if names := field.metadata.get("choices", ()):
                 help_text += f" One of: {', '.join(map(str, names))}."
         default = _default(field)
@@ -255,8 +261,8 @@ class Parser:
 
 
 class TrlParser(Parser):
-    """The parser of scripts of one's own, under upstream's name: one instance of each dataclass, from the command line
-    and the YAML file of `--config`, whose `env:` holds environment variables."""
+    """The parser for your own scripts, under upstream's name: one instance of each dataclass, from the command line and
+    the YAML file of `--config`, whose `env:` holds environment variables."""
 
     def __init__(self, dataclass_types: type | Sequence[type], prog: str | None = None, description: str = "") -> None:
         classes = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
@@ -268,7 +274,8 @@ class TrlParser(Parser):
         return_remaining_strings: bool = False,
         fail_with_unknown_args: bool = True,
     ) -> tuple[Any, ...]:
-        """The instances; with `return_remaining_strings` also the list of words that belong to no option."""
+        """The instances; with `return_remaining_strings` also the list of words that belong to no option. A wrong
+        command line ends the process with status 2; `fail_with_unknown_args=False` ignores unknown words."""
         argv = sys.argv[1:] if args is None else list(args)
         self.stray = [] if return_remaining_strings or not fail_with_unknown_args else None
         try:
@@ -283,7 +290,7 @@ class TrlParser(Parser):
 
 
 def _shape(name: str, kind: Kind) -> dict[str, Any]:
-    """How many words a flag takes, and how `--help` shows them."""
+    """Arguments of `add_argument`: the number of values of a flag, and how `--help` shows them."""
     if kind.boolean:
         return {"nargs": "?", "const": True, "metavar": "true|false"}
     if name in BARE or (kind.either_boolean and kind.text and not kind.choices):
@@ -292,13 +299,13 @@ def _shape(name: str, kind: Kind) -> dict[str, Any]:
 
 
 def _shown(default: Any) -> str:
-    """A default as it would be typed."""
+    """A default as on the command line."""
     words = default if isinstance(default, (list, tuple)) else [default]
     return " ".join(str(word) if str(word).strip() else repr(word) for word in words)
 
 
 def _origin(cls: type, name: str) -> str:
-    """The title of the group of a field: the class that writes it, and what that class says of itself."""
+    """The title of a field's group: the first sentence of the class that defines it, and its name."""
     source = next(part for part in cls.__mro__ if name in part.__dict__.get("__annotations__", {}))
     if not source.__module__.startswith("trl"):
         library = source.__module__.partition(".")[0]
@@ -310,152 +317,9 @@ def _sentence(cls: type) -> str:
     return (cls.__doc__ or cls.__name__).strip().splitlines()[0].rstrip(".")
 
 
-class Kind:
-    """What a field's type annotation admits, and how a word or a YAML value becomes it."""
-
-    def __init__(self, hint: Any, choices: Sequence[Any] = ()) -> None:
-        members = _members(hint)
-        self.optional = type(None) in members
-        members = [member for member in members if member is not type(None)]
-        self.choices = list(choices) or [
-            choice.value if isinstance(choice, enum.Enum) else choice
-            for member in members
-            for choice in _choices(member)
-        ]
-        plain = [member for member in members if not _choices(member)]
-        # `Choice | str` is how transformers writes "one of these names": the names alone are right.
-        self.text = (str in plain or any(member is Any for member in plain)) and not (
-            self.choices and all(isinstance(choice, str) for choice in self.choices)
-        )
-        self.boolean = bool in plain and self.text is False
-        self.either_boolean = bool in plain or False in self.choices
-        self.integer = int in plain
-        self.number = float in plain
-        lists = [member for member in plain if typing.get_origin(member) in (list, tuple) or member is list]
-        self.many = bool(lists)
-        self.element = Kind(typing.get_args(lists[0])[0]) if lists and typing.get_args(lists[0]) else None
-        self.mapping = any(typing.get_origin(member) is dict or member in (dict, Any) for member in plain)
-        # Objects that no word can stand for (a parallelism plan, a function) have no flag.
-        self.settable = self.text or bool(self.choices) or self.mapping or self.many or self.either_boolean
-        self.settable = self.settable or self.integer or self.number
-
-    @property
-    def metavar(self) -> str:
-        if len(self.choices) > 8:
-            return "NAME"
-        if self.choices and not self.text:
-            return "|".join(str(choice) for choice in self.choices)
-        names = {"JSON": self.mapping, "NUMBER": self.number, "INTEGER": self.integer and not self.number}
-        return "|".join(name for name, applies in names.items() if applies) or "VALUE"
-
-    def convert(self, value: Any, older: Collection[Any] = ()) -> Any:
-        """`value` as the field wants it; ValueError, in words, when it cannot be that. Words in `older` are entries of
-        lists that will be put into today's."""
-        if isinstance(value, enum.Enum):
-            return value
-        # Where any text will do, "none" is a name like another (`report_to`); elsewhere it means None.
-        nothing = ("null",) if self.text else ("null", "none")
-        if value is None or (self.optional and isinstance(value, str) and value.lower() in nothing):
-            if self.optional:
-                return None
-            raise ValueError(f"needs {self.wanted()}")
-        if self.many:
-            return self._list(value, older)
-        if isinstance(value, list):
-            raise ValueError(f"takes one value, not a list; it needs {self.wanted()}")
-        if isinstance(value, dict):
-            if self.mapping:
-                return value
-            raise ValueError(f"needs {self.wanted()}, not a mapping")
-        return self._scalar(value)
-
-    def _list(self, value: Any, older: Collection[Any]) -> Any:
-        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-            value = value[0]
-        # "[qv]_proj" is a name, or a regular expression.
-        if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
-            value = _json(value)
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if self.text and len(values) == 1 and isinstance(values[0], str):
-            return values[0]
-        if self.choices and (
-            odd := [each for each in values if not (self._names(each) or isinstance(each, str) and each in older)]
-        ):
-            raise ValueError(f"needs {self.wanted()}, not `{odd[0]}`{nearest(str(odd[0]), map(str, self.choices))}")
-        return [self.element.convert(each) if self.element else each for each in values]
-
-    def _names(self, word: Any) -> bool:
-        """Whether the word is one of the choices, or names a function elsewhere: "package.module:function"."""
-        return word in self.choices or (isinstance(word, str) and ":" in word)
-
-    def _scalar(self, value: Any) -> Any:
-        word = str(value).strip()
-        if value is False and "no" in self.choices:
-            # YAML reads a bare `no` as false: `save_strategy: no`.
-            return "no"
-        if isinstance(value, bool) or (self.either_boolean and word.lower() in TRUE[:1] + FALSE[:1]):
-            if not self.either_boolean:
-                raise ValueError(f"needs {self.wanted()}, not {word.lower()}")
-            return value if isinstance(value, bool) else word.lower() == "true"
-        for choice in self.choices:
-            if word == str(choice):
-                return choice
-        if self.choices and ":" in word and all(isinstance(choice, str) for choice in self.choices):
-            return word  # "package.module:function", if the field takes functions; the config judges it
-        if self.boolean and word.lower() in TRUE + FALSE:
-            return word.lower() in TRUE
-        if self.integer:
-            try:
-                return int(word)
-            except ValueError:
-                pass
-        if self.number:
-            try:
-                return float(word)
-            except ValueError:
-                pass
-        if self.mapping and word.startswith("{"):
-            return _json(word)
-        if self.text:
-            return value if isinstance(value, str) else word
-        hint = nearest(word, map(str, self.choices)) if self.choices else ""
-        raise ValueError(f"needs {self.wanted()}, not `{word}`{hint}")
-
-    def wanted(self) -> str:
-        kinds = []
-        if self.choices:
-            kinds.append(("some" if self.many else "one") + " of " + ", ".join(map(str, self.choices)))
-        if self.boolean:
-            kinds.append("true or false")
-        if self.number:
-            kinds.append("a number")
-        elif self.integer:
-            kinds.append("a whole number")
-        if self.mapping:
-            kinds.append('JSON like {"key": value}')
-        if self.many and not self.choices:
-            kinds.append("one or more values")
-        if self.text:
-            kinds.append("text")
-        return " or ".join(kinds)
-
-
 class _Argparse(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
-
-
-def _members(hint: Any) -> list[Any]:
-    """The alternatives of a union, nested ones included; a plain type is its own only alternative."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [inner for member in typing.get_args(hint) for inner in _members(member)]
-    return [hint]
-
-
-def _choices(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) is Literal:
-        return list(typing.get_args(hint))
-    return list(hint) if isinstance(hint, type) and issubclass(hint, enum.Enum) else []
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -472,28 +336,6 @@ def _with_underscores(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
-
-
-def _plain(value: Any) -> Any:
-    """A word as YAML reads it, for an option whose type is not known: a number, true or false, JSON, or text."""
-    if not isinstance(value, str):
-        return value
-    if value.lower() == "none":
-        return None
-    import yaml
-
-    try:
-        read = yaml.safe_load(value)
-        return float(read) if isinstance(read, str) else read  # `1e-4` is text to YAML
-    except (ValueError, yaml.YAMLError):
-        return value
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON ({error}): {text}") from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -513,7 +355,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def set_environment(argv: Sequence[str]) -> None:
-    """Set the variables of the YAML file's `env:`, before anything is loaded that reads them."""
+    """Set the environment variables of the YAML file's `env:`, before anything that reads them is loaded."""
     import os
 
     words = [_with_underscores(word) for word in argv]
@@ -523,7 +365,7 @@ def set_environment(argv: Sequence[str]) -> None:
         if flag == "--config":
             path = value if equals else next(iter(words[place + 1 :]), None)
     if path is None or not Path(path).is_file():
-        return  # said when the options are read
+        return  # reported when the options are parsed
     variables = read_yaml(path).get("env") or {}
     if not isinstance(variables, dict):
         raise UsageError(f"{path}: env holds `NAME: value` lines, not a {type(variables).__name__}.")

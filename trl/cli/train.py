@@ -1,4 +1,4 @@
-"""The training commands: options, data, trainer, train, save. One body for all methods."""
+"""The training commands: parse options, load data, make the trainer, train, save. One body for all methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.cli import UsageError, hide_library_notes, launch
 from trl.cli.parser import Parser, set_environment
 from trl.methods import METHODS
 
-# What `--help` shows: the options people use, by what they are about. A sentence here stands for the field's own.
+# The options that `--help` shows, by group. A sentence here replaces the field's own help.
 COMMON = {
     "Model": {
         "model_name_or_path": "",
@@ -60,34 +60,34 @@ COMMON = {
     },
     "Training": {
         "learning_rate": "",
-        "num_train_epochs": "Times the rows are gone through. [3.0]",
-        "max_steps": "Steps after which training ends, whatever the epochs. [-1: not set]",
-        "per_device_train_batch_size": "Rows a batch, on each device. [8]",
-        "gradient_accumulation_steps": "Batches a step. [1]",
-        "warmup_steps": "Steps over which the learning rate rises; below 1, a share of all steps. [0]",
+        "num_train_epochs": "Number of epochs. [3.0]",
+        "max_steps": "Number of optimizer steps; overrides the epochs. [-1: not set]",
+        "per_device_train_batch_size": "Batch size per device. [8]",
+        "gradient_accumulation_steps": "Batches per optimizer step. [1]",
+        "warmup_steps": "Warmup steps of the learning rate; below 1, a share of all steps. [0]",
         "bf16": "",
         "eval_strategy": "When to evaluate on `dataset_test_split`. [no]",
-        "seed": "Of the order of the rows, the adapter and dropout. [42]",
+        "seed": "Random seed of row order, adapter and dropout. [42]",
     },
     "Saving": {
-        "output_dir": "Folder of the checkpoints and the result. [trainer_output]",
-        "save_steps": "Steps between two checkpoints; below 1, a share of all steps. [500]",
+        "output_dir": "Folder of checkpoints and result. [trainer_output]",
+        "save_steps": "Steps between checkpoints; below 1, a share of all steps. [500]",
         "logging_steps": "",
-        "report_to": "Where the log goes besides the screen: wandb, tensorboard, ... [none]",
-        "resume_from_checkpoint": "Go on from this checkpoint; without a value, from the newest in output_dir.",
+        "report_to": "Trackers of the log: wandb, tensorboard, ... [none]",
+        "resume_from_checkpoint": "Checkpoint to resume from; without a value, the newest in output_dir.",
     },
 }
 NOTES = (
     "Several processes: --num_processes N, --accelerate_config FILE or a preset "
-    f"({', '.join(launch.PRESETS)}), and whatever else `accelerate launch` can be told.",
-    "A YAML file may also hold `env:` (variables set before anything is loaded). Each of `datasets` is a file, a name, "
+    f"({', '.join(launch.PRESETS)}), and all other options of `accelerate launch`.",
+    "A YAML file may also hold `env:` (environment variables). Each of `datasets` is a file, a name, "
     "or a mapping with path, name, split, columns, fraction.",
 )
 
 
 def run(argv: Sequence[str], command: str) -> int:
     with contextlib.ExitStack() as stack:
-        if os.environ.get("RANK", "0") != "0":  # the first process says what the others would repeat
+        if os.environ.get("RANK", "0") != "0":  # only the first process prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         return _run(argv, command)
 
@@ -127,7 +127,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     from trl.models.load import adapter_base, quantization_config
 
     if "lora_task_type" not in values:
-        # An adapter of a model that scores carries the scoring head.
+        # The adapter of a scoring model includes the scoring head.
         model.lora_task_type = getattr(trainer_class, "task_type", model.lora_task_type)
     resume = _resume(config.resume_from_checkpoint)
     adapter = lora_config(model)
@@ -159,7 +159,7 @@ def _run(argv: Sequence[str], command: str) -> int:
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    """What is missing or given twice, told before anything is started or loaded."""
+    """Raise UsageError for missing and conflicting options, before anything is started or loaded."""
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
     mixes = bool(values.get("datasets"))
@@ -175,13 +175,13 @@ def _check(values: Mapping[str, Any]) -> None:
             )
     if (values.get("dataset_streaming") or values.get("streaming")) and values.get("max_steps", -1) <= 0:
         raise UsageError(
-            "--max_steps is missing: a stream does not say how many rows it has, so that training ends there."
+            "--max_steps is missing: the number of rows in a stream is unknown, so --max_steps must set the end."
         )
     model, output = str(values["model_name_or_path"]), str(values.get("output_dir", "trainer_output"))
     if values.get("use_peft") and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
         raise UsageError(
-            f"--output_dir is the folder of the model itself, {model}: the adapter needs that model beneath it, so it "
-            "is saved in a folder of its own. Name another --output_dir."
+            f"--output_dir is the folder of the model itself, {model}: the adapter needs that model, so it is "
+            "saved in another folder. Name another --output_dir."
         )
     if values.get("test_split_size") is not None:
         if not mixes:
@@ -192,11 +192,11 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 class _Notices(logging.Handler):
-    """Puts the library's notices beside its other lines, on stdout."""
+    """Prints the library's log warnings on stdout, as notices."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.held: list[str] | None = None  # where they are kept, for who decides later what to say
+        self.held: list[str] | None = None  # if a list: it collects notices, to print them later
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.held is not None:
@@ -211,12 +211,12 @@ def reward_functions(script: Any) -> list[Any]:
     if script.reward_model_name_or_path:
         found.append(script.reward_model_name_or_path)
     if not found:
-        raise UsageError("--reward_funcs is missing: what judges completions, by name or as file.py:function.")
+        raise UsageError("--reward_funcs is missing: reward functions by name or as file.py:function.")
     return found
 
 
 def loading_arguments(model: Any) -> dict[str, Any]:
-    """What `from_pretrained` is told of a `ModelConfig`; what has not been asked for is left to it."""
+    """The arguments of `from_pretrained` from a `ModelConfig`; options that are not set are left out."""
     arguments: dict[str, Any] = {"dtype": model.dtype}
     if model.model_revision != "main":
         arguments["revision"] = model.model_revision
@@ -228,7 +228,8 @@ def loading_arguments(model: Any) -> dict[str, Any]:
 
 
 def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
-    """What is trained on, and what is evaluated on: None when nothing asks for evaluation."""
+    """The rows for training and for evaluation; None without evaluation. Raises UsageError if the evaluation rows are
+    missing, or would be the training rows."""
     from trl.data.mixture import load_mixture
     from trl.data.reading.sources import load
     from trl.notices import notify_once
@@ -238,7 +239,7 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
         notify_once(f"dataset_test_split={script.dataset_test_split!r} has no effect without eval_strategy")
     if not evaluates and mixture is not None and mixture.test_split_size is not None:
         notify_once(
-            f"test_split_size={mixture.test_split_size} sets rows aside, and without eval_strategy nothing reads them"
+            f"test_split_size={mixture.test_split_size} sets rows aside that are not used without eval_strategy"
         )
     if mixture is not None:
         if evaluates and mixture.test_split_size is None:
@@ -249,13 +250,13 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     train = load(name, script.dataset_train_split, config_name, streaming=streams)
     if not evaluates:
         return train, None
-    # That the only split stands in is an error here, and told as one.
+    # `load` notes that it takes the only split; here that is an error, so its notices are held back.
     notices.held = []
     test = load(name, script.dataset_test_split, config_name, streaming=streams)
     heard, notices.held = notices.held, None
     wanted = script.dataset_test_split.split("[")[0]
-    # A file has one split, and `load` then reads that one, whatever the name. To train on, that is what was meant; to
-    # evaluate on, it would be the training rows.
+    # A file has one split, which `load` reads under any name. For training that is intended; for evaluation it would be
+    # the training rows.
     taken = str(test.split).split("[")[0]
     another = test.split is not None and taken != wanted and taken.startswith("train")
     for sentence in heard:
@@ -270,11 +271,11 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
 
 
 def closing(command: str, head: str, output_dir: str, script: Any, pad: int | None = None) -> str:
-    """Where the result is, and what can be done with it."""
+    """The last lines of a run: the folder of the result, how to open it and how to train on."""
     adapter = os.path.exists(os.path.join(output_dir, "adapter_config.json"))
     package, opener = ("peft", f"AutoPeftModelFor{head}") if adapter else ("transformers", f"AutoModelFor{head}")
-    # The folder of an adapter does not say how many numbers its head gives (transformers would guess two), nor with
-    # what texts are padded: a score is read at the last token that is not padding.
+    # An adapter's folder lacks the number of labels (transformers would guess two) and the padding token (a score is
+    # read at the last token that is not padding).
     more = f", num_labels=1, pad_token_id={pad}" if adapter and head == "SequenceClassification" else ""
     again = f"trl {command} --model_name_or_path {output_dir} --dataset_name {script.dataset_name or '...'}"
     if getattr(script, "reward_funcs", None):
@@ -293,7 +294,7 @@ def closing(command: str, head: str, output_dir: str, script: Any, pad: int | No
 
 
 def _resume(value: str | bool | None) -> str | bool | None:
-    """`--resume_from_checkpoint true`, or bare, asks for the newest checkpoint; anything else names one."""
+    """The value of `--resume_from_checkpoint`: True (the newest) if it is true or bare, None, or a path."""
     if isinstance(value, str) and value.lower() in ("true", "last"):
         return True
     return None if isinstance(value, str) and value.lower() in ("", "false", "none") else value

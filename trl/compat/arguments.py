@@ -1,4 +1,4 @@
-"""Arguments, values, attributes and hooks in older words, and what they are today."""
+"""Translates older names of arguments, values, attributes and hooks to the present ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trl.notices import notify_once
 
 
 def rows_of(cls: type, table: Mapping[str, Mapping[str, Any]] = ARGUMENTS) -> dict[str, Any]:
-    """What the table says of a class and its bases, the class's own word last."""
+    """The rows of a class in `table`; its own rows override those of its bases."""
     return {old: row for part in reversed(cls.__mro__) for old, row in table.get(part.__name__, {}).items()}
 
 
 def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `cls` in today's words, and those of them that belong to its config.
+    """The present arguments of `cls` from those `given`, and the arguments that belong to its config.
 
-    `accepted` are the names that the constructor takes. ArgumentError for a name that nobody knows.
+    `accepted` are the constructor's parameters. Raises ArgumentError for an unknown or refused name.
     """
     rows = rows_of(cls)
     today = {name: value for name, value in given.items() if name in accepted}
@@ -32,7 +32,7 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
     for old, value in given.items():
         row = rows.get(old)
         if old in accepted:
-            # It may stand in the signature for its place alone.
+            # It may be in the signature only to keep its position.
             if isinstance(row, Refused) and value is not None:
                 raise ArgumentError(f"{cls.__name__}: {row.sentence(old)}")
             continue
@@ -42,7 +42,7 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
         if isinstance(row, Refused) and asks:
             raise ArgumentError(f"{cls.__name__}: {row.sentence(old)}")
         if not asks:
-            continue  # and nothing needs saying
+            continue  # no notice needed
         notify_once(row.sentence(old))
         if isinstance(row, Gone) and row.act is not None:
             row.act(value)
@@ -51,7 +51,7 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
         elif isinstance(row, Now):
             if row.value is not None:
                 value = row.value(value, {**given, **today})
-            elif given.get(row.name) is not None and given[row.name] != value:  # None is handed on by subclasses
+            elif given.get(row.name) is not None and given[row.name] != value:  # subclasses pass None on
                 raise ArgumentError(
                     f"{cls.__name__}: {row.name}={given[row.name]!r} and {old}={value!r} are the same argument"
                 )
@@ -70,7 +70,7 @@ def translate(cls: type, given: Mapping[str, Any], accepted: Collection[str]) ->
 
 
 def _value(cls: type, name: str, value: Any, values: Mapping[Any, Any]) -> Any:
-    """Today's word for a value of the argument `name`."""
+    """The present form of a value of the argument `name`. Raises ArgumentError for a refused value."""
     if not (value is None or isinstance(value, str)) or value not in values:
         return value
     now = values[value]
@@ -102,8 +102,8 @@ _adopted: set[type] = set()
 
 
 def refuse_hooks(cls: type, instance: Mapping[str, Any] | None = None) -> None:
-    """ArgumentError where a trainer's class (or instance) has one of upstream's hooks, which would never be called. A
-    subclass that overrides ours as well has its name for a use of its own."""
+    """Raise ArgumentError if a trainer's class (or instance) overrides a hook of upstream that is never called here. A
+    subclass that also overrides our hook may use the name for itself."""
     hooks = rows_of(cls, HOOKS)
     if not hooks:
         return
@@ -111,7 +111,7 @@ def refuse_hooks(cls: type, instance: Mapping[str, Any] | None = None) -> None:
     of_users = [vars(part) for part in parts if part.__module__.split(".")[0] != "trl"]
     for name, (ours, words) in hooks.items():
         given = [(part.__module__, vars(part)[name]) for part in parts if name in vars(part)]
-        # A function that was put into one of our classes is the user's.
+        # A foreign function set on one of our classes comes from the user.
         found = any(getattr(each, "__module__", module).split(".")[0] != "trl" for module, each in given)
         found = found or name in (instance or {})
         if found and not any(each in names for each in ours for names in of_users):
@@ -119,8 +119,8 @@ def refuse_hooks(cls: type, instance: Mapping[str, Any] | None = None) -> None:
 
 
 def adopt(cls: type) -> None:
-    """Let a class and its bases be spoken to in older words. `type.__call__` reads `__init__` after `__new__`, from
-    where this is called: a generated `__init__` (a subclass that is a dataclass) is there by then too."""
+    """Make a class and its bases accept older names. Called from `__new__`, before `type.__call__` reads `__init__`, so
+    that the generated `__init__` of a dataclass exists by then."""
 
     refuse_hooks(cls)
     for part in reversed(cls.__mro__):
@@ -138,7 +138,7 @@ def adopt(cls: type) -> None:
 
 
 class _Attribute:
-    """Reads and sets another attribute, and says so."""
+    """An attribute under an older name: reads and sets the present one, with a notice."""
 
     def __init__(self, name: str, sentence: str) -> None:
         self.name, self.sentence = name, sentence
@@ -160,7 +160,7 @@ def _translated(init: Callable[..., None]) -> Callable[..., None]:
 
     parameters = list(inspect.signature(init).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
-    # What takes anything hands it on, and the next `__init__` is asked.
+    # An `__init__` that takes *args or **kwargs passes them on; the next `__init__` translates.
     closed = all(
         parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) for parameter in parameters
     )
@@ -182,22 +182,22 @@ def _translated(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _config(cls: Any, config: Any, settings: Mapping[str, Any]) -> Any:
-    """The config that a trainer gets: `settings` put into it, made of plain `TrainingArguments` where need be."""
+    """The trainer's config with `settings` applied; plain `TrainingArguments` are converted to the class `cls`."""
 
     fields = cls.__dataclass_fields__
     for name in settings:
         if name not in fields:
             raise ArgumentError(f"{cls.__name__} has no argument `{name}`{_hint(cls, name, fields, rows_of(cls))}")
     if isinstance(config, TrainingArguments) and not isinstance(config, Adoptable):
-        notify_once(f"plain TrainingArguments are taken over into {cls.__name__}, defaults included")
-        # Two of its defaults would undo what every config here promises.
+        notify_once(f"plain TrainingArguments are converted to {cls.__name__}, with their defaults")
+        # Two of its defaults contradict those of all configs here.
         unwanted = ("remove_unused_columns", "logging_nan_inf_filter")
         names = [name for name, field in type(config).__dataclass_fields__.items() if field.init and name in fields]
         return cls(**{name: getattr(config, name) for name in names if name not in unwanted} | dict(settings))
     if settings and config is None:
         return cls(**settings)
     if settings:
-        # A config makes sense of its fields as it is made; the caller's own object stays the one in use.
+        # Fields are processed when a config is made, so a new one is made; the caller's object stays in use.
         names = [name for name, field in type(config).__dataclass_fields__.items() if field.init]
         made = type(config)(**{name: getattr(config, name) for name in names} | dict(settings))
         config.__dict__.update(made.__dict__)
@@ -208,7 +208,7 @@ def _without_wandb(config: Any) -> None:
     if os.environ.get("WANDB_DISABLED", "").lower() not in ("true", "1", "on", "yes"):
         return
     if isinstance(config.report_to, list) and "wandb" in config.report_to:
-        notify_once("WANDB_DISABLED is set: nothing is reported to wandb (report_to='none' says the same)")
+        notify_once("WANDB_DISABLED is set: nothing is reported to wandb (report_to='none' does the same)")
         config.report_to = [each for each in config.report_to if each != "wandb"]
 
 
@@ -228,7 +228,7 @@ def _resuming(train: Callable[..., Any]) -> Callable[..., Any]:
             wish = resume_flag(sys.argv[1:])
             if wish and not args and "resume_from_checkpoint" not in kwargs:
                 what = "the newest checkpoint" if wish is True else wish
-                notify_once(f"--resume_from_checkpoint on the command line: training goes on from {what}")
+                notify_once(f"--resume_from_checkpoint on the command line: training resumes from {what}")
                 kwargs["resume_from_checkpoint"] = wish
         refuse_hooks(type(self), vars(self))
         return train(self, *args, **kwargs)
@@ -237,7 +237,7 @@ def _resuming(train: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def resume_flag(argv: Iterable[str]) -> str | bool:
-    """What `--resume_from_checkpoint` says: a folder, True for the newest checkpoint, False for none or no flag."""
+    """The value of `--resume_from_checkpoint`: a folder, True for the newest checkpoint, False for none or no flag."""
     words = list(argv)
     wish: str | bool = False
     for place, word in enumerate(words):

@@ -1,4 +1,4 @@
-"""Import paths and names of upstream, and where their things are here."""
+"""Import paths and names of upstream, and their places here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Modules:
             home, _, last = name.rpartition(".")
             ours = (home == "trl" or home in PATHS) and not last.startswith("_")
             if ours and PathFinder.find_spec(name, path) is None:
-                # `from home import last` has come to ask for a module, since there is no such name.
+                # `from home import last` looks for a module, since there is no such name.
                 error = ModuleNotFoundError if last == last.lower() else ImportError
                 raise error(absence(home, last))
             return None
@@ -30,7 +30,7 @@ class _Modules:
 
 
 class _Old:
-    """Loads a module that has no file."""
+    """Loads a module without a file."""
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType | None:
@@ -44,7 +44,7 @@ class _Old:
 
 
 def _then(spec: ModuleSpec | None, act: Callable[[ModuleType], None]) -> ModuleSpec | None:
-    """The spec of a module that is shown to `act` when it has been executed."""
+    """The spec of a module; after the module is executed, `act(module)` is called."""
     if spec is None or spec.loader is None:
         return None
     execute = spec.loader.exec_module
@@ -58,7 +58,7 @@ def _then(spec: ModuleSpec | None, act: Callable[[ModuleType], None]) -> ModuleS
 
 
 def _open(module: ModuleType) -> None:
-    """Let the module answer for every public name of the library."""
+    """Make every public name of the library available in the module."""
     home = "trl.rewards" if module.__name__.startswith("trl.rewards.") else "trl"
 
     def __getattr__(name: str) -> Any:
@@ -74,7 +74,7 @@ def _open(module: ModuleType) -> None:
 
 
 def instead(name: str) -> str | None:
-    """What to do instead of a name, module or command of upstream's that is not here."""
+    """A sentence on the replacement of upstream's name, module or command; None for an unknown one."""
     from fnmatch import fnmatchcase
 
     for patterns, sentence in ABSENT:
@@ -84,7 +84,7 @@ def instead(name: str) -> str | None:
 
 
 def absence(module: str, name: str) -> str:
-    """Say why a module lacks the name, and name the replacement."""
+    """The error message for a name that a module lacks, with the reason or the replacement."""
     from difflib import get_close_matches
 
     opening = f"module {module!r} has no attribute {name!r}"
@@ -95,11 +95,11 @@ def absence(module: str, name: str) -> str:
         return f"{opening}; did you mean `{near[0]}`?"
     if module == "trl":
         return f"{opening}; `dir(trl)` lists the public names"
-    return f"{opening}: of upstream's {module} the names that are public in `trl` are here, its own helpers are not"
+    return f"{opening}: only the public names of `trl` are available here, not the helpers of upstream's {module}"
 
 
 def renamed(name: str) -> str | None:
-    """Today's word for a public name of old, said once."""
+    """The present name for an older public name, with one notice; None for other names."""
     if name in NAMES:
         notify_once(f"`{name}` is `{NAMES[name]}` today")
     return NAMES.get(name)

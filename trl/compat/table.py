@@ -1,12 +1,11 @@
-"""Older words for today's things: arguments, values, attributes and import paths. One table, and what puts it to use.
+"""One table of older names: arguments, values, attributes and import paths.
 
-An older word works, and says once what it is today; one that means nothing any more says why; a word nobody knows is an
-error with the nearest one. Versions are those in which the word was seen: `≤ 4.57` was gone in the next release looked
-at. The rooms below know nothing of this module: the public classes show themselves to `trl.config.adopt` before their
-first instance, and `install` puts `adopt` there.
+An older name works, and prints its present name once. A name without an effect prints the reason. An unknown name is
+an error that suggests the nearest one. Versions are those that have the name: `≤ 4.57` means that the next release
+examined lacks it.
 
-A new method adds its rows under the name of its config or trainer; a subclass inherits those of its bases.
-Nothing heavy is imported here: `import trl` reads this module.
+A new method adds its rows under the name of its config or trainer; a subclass inherits the rows of its bases.
+Nothing heavy is imported here, because `import trl` reads this module.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from typing import Any, NamedTuple
 
 from trl.methods import METHODS
 
-# --- what a row can say ---------------------------------------------------------------------------------------------
+# --- kinds of rows --------------------------------------------------------------------------------------------------
 
 
 class Now(NamedTuple):
-    """The argument has another name today, and perhaps another kind of value."""
+    """The argument has another name today, and optionally another form of value."""
 
     name: str
     versions: str
-    note: str = ""  # what the sentence adds in brackets
-    value: Callable[[Any, Mapping[str, Any]], Any] | None = None  # of the old value and of what else is given
-    nothing: tuple = (None,)  # values that ask for nothing
+    note: str = ""  # added to the sentence in brackets
+    value: Callable[[Any, Mapping[str, Any]], Any] | None = None  # from the old value and all arguments
+    nothing: tuple = (None,)  # values that change nothing
 
     def sentence(self, old: str) -> str:
         return f"`{old}` is `{self.name}` today{f' ({self.note})' if self.note else ''}"
@@ -48,7 +47,7 @@ class InConfig(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """The argument has no effect, and the result is none the worse for it; or `act` has the effect in another way."""
+    """The argument is ignored without changing results; or `act` has the effect in another way."""
 
     because: str
     versions: str
@@ -60,7 +59,7 @@ class Gone(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What the argument asks for does not exist; leaving it out would give another result than was asked for."""
+    """The argument asks for something that does not exist; ignoring it would change the result."""
 
     remedy: str
     versions: str
@@ -83,7 +82,7 @@ class ArgumentError(TypeError, ValueError):
 def _share_of_steps(ratio: Any, given: Mapping[str, Any]) -> float:
     if not 0 <= float(ratio) <= 1:
         raise ArgumentError(f"warmup_ratio={ratio}: a share of all steps lies between 0 and 1")
-    # Steps were stronger than a share. A whole 1 would be read as one step.
+    # warmup_steps overrides the ratio. A ratio of exactly 1 would be read as one step.
     return given.get("warmup_steps") or min(float(ratio), math.nextafter(1.0, 0.0))
 
 
@@ -121,18 +120,18 @@ def _mini_batches(count: Any, given: Mapping[str, Any]) -> int:
     return int(count) * int(given.get("gradient_accumulation_steps") or 1)
 
 
-_OTHER_SAMPLER = "completions are drawn by the sampler of this process"
+_OTHER_SAMPLER = "completions are sampled in this process"
 _NO_VALUES = "REINFORCE has no value function; it was PPO's"
 _POLICY = "pass the policy as the trainer's model (on the command line --model_name_or_path)"
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-# What configs of preferences had, and trainers before them took themselves.
+# Arguments of preference configs, and of their trainers before.
 _JUDGED: dict[str, Row] = {
     "label_pad_token_id": Gone(
-        "what trains goes by position, and no label is padded", "trl ≤ 0.28", nothing=(None, -100)
+        "trained tokens are marked by position, so no label is padded", "trl ≤ 0.28", nothing=(None, -100)
     ),
-    "padding_value": Gone("what is padded is never read; pad_token names a token", "trl ≤ 0.27"),
+    "padding_value": Gone("padding is never read; pad_token sets the token", "trl ≤ 0.27"),
     "max_target_length": Gone("it concerned encoder-decoders; max_completion_length cuts completions", "trl ≤ 0.13"),
     "is_encoder_decoder": Refused(
         "train a causal language model; encoder-decoders are not supported", "trl ≤ 0.27", nothing=(None, False)
@@ -140,7 +139,7 @@ _JUDGED: dict[str, Row] = {
 }
 _REFERENCE: dict[str, Row] = {
     "force_use_ref_model": Gone(
-        "a ref_model that is given is the reference, beside an adapter too", "trl ≤ 0.28", nothing=(None, False)
+        "a ref_model that is given is always the reference, also with an adapter", "trl ≤ 0.28", nothing=(None, False)
     ),
     "ref_model_init_kwargs": Refused(
         "load the reference with from_pretrained and pass it as ref_model; one given by name is loaded with "
@@ -149,16 +148,16 @@ _REFERENCE: dict[str, Row] = {
         nothing=(None, {}),
     ),
     "model_adapter_name": Refused(
-        "leave it out, after model.set_adapter(...) where another adapter is active: the active one trains",
+        "leave it out: the active adapter trains; model.set_adapter(...) activates another one",
         "trl ≤ 0.28",
     ),
     "ref_adapter_name": Refused(
-        "leave it out where that adapter is the trained one as it is at the start, of which a frozen copy is kept; "
-        "pass a model with any other adapter as ref_model",
+        "leave it out if it names the trained adapter: a frozen copy of its start is kept; for another adapter, pass "
+        "a model with it as ref_model",
         "trl ≤ 0.28",
     ),
 }
-_HEAD = "the head projects trained tokens alone, a chunk at a time"
+_HEAD = "the head projects only trained tokens, a chunk at a time"
 
 ARGUMENTS: dict[str, dict[str, Row]] = {
     "BaseConfig": {
@@ -166,7 +165,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "warmup_ratio": Now(
             "warmup_steps",
             "transformers ≤ 5.0",
-            "where a number below 1 is a share of all steps",
+            "a number below 1 is a share of all steps",
             value=_share_of_steps,
         ),
         "no_cuda": Now("use_cpu", "transformers ≤ 4.57"),
@@ -178,7 +177,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "group_by_length": Now(
             "train_sampling_strategy",
             "transformers ≤ 5.0",
-            "'group_by_length'; flat rows have no padding that it could save",
+            "'group_by_length'; it saves no padding on flat rows, which have none",
             value=_always("group_by_length"),
             nothing=(None, False),
         ),
@@ -250,17 +249,17 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "use_legacy_prediction_loop": Gone("there is one loop of evaluation", "transformers ≤ 4.57"),
         "include_tokens_per_second": Gone("the log counts tokens as num_tokens", "transformers ≤ 4.57"),
         "mp_parameters": Gone("it was read by SageMaker's launcher alone", "transformers ≤ 4.57"),
-        "tpu_num_cores": Gone("the launcher says how many cores take part", "transformers ≤ 4.57"),
+        "tpu_num_cores": Gone("the launcher sets the number of cores", "transformers ≤ 4.57"),
         "ray_scope": Gone("it concerned Ray's search for hyper-parameters alone", "transformers ≤ 4.57"),
         "past_index": Refused(
-            "no memory is handed from one batch to the next", "transformers ≤ 4.57", nothing=(None, -1)
+            "no state is passed from one batch to the next", "transformers ≤ 4.57", nothing=(None, -1)
         ),
         "sharded_ddp": Refused("shard with fsdp= or deepspeed=", "transformers ≤ 4.20", nothing=(None, "", [])),
     },
     "SFTConfig": {
         "max_seq_length": Now("max_length", "trl 0.9 – 0.19"),
         "use_liger": Now("use_liger_kernel", "trl 0.10 – 0.17"),
-        "dataset_batch_size": Gone("rows are tokenised in batches of a size that suits them", "trl 0.9 – 0.17"),
+        "dataset_batch_size": Gone("the batch size of tokenisation is chosen automatically", "trl 0.9 – 0.17"),
         "num_of_sequences": Gone("packing sees the whole data set and fills no buffer", "trl 0.9 – 0.17"),
         "chars_per_token": Gone("packing counts tokens and estimates nothing", "trl 0.9 – 0.17"),
     },
@@ -277,7 +276,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
     },
     "OnlineConfig": {
         "use_vllm": Refused(
-            "completions are drawn by the sampler of this process; leave it out",
+            "completions are sampled in this process; leave it out",
             "trl 0.14 – 1.16",
             nothing=(None, False),
         ),
@@ -308,7 +307,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
     },
     "GRPOConfig": {
         "cast_lm_head_to_fp32": Gone(
-            "logits are float32 before anything is computed of them; the head's weights stay as they are",
+            "logits are always float32; the head's weights keep their dtype",
             "trl 0.23 – 1.16",
             nothing=(None, False),
         ),
@@ -428,7 +427,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "model_init_kwargs": InConfig("model_init_kwargs", "trl ≤ 0.12"),
         "neftune_noise_alpha": InConfig("neftune_noise_alpha", "trl ≤ 0.11"),
         "infinite": Gone("max_steps or num_train_epochs says when training ends", "trl ≤ 0.11"),
-        "dataset_batch_size": Gone("rows are tokenised in batches of a size that suits them", "trl ≤ 0.12"),
+        "dataset_batch_size": Gone("the batch size of tokenisation is chosen automatically", "trl ≤ 0.12"),
         "num_of_sequences": Gone("packing sees the whole data set and fills no buffer", "trl ≤ 0.12"),
         "chars_per_token": Gone("packing counts tokens and estimates nothing", "trl ≤ 0.12"),
     },
@@ -457,7 +456,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
 
 _PAIRS_OF_KTO = Refused("train with KTOTrainer, which reads pairs as two rows each", "trl ≤ 0.9")
 
-# Values of arguments that kept their name; of a list, its entries.
+# Older values of arguments that kept their name; for a list, values of its entries.
 VALUES: dict[str, dict[str, dict[Any, Any]]] = {
     "BaseConfig": {"optim": {"adamw_hf": "adamw_torch"}, "report_to": {None: "none"}},
     "SFTConfig": {
@@ -475,11 +474,11 @@ KEYS: dict[str, dict[str, dict[str, str]]] = {
     "BaseConfig": {"model_init_kwargs": {"torch_dtype": "dtype", "use_auth_token": "token"}},
 }
 
-# Public names that are called otherwise today.
+# Public names that have another name today.
 NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptArguments"}
 
 
-# Names of upstream that this library has not, by pattern, and what to do instead. The first that fits speaks.
+# Names of upstream that this library lacks, by pattern, and their replacements. The first match counts.
 _RELEASE = "this release has no"
 ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -488,7 +487,7 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("OnlineDPO*", "online_dpo*", "XPO*", "xpo*", "NashMD*", "nash_md*"),
-        f"{_RELEASE} online preference optimisation; GRPOTrainer and RLOOTrainer train on completions that they draw",
+        f"{_RELEASE} online preference optimisation; GRPOTrainer and RLOOTrainer train on completions that they sample",
     ),
     (
         (
@@ -506,7 +505,10 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("WinRateCallback",), f"{_RELEASE} judges; the win rate of two sets of answers is a reward function's mean"),
     (("IterativeSFT*", "iterative_sft*"), "it is gone upstream too: SFTTrainer trains on tokenised rows as they come"),
     (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
-    (("BestOfN*", "best_of_n*"), "draw with model.generate(num_return_sequences=n) and keep the best by a reward"),
+    (
+        ("BestOfN*", "best_of_n*"),
+        "sample with model.generate(num_return_sequences=n) and keep the completion with the best reward",
+    ),
     (
         ("TextEnvironment*", "TextHistory", "environment*", "Environment*", "harbor*", "Harbor*", "open*reward*"),
         f"{_RELEASE} environments and tools",
@@ -516,17 +518,17 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
         f"{_RELEASE} environments and tools",
     ),
     (("*Vision*", "*multimodal*", "*pixel_values*", "strip_images*"), f"{_RELEASE} images"),
-    (("VLLM*", "vllm*", "generation"), "completions are drawn by the sampler of this process; no server is needed"),
+    (("VLLM*", "vllm*", "generation"), "completions are sampled in this process; no server is needed"),
     (
         ("get_training_chat_template", "has_generation_markers", "*chat_template_stop*", "*_training_chat_template"),
-        "assistant_only_loss=True finds the assistant's tokens with any chat template, and exchanges none",
+        "assistant_only_loss=True finds the assistant's tokens with any chat template, without replacing it",
     ),
     (
         ("*_chat_template", "*_schema", "*_template", "is_chat_template_prefix_preserving"),
         "no chat templates are kept here; chat_template_path and clone_chat_template take one from a tokenizer",
     ),
     (("setup_chat_format",), "clone_chat_template brings a chat template and its tokens"),
-    (("truncate_dataset",), "max_length in the trainer's config cuts rows, and counts what it cut"),
+    (("truncate_dataset",), "max_length in the trainer's config truncates rows, and counts them"),
     (("pack_examples", "ConstantLengthDataset"), "packing=True in SFTConfig packs rows, and pack_dataset a data set"),
     (("get_kbit_device_map", "get_quantized*"), "leave device_map out: the model goes to its process's device"),
     (("is_*_available",), "importlib.util.find_spec tells whether a package is installed"),
@@ -560,7 +562,7 @@ class FDivergenceType(str, enum.Enum):
     ALPHA_DIVERGENCE = "alpha_divergence"
 
 
-# Names that are found in some modules alone: where, and what they are here.
+# Names that exist only in some modules of upstream, and their places here.
 PLACES: dict[tuple[str, str], tuple[str, str]] = {
     ("sft_trainer", "DataCollatorForLanguageModeling"): (
         "trl.data.batching.collators",
@@ -590,8 +592,8 @@ _JUDGED_LOSS = {
     "store_metrics": _LOSS,
 }
 
-# Methods of upstream's trainers that its own code calls and ours does not: a subclass that overrides one would have no
-# effect. Beside each: ours that a subclass may override in its place (one of them suffices), in words.
+# Methods of upstream's trainers that only upstream's code calls: overriding one has no effect here. With each: our
+# methods that a subclass may override instead (one of them suffices), and a sentence.
 HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "BaseTrainer": {
         "_set_signature_columns_if_needed": _ROWS,
@@ -645,8 +647,8 @@ HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     },
 }
 
-# Modules that callers import from and that are elsewhere here; with a remark where the path is no longer upstream's
-# either. What is public in `trl` is found in each of them, and what is public in `trl.rewards` in its own.
+# Modules of upstream that are elsewhere here, with a remark if upstream has dropped the path too. Each has the public
+# names of `trl`; modules of `trl.rewards` have the public names of `trl.rewards`.
 PATHS = {
     "trl.trainer": "",
     **{f"trl.trainer.{method}_{part}": "" for method in METHODS for part in ("trainer", "config")},

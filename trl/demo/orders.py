@@ -1,4 +1,4 @@
-"""Orders as people phrase them, and the tickets they should become."""
+"""Orders in natural language, and the tickets they should become."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHANGES = ("No, make that {new}.", "Sorry, I meant {new}.", "Actually, {new}, pl
 
 
 def right_parts(completions: Sequence[Any], ticket: Sequence[str], **_: Any) -> list[float]:
-    """A reward function: of the parts that a ticket has or should have, the share that is right. 0 for other texts."""
+    """A reward function: the share of right parts among those a ticket has or should have; 0 for other texts."""
     rewards = []
     for completion, right in zip(completions, map(json.loads, ticket), strict=True):
         try:
@@ -58,7 +58,7 @@ def right_parts(completions: Sequence[Any], ticket: Sequence[str], **_: Any) -> 
 
 
 def changed_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Prompts for training and held-out ones: an order, then a change of one part of it; and the ticket after that."""
+    """Training and held-out prompts: an order and a change of one part of it, with the resulting ticket."""
     generator = random.Random(seed)
     values: dict[str, dict[Any, str]] = {
         "count": dict(zip(range(1, len(COUNTS) + 1), COUNTS, strict=True)),
@@ -83,7 +83,7 @@ def changed_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, A
 
 
 def pair_rows(train: int, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Pairs for training and held-out ones: an order, its ticket, and that ticket with one mistake."""
+    """Training and held-out pairs: an order, its ticket, and that ticket with one mistake."""
     generator = random.Random(seed)
 
     def pair(row: dict[str, Any]) -> dict[str, Any]:

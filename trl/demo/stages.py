@@ -13,24 +13,24 @@ from trl.demo.orders import changed_rows, order_rows, pair_rows, right_parts
 
 @dataclass(frozen=True)
 class Size:
-    """How long the demo is, and what counts as having learned."""
+    """The length of the demo, and its criteria of success."""
 
     minutes: str
     steps: int
     held_out: int
     reloaded: int
-    # At least this share of the held-out tickets right to the letter ...
+    # Success: at least this share of the held-out tickets is exactly right,
     exact_match: float
-    # ... and a held-out loss of at most this share of the one before.
+    # and the held-out loss is at most this share of the loss before training.
     loss_ratio: float
     preference_steps: int
     pairs: int  # held out
-    # At least this share of the held-out pairs told apart by the policy's own reward.
+    # Success: the policy's own reward ranks at least this share of the held-out pairs correctly.
     accuracy: float
     reward_steps: int
     completions: int  # a step
     changed: int  # held-out orders that are changed
-    # The mean reward on held-out orders rises by at least this.
+    # Success: the mean reward on held-out orders rises by at least this.
     reward_gain: float
 
 
@@ -51,7 +51,7 @@ NEW_TOKENS = 40  # of a ticket at most
 
 
 def sft(size: Size, folder: Path, seed: int) -> bool:
-    """Supervised fine-tuning: train, judge before and after, save, merge, reload. Whether the skill was learned."""
+    """Supervised fine-tuning: evaluate, train, evaluate, save, merge, reload. Returns whether the model learned."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from trl import SFTConfig, SFTTrainer
@@ -123,11 +123,13 @@ def sft(size: Size, folder: Path, seed: int) -> bool:
 
     faults = []
     if exact(after, truth) < size.exact_match:
-        faults.append(f"{exact(after, truth):.0%} of the tickets are right, and {size.exact_match:.0%} were expected")
+        faults.append(
+            f"{exact(after, truth):.0%} of the tickets are right, at least {size.exact_match:.0%} were expected"
+        )
     if loss_after > size.loss_ratio * loss_before:
         faults.append(f"the held-out loss should have fallen to {size.loss_ratio * loss_before:.3f} or less")
     if not same or gap > 1e-2:
-        faults.append("the reloaded model is not the one that was trained")
+        faults.append("the reloaded model differs from the trained model")
     if faults:
         print(f"\nThe demo FAILED: {'; '.join(faults)}.")
         return False
@@ -142,7 +144,7 @@ def sft(size: Size, folder: Path, seed: int) -> bool:
 
 
 def dpo(size: Size, folder: Path, seed: int) -> bool:
-    """Preferences: train the adapter further on pairs, judge before and after. Whether the pairs are told apart."""
+    """Preferences: train the adapter further on pairs. Returns whether held-out pairs are ranked correctly."""
     from transformers import set_seed
 
     from trl import DPOConfig, DPOTrainer
@@ -159,7 +161,7 @@ def dpo(size: Size, folder: Path, seed: int) -> bool:
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=BATCH,
             learning_rate=PREFERENCE_LEARNING_RATE,
-            # The pairs alone would make right tickets less likely too, only wrong ones more so.
+            # Without `sft`, right tickets would become less likely too, only less so than wrong ones.
             loss_type=["sigmoid", "sft"],
             loss_weights=[1.0, 1.0],
             **of_every_stage(size.preference_steps, seed),
@@ -187,7 +189,7 @@ def dpo(size: Size, folder: Path, seed: int) -> bool:
 
 
 def grpo(size: Size, folder: Path, seed: int) -> bool:
-    """Rewards: train the adapter further on tickets of its own, by how right they are. Whether more parts are right."""
+    """Rewards: train the adapter further on its own tickets. Returns whether the reward has risen."""
     from transformers import set_seed
 
     from trl import GRPOConfig, GRPOTrainer
@@ -238,7 +240,7 @@ def grpo(size: Size, folder: Path, seed: int) -> bool:
 
 
 def trained(trainer: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """What is measured on the held-out rows before training, and after; the model is saved."""
+    """Train and save; the metrics on the held-out rows before and after."""
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -247,11 +249,11 @@ def trained(trainer: Any) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def of_every_stage(steps: int, seed: int) -> dict[str, Any]:
-    """Settings that the stages share."""
+    """Options that the stages share."""
     return {
         "max_steps": steps,
         "gradient_checkpointing": False,
-        # On a CPU bfloat16 is faster where the processor has it and far slower where it does not.
+        # On a CPU, bfloat16 is faster if the processor supports it, and far slower if not.
         "bf16": False,
         "model_init_kwargs": {"dtype": "float32"},
         "logging_steps": max(1, steps // 8),
@@ -267,7 +269,7 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], new_tokens: int = NEW_TOKENS) -> list[str]:
-    """What the model writes after each row's prompt, greedily."""
+    """The model's greedy completion of each row's prompt."""
     import torch
 
     was_training = model.training
@@ -294,7 +296,7 @@ def prompts(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def logit_gap(model: Any, other: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
-    """The largest difference between the logits with which two models begin their answers."""
+    """The largest difference between two models' logits of the first answer token."""
     import torch
 
     model.eval()
@@ -322,7 +324,7 @@ def say(heading: str) -> None:
 
 
 def quiet() -> None:
-    """One progress bar, that of training."""
+    """Disable all progress bars but that of training."""
     import datasets
     from transformers.utils import logging
 

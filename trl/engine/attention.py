@@ -1,9 +1,9 @@
 """Attention by segment, registered with transformers under one name.
 
-A flat row (`engine.forest.flat`) carries `segments` as a keyword of the model's forward. Each segment attends to
-`[its root's keys; its own keys]`, causally, aligned to the end; a root has no root. That is all there is to a forest:
-no mask of the row's size exists on any device. Without `segments` (generation, padded batches, a user's own call) the
-attention is transformers' own SDPA.
+A flat row (`engine.forest.flat`) passes `segments` as a keyword of the model's forward. Each segment attends to
+`[its root's keys; its own keys]`, causally, aligned to the end; a root attends to itself alone. No mask of the row's
+size exists on any device. Without `segments` (generation, padded batches, a user's own call) the attention is
+transformers' own SDPA.
 
 `B` rows, `Hq, Hk` query and key heads, `T` tokens of the row, `D` head size, `Lq, Lk` a segment's queries and keys.
 """
@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "trl_segments"
 
-# torch 2.11's kernel wants as many key heads as query heads; later ones group them.
+# torch 2.11's kernel needs as many key heads as query heads; later kernels group them.
 _VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -32,11 +32,11 @@ class Scoring(NamedTuple):
     dropout: float = 0.0
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
     softcap: float | None = None  # scores are bounded to softcap * tanh(score / softcap) (Gemma 2)
-    sinks: Tensor | None = None  # [Hq], one extra logit per head that takes weight and gives no value (gpt-oss)
+    sinks: Tensor | None = None  # [Hq], one extra logit per head without a value (gpt-oss)
 
     @property
     def explicit(self) -> bool:
-        """No fused kernel computes this layer."""
+        """Whether no fused kernel computes this layer."""
         return self.softcap is not None or self.sinks is not None
 
 
@@ -48,10 +48,10 @@ def segment_mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask transformers builds before the layers run: none for a flat row, else what SDPA needs.
+    """The mask that transformers builds before the layers run: None for a flat row, else that of SDPA.
 
-    A row without a 2-D mask and without a cache needs no mask tensor: `segments` say who sees whom, and without them
-    the row is plainly causal (a layer's window is then applied by position, in the attention itself).
+    A row without a 2-D mask and without a cache needs no mask tensor: `segments` define the attention, and without them
+    the row is causal. A layer's window is then applied by position, in the attention itself.
     """
     if attention_mask is None and q_length == kv_length:
         return None
@@ -81,7 +81,7 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """One layer's attention: query [B, Hq, T, D], key and value [B, Hk, T, D] -> ([B, T, Hq, D], None)."""
     if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings leave fp32 queries and keys beside half-precision values.
+        # Rotary embeddings give fp32 queries and keys, while values are in half precision.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -89,7 +89,7 @@ def segment_attention(
 
     if segments is not None:
         if kwargs.get("position_bias") is not None:
-            raise ValueError("attention with a learned position bias is not computed by segments")
+            raise ValueError("attention by segment does not support a learned position bias")
         if _varlen_serves(query, value, scoring):
             return _varlen(query, key, value, segments, scoring), None
         return by_segment(query, key, value, segments["spans"], scoring).transpose(1, 2), None
@@ -102,15 +102,15 @@ def segment_attention(
             return torch.cat(rows).transpose(1, 2), None
     if scoring.explicit:
         return _explicit(query, key, value, attention_mask, scoring).transpose(1, 2).contiguous(), None
-    shared = attention_mask is None or attention_mask.shape[1] == 1  # by the heads
+    shared = attention_mask is None or attention_mask.shape[1] == 1  # one mask for all heads
     if query.shape[2] == 1 and key.shape[1] != query.shape[1] and shared:
         return _one_token(query, key, value, attention_mask, scoring), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    """One query a row, of grouped heads: [B, Hq, 1, D], [B, Hk, L, D] -> [B, 1, Hq, D]. The heads of a group stand as
-    queries that see the same keys, so that these are not repeated for each of them."""
+    """One query per row, with grouped heads: [B, Hq, 1, D], [B, Hk, L, D] -> [B, 1, Hq, D]. The heads of a group become
+    queries of one head, so that keys and values are not repeated."""
     heads = query.shape[1]
     grouped = query.view(query.shape[0], key.shape[1], heads // key.shape[1], query.shape[3])
     out = F.scaled_dot_product_attention(
@@ -208,7 +208,7 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None,
         return _explicit(query, key, value, mask, scoring)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None and query.is_cuda:
-        # With a mask, grouped heads would fall to the slowest kernel.
+        # With a mask, grouped heads would be computed by the slowest kernel.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     return F.scaled_dot_product_attention(
@@ -224,7 +224,8 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None,
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    """Softmax written out in fp32, for what no fused kernel has: score caps and sinks. Mask boolean or additive."""
+    """Softmax written out in fp32, for score caps and sinks, which no fused kernel has. The mask is boolean or
+    additive."""
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

@@ -1,8 +1,8 @@
 """Layouts: how a forest of token trees becomes the tensors of one forward pass.
 
 Both layouts list the trained tokens in the same order (tree by tree, sequence by sequence, left to right), so that
-whatever is computed from them can be compared entry by entry. A sequence is a root without branches, or a branch (its
-text is the root's tokens followed by its own), or a root that is trained beside its branches, which comes before them.
+results can be compared entry by entry. A sequence is a root without branches; or a branch, whose text is the root's
+tokens followed by its own; or a root that is trained in addition to its branches, and comes before them.
 
 Dimensions: `T` tokens in the flat row, `B, L` rows and columns of the padded layout, `N` trained tokens,
 `S` sequences, `M` segments.
@@ -16,7 +16,7 @@ import torch
 
 from trl.data.batching.collate import Branch, Tree
 
-# A plain dict, because every layer of wrapping (device hooks, DDP, FSDP) knows how to move one.
+# A plain dict, because every wrapper (device hooks, DDP, FSDP) can move one.
 Batch = dict[str, Any]
 
 
@@ -28,7 +28,7 @@ def _trained(ids: np.ndarray, mask: np.ndarray, first: int) -> tuple[np.ndarray,
 
 
 def _arrays(tree: Tree) -> tuple[tuple[np.ndarray, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
-    """Root and branches as (ids, mask) arrays, checked."""
+    """Root and branches as (ids, mask) arrays. Raises ValueError for unequal shapes and for a root without tokens."""
 
     def convert(branch: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
         ids, mask = np.asarray(branch.ids, dtype=np.int64), np.asarray(branch.mask, dtype=bool)
@@ -62,21 +62,21 @@ def _finish(batch: Batch, predict: list, at: list, target: list, seq: list, rows
 def flat(trees: Iterable[Tree]) -> Batch:
     """Lay a forest out in one row without padding, each shared prompt once.
 
-    An empty forest is one stand-in token with nothing to train: a rank without samples still runs its forward and
-    backward pass, and adds exactly zero. Returns a dict with
-        input_ids [1, T], position_ids [1, T]   positions restart at each root; a branch goes on where its root ends
-        segments                                what attention needs, see below
+    An empty forest becomes one placeholder token that is not trained: a rank without samples still runs its forward
+    and backward pass, and adds exactly zero. Returns a dict with
+        input_ids [1, T], position_ids [1, T]   positions restart at each root; a branch continues those of its root
+        segments                                the input of attention, see below
         predict_N [N]                           index in the row of the hidden state that predicts the trained token
         at_N [N]                                index in the row of the trained token itself
         target_N [N], seq_N [N]                 the trained token's id and the sequence it belongs to
         row_S [S]                               the data-set row each sequence came from
         tokens                                  tokens of the rows, an int: those of the forest, unless a method counts
-                                                what rows share in each of them
-        distinct                                distinct tokens of the forest, an int (= T: none is computed twice)
+                                                shared tokens once per row
+        distinct                                distinct tokens of the forest, an int (= T: no token is computed twice)
 
-    `segments` holds, for kernels that read lengths on the device, `cu_query_M1` and `cu_key_M1` [M + 1] (int32,
-    cumulative lengths), `key_index` (which row entries are the keys, segment by segment; None when they are the row
-    itself) and the two longest lengths; and for kernels called once a segment, `spans`: a list of (length, root),
+    `segments` holds, for kernels that read lengths on the device: `cu_query_M1` and `cu_key_M1` [M + 1] (int32,
+    cumulative lengths), `key_index` (the row entries that are the keys, segment by segment; None if they are the row
+    itself) and the two maximum lengths. For kernels called once per segment it holds `spans`: a list of (length, root)
     in row order, where root is the number of the segment whose keys come first, or -1.
     """
     ids: list[np.ndarray] = []
@@ -103,7 +103,7 @@ def flat(trees: Iterable[Tree]) -> Batch:
         return start
 
     def sequence(start: int, offsets: np.ndarray, wanted: np.ndarray, before: int, row: int) -> None:
-        # What stands before the run predicts its first token.
+        # The token before the run predicts its first token.
         predict.append(np.where(offsets == 0, before, start + offsets - 1))
         at.append(start + offsets)
         target.append(wanted)
@@ -145,7 +145,7 @@ def flat(trees: Iterable[Tree]) -> Batch:
 def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
     """Lay a forest out as one right-padded row per sequence, the prompt repeated in each.
 
-    For models that the probe refuses in one flat row. Same trained tokens in the same order as `flat`. Returns a dict
+    For models whose flat rows fail the probe. The trained tokens are those of `flat`, in the same order. Returns a dict
     with input_ids, attention_mask [B, L], predict_N and at_N as indices into the flattened B * L grid, and
     target_N, seq_N, row_S, tokens as in `flat` (`tokens` counts distinct tokens, not positions).
     """
@@ -165,7 +165,7 @@ def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
     width = max((len(ids) for ids, _ in sequences), default=1)
     grid = np.full((max(len(sequences), 1), width), pad_id, dtype=np.int64)
     attention = np.zeros_like(grid)
-    attention[len(sequences) :] = 1  # an empty batch: one stand-in token, as in `flat`
+    attention[len(sequences) :] = 1  # an empty batch: one placeholder token, as in `flat`
     predict, at, target, seq = [], [], [], []
     for number, (ids, mask) in enumerate(sequences):
         grid[number, : len(ids)] = ids
@@ -190,10 +190,10 @@ def with_labels(batch: Batch) -> Batch:
 
 
 def relabelled(batch: Batch) -> Batch:
-    """A padded batch whose trained tokens are those that its `labels` mark now: someone may have changed them."""
+    """A padded batch whose trained tokens are read anew from its `labels`, which the user may have changed."""
     labels, width = batch["labels"], batch["labels"].shape[1]
     marked = labels != -100
-    # Nothing stands before the first token of a row that could predict it.
+    # Nothing precedes the first token of a row, so nothing predicts it.
     marked[:, 1:] &= batch["attention_mask"][:, :-1].bool()
     marked[:, :1] = False
     at_N = marked.flatten().nonzero().squeeze(1)
@@ -201,8 +201,8 @@ def relabelled(batch: Batch) -> Batch:
 
 
 def gridded(batch: Batch, rows: Sequence[int]) -> Batch:
-    """What a collator of transformers makes (`input_ids`, `labels` [B, L], maybe `attention_mask`) as a padded batch,
-    with its own grids, and whatever else it holds."""
+    """The output of a transformers collator (`input_ids`, `labels` [B, L], optionally `attention_mask`) as a padded
+    batch. Its other entries are kept."""
     grids = {key: torch.as_tensor(batch[key]) for key in ("input_ids", "labels")}
     mask = batch.get("attention_mask")
     grids["attention_mask"] = torch.ones_like(grids["input_ids"]) if mask is None else torch.as_tensor(mask)
@@ -212,7 +212,7 @@ def gridded(batch: Batch, rows: Sequence[int]) -> Batch:
 
 
 def unshared(trees: Iterable[Tree]) -> list[Tree]:
-    """The same sequences with each prompt repeated before its branch: independent dropout draws, at full price."""
+    """The same sequences with each prompt repeated before its branch: independent dropout, at full cost."""
     out: list[Tree] = []
     for tree in trees:
         if not tree.branches or any(tree.root.mask):
@@ -225,17 +225,17 @@ def unshared(trees: Iterable[Tree]) -> list[Tree]:
 
 
 def computed(batch: Batch) -> tuple[int, int]:
-    """Distinct tokens of a batch, and the token positions that forward passes of it compute, padding and repetition
-    included. Further layouts inside the batch are counted too."""
+    """Distinct tokens of a batch, and token positions that its forward passes compute, with padding and repetition.
+    Layouts nested in the batch are counted too."""
     inner = [computed(each) for each in batch.values() if isinstance(each, dict) and "input_ids" in each]
     distinct = batch["distinct"] + sum(each[0] for each in inner)
-    # The stand-in of an empty forest is nobody's token.
+    # The placeholder of an empty forest does not count.
     own = batch["input_ids"].numel() if batch["distinct"] else 0
     return distinct, own + sum(each[1] for each in inner)
 
 
 def trained(batch: Batch) -> int:
-    """Trained tokens of this batch, without asking the device."""
+    """Number of trained tokens of a batch, without waiting for the device."""
     return batch["target_N"].shape[0]
 
 

@@ -1,4 +1,4 @@
-"""The chunked language-model head: numbers per trained token, without `[N, V]` logits ever existing.
+"""The chunked language-model head: numbers per trained token, without `[N, V]` logits in memory.
 
 The logits of a few hundred tokens at a time are computed, measured and dropped; the backward pass uses the closed form
 of their gradient. Peak memory does not depend on the number of tokens.
@@ -19,16 +19,16 @@ from trl.models.shards import gathered_by_its_call
 
 from .measures import MEASURES, Chunk, logp_slope
 
-# Logits computed at once: about what keeps a matrix product busy, and no more memory than that.
+# Logits computed at once: enough to keep a matrix product busy, without more memory than that.
 CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
 
 
 class TokenStats(NamedTuple):
-    """What a loss may know about a forward pass: one entry per trained token. See `engine.score.score`."""
+    """The results of a forward pass, one entry per trained token. See `engine.score.score`."""
 
     logp_N: Tensor  # log-prob of the trained token, fp32
-    seq_N: Tensor  # which sequence it belongs to
-    sequences: int  # how many sequences the batch has (S)
+    seq_N: Tensor  # index of its sequence
+    sequences: int  # number of sequences in the batch (S)
     entropy_N: Tensor | None = None  # entropy of the predicted distribution, in nats
     mean_logp_N: Tensor | None = None  # mean over the vocabulary of log-probs (label smoothing)
     top1_N: Tensor | None = None  # 1.0 where the trained token is the most likely one
@@ -39,10 +39,10 @@ class TokenStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Readout:
-    """How raw head outputs become logits, and what to measure on them.
+    """How raw head outputs become logits, and which measures are taken.
 
-    logits = scale * raw, bounded to softcap * tanh(logits / softcap) when there is a softcap, divided by temperature.
-    `extras` are returned in their order; it begins with `grads`, those of them that carry a gradient.
+    logits = scale * raw, bounded to softcap * tanh(logits / softcap) if there is a softcap, divided by temperature.
+    `extras` are names in `MEASURES`, returned in this order; the first ones, `grads`, carry a gradient.
     """
 
     scale: float = 1.0
@@ -66,7 +66,7 @@ class Readout:
         return logits_CV
 
     def through(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
-        """Gradient with respect to the raw outputs, given that with respect to the logits (overwritten)."""
+        """Gradient with respect to the raw outputs, from the gradient with respect to the logits (overwritten)."""
         if self.softcap is not None:
             grad_CV *= 1 - (logits_CV * (self.temperature / self.softcap)) ** 2
         slope = self.scale / self.temperature
@@ -74,17 +74,17 @@ class Readout:
 
 
 def _full_precision(device: torch.device) -> torch.autocast:
-    """Autocast off: the casts here are explicit, and sums over the vocabulary are taken in fp32."""
+    """Autocast off: casts are explicit here, and sums over the vocabulary are taken in fp32."""
     return torch.autocast(device.type, enabled=False)
 
 
 def _measured(chunk: Chunk, readout: Readout) -> list[Tensor]:
-    """The log-prob of each target, then the extras asked for; each [C]."""
+    """The log-prob of each target, then the extras; each [C]."""
     return [chunk.logp_C, *(MEASURES[name].of(chunk) for name in readout.extras)]
 
 
 def _slopes(chunk: Chunk, readout: Readout) -> Iterator[Tensor]:
-    """The gradients with respect to the logits of the differentiable columns, in their order, one at a time."""
+    """The gradient of each differentiable column with respect to the logits, [C, V], in order, one at a time."""
     yield logp_slope(chunk)
     for name in readout.grads:
         slope = MEASURES[name].slope
@@ -93,7 +93,7 @@ def _slopes(chunk: Chunk, readout: Readout) -> Iterator[Tensor]:
 
 
 def _logits_grad(raw_CV: Tensor, target_C: Tensor, readout: Readout, grads: Sequence[Tensor | None]) -> Tensor:
-    """Gradient with respect to the raw outputs, for the gradients of the differentiable columns, each [C]."""
+    """Gradient with respect to the raw outputs, [C, V], from the gradients of the differentiable columns, each [C]."""
     logits_CV = readout.logits(raw_CV)
     grad_CV = torch.zeros_like(logits_CV)
     for slope_CV, grad_C in zip(_slopes(Chunk(logits_CV, target_C), readout), grads, strict=False):
@@ -118,9 +118,9 @@ def _spans(count: int, vocabulary: int, device: torch.device) -> list[slice]:
 
 
 class _LinearHead(torch.autograd.Function):
-    """A plain linear head. A frozen one takes its gradient in the forward pass, while the logits are at hand:
-    d logp / d hidden needs only them and the weight, so the backward pass is a multiplication by the loss's slope. A
-    trained one recomputes its logits in the backward pass, because d weight needs the loss's slope first."""
+    """A plain linear head. A frozen head computes its gradient in the forward pass, while the logits exist:
+    d logp / d hidden needs only the logits and the weight, and the backward pass multiplies it by the gradient of the
+    loss. A trained head recomputes its logits in the backward pass, because d weight needs the gradient of the loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor,
@@ -185,7 +185,7 @@ class _LinearHead(torch.autograd.Function):
 
 
 class _Logits(torch.autograd.Function):
-    """The same measurements on logits that somebody else computed, [C, V] -> each [C]."""
+    """The same measures on logits computed elsewhere, [C, V] -> each [C]."""
 
     @staticmethod
     def forward(ctx: Any, raw_CV: Tensor, target_C: Tensor, readout: Readout) -> tuple[Tensor, ...]:
@@ -202,9 +202,9 @@ class _Logits(torch.autograd.Function):
 
 
 def plain_linear(head: Any) -> nn.Linear | None:
-    """The linear layer whose weight is all there is to this head, or None (adapters, quantised or offloaded weights).
+    """The head as a linear layer, or None if it is more than that (adapters, quantised or offloaded weights).
 
-    A head listed in PEFT's `modules_to_save` is looked through: its active copy is plain.
+    For a head listed in PEFT's `modules_to_save`, its active copy.
     """
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         active = getattr(head, "active_adapters", None) or []
@@ -212,7 +212,7 @@ def plain_linear(head: Any) -> nn.Linear | None:
         chosen = [name for name in active if name in head.modules_to_save]
         head = head.modules_to_save[chosen[0]] if chosen and not disabled else head.original_module
     if gathered_by_its_call(head):
-        # The hooks are those that gather the weight, and have done so by now (see `token_stats`).
+        # Its hooks gather the weight, and have done so by now (see `token_stats`).
         return head if type(head).forward is nn.Linear.forward else None
     if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
         return None
@@ -230,15 +230,15 @@ def compute_dtype(head: nn.Module, hidden: Tensor) -> torch.dtype:
 def token_stats(
     head: nn.Module, hidden_NH: Tensor, target_N: Tensor, readout: Readout, vocabulary: int
 ) -> list[Tensor]:
-    """Log-prob of each trained token, then the extras that `readout` asks for; each [N], fp32.
+    """Log-prob of each trained token, then the extras of `readout`; each [N], fp32.
 
-    `hidden_NH` is what predicts the tokens `target_N`. Any head works: a plain linear layer by its weight, anything
-    else (LoRA or DoRA on the head, quantised or offloaded weights) by calling it on chunks, recomputed in the backward
-    pass.
+    The hidden states `hidden_NH` predict the tokens `target_N`. Any head works. A plain linear layer is used by its
+    weight; any other head (LoRA or DoRA on it, quantised or offloaded weights) is called on chunks, and recomputed in
+    the backward pass.
 
     A head whose own hooks gather its weights (ZeRO-3, FSDP2 around the head) is called once, and the chunks run within
-    that call: the hooks fire once in the forward and once in the backward pass, whatever the number of tokens. Ranks
-    gather together, so they must gather equally often.
+    that call: the hooks fire once in the forward and once in the backward pass, for any number of tokens. Ranks gather
+    together, so they must gather equally often.
     """
     linear = plain_linear(head)
     head = head if linear is None else linear
@@ -267,7 +267,7 @@ def _token_stats(head: Callable[[Tensor], Tensor], linear: nn.Linear | None, hid
         target_N = target_N.to(hidden_NH.device)
         weight_VH: Any = linear.weight
         if hasattr(weight_VH, "full_tensor"):
-            # Sharded apart from the model's root. Each rank's gradient is of its own tokens: averaged, like all others.
+            # Sharded apart from the model's root. Each rank has the gradient of its own tokens; ranks are averaged.
             from torch.distributed.tensor import Partial
 
             weight_VH = weight_VH.full_tensor(grad_placements=[Partial("avg")] * weight_VH.device_mesh.ndim)

@@ -1,12 +1,12 @@
-"""Matrix products on a CPU that PyTorch has a faster way for than the one it takes.
+"""Faster matrix products on a CPU, in two cases.
 
-Few rows, as when tokens are drawn one by one: PyTorch multiplies fp32 matrices with MKL; oneDNN, which it ships as
-well, is faster where one of the two has few rows. Decoding steps of 4 to 64 rows were 1.14 to 1.20 times as fast (135M
-parameters, an AMD processor with AVX-512).
+Few rows, as in decoding: PyTorch multiplies fp32 matrices with MKL, but oneDNN, which it ships too, is faster if one
+matrix has few rows. Decoding steps of 4 to 64 rows were 1.14 to 1.20 times as fast (135M parameters, an AMD processor
+with AVX-512).
 
-Half precision on a processor without instructions for it: PyTorch's own products are up to a hundred times as slow as
-those of fp32. Products of fp32 copies are as exact, since kernels for bfloat16 sum in fp32 too, and round once at the
-end. A training step of a 135M model's first two layers took 3.1 s instead of 43.6 s (a processor with AVX2 alone).
+Half precision on a processor without instructions for it: PyTorch's own products are up to a hundred times slower than
+in fp32. Products of fp32 copies are as exact, since kernels for bfloat16 also sum in fp32 and round once at the end. A
+training step of a 135M model's first two layers took 3.1 s instead of 43.6 s (a processor with AVX2 only).
 """
 
 import contextlib
@@ -19,24 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# oneDNN compiles and keeps code for each number of rows. There are few of them: a multiple of STEP, and MOST at most.
+# oneDNN compiles and caches code for each number of rows, so rows are padded to a multiple of STEP, up to MOST.
 STEP, MOST = 8, 64
 HALF = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
 def few_rows(model: nn.Module) -> Iterator[None]:
-    """Within, and without gradients, the model's plain linear layers multiply few rows by oneDNN.
+    """Within the context, without gradients, the model's plain linear layers multiply few rows with oneDNN.
 
-    Where a CPU has no instructions for half precision, their products are those of `half_products`, with fp32 copies of
-    the weights that are made once and kept as long as this lasts: twice the memory of the weights more.
+    Where a CPU has no instructions for half precision, products are those of `half_products`, with fp32 copies of the
+    weights that are made once and kept for the length of the context: twice the memory of the weights more.
 
-    The numbers are the same up to rounding. Nothing changes for other layers (quantised ones, say), dtypes, devices and
-    builds of PyTorch.
+    Results are equal up to rounding. Other layers (such as quantised ones), dtypes, devices and builds of PyTorch are
+    not affected.
     """
     changed = [each for each in model.modules() if isinstance(each, nn.Linear) and _may_change(each)]
     for module in changed:
-        module.forward = _Forward(module)  # type: ignore[method-assign]
+        module.forward = _Forward(module)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -50,7 +50,7 @@ def _is_there() -> bool:
 
 
 def _may_change(module: nn.Linear) -> bool:
-    """Asked once, so that layers on an accelerator keep a forward pass without a detour."""
+    """Whether oneDNN may serve this layer. Checked once, so that other layers keep their own forward."""
     return (
         type(module) is nn.Linear
         and "forward" not in vars(module)
@@ -100,9 +100,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def half_products(device: torch.device, half: bool) -> contextlib.AbstractContextManager[object]:
-    """Within, forward and backward, products of half-precision matrices are taken in fp32 and rounded.
+    """Within the context, products of half-precision matrices are computed in fp32 and rounded, forward and backward.
 
-    Does nothing unless `half` says that there are such matrices, and `device` is a CPU without instructions for them.
+    Does nothing unless `half` is true (there are such matrices) and `device` is a CPU without instructions for them.
     """
     return _HalfProducts() if half and device.type == "cpu" and not _has_half_products() else contextlib.nullcontext()
 

@@ -1,4 +1,4 @@
-"""What can be measured on a predicted distribution: a table of numbers, and the gradients of those that have one.
+"""Measures of a predicted distribution: a table of numbers and, for some, their gradients.
 
 `C` tokens of a chunk, `V` vocabulary. Everything is taken in fp32.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Chunk:
-    """The distributions that predict the tokens of a chunk, [C, V]: what several measures read is taken once."""
+    """The distributions that predict the tokens of a chunk, [C, V]. Numbers shared by measures are computed once."""
 
     def __init__(self, logits_CV: Tensor, target_C: Tensor) -> None:
         self.logits_CV, self.target_C = logits_CV, target_C
@@ -37,7 +37,8 @@ class Chunk:
 
 
 class Measure(NamedTuple):
-    """`of` a chunk one number for each token, [C]; `slope`, its gradient with respect to the logits, [C, V] and new."""
+    """`of(chunk)` is one number per token, [C]; `slope(chunk)` is its gradient with respect to the logits, a new tensor
+    [C, V]."""
 
     of: Callable[[Chunk], Tensor]
     slope: Callable[[Chunk], Tensor] | None = None
@@ -61,9 +62,9 @@ def _mean_logp_slope(chunk: Chunk) -> Tensor:
     return 1.0 / p_CV.shape[1] - p_CV
 
 
-# Beside the log-prob of the trained token. Those that have a slope come first.
+# In addition to the log-prob of the trained token. Measures with a slope come first.
 MEASURES: dict[str, Measure] = {
-    # of the distribution, in nats
+    # entropy of the distribution, in nats
     "entropy": Measure(lambda chunk: chunk.entropy_C, _entropy_slope),
     # mean over the vocabulary of log-probs (label smoothing)
     "mean_logp": Measure(lambda chunk: chunk.logp_CV.mean(-1), _mean_logp_slope),

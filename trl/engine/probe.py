@@ -1,4 +1,4 @@
-"""`attach(model)`: whether a model's flat rows and its head can be trusted, found out by running a few short rows."""
+"""`attach(model)`: a numeric check of a model's flat rows and of its head, by running a few short rows."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,19 +14,20 @@ from trl.engine.forest import Batch, flat, padded
 from trl.engine.head import plain_linear
 from trl.engine.score import _LAYOUT_KEYS, _REQUEST, Attachment, _add_keyword, _readout
 from trl.models import shards
-from trl.models.unwrap import SCALAR_HEAD, causal_lm, evaluating, scalar_head
+from trl.models.unwrap import SCALAR_HEAD, evaluating, scalar_head, unwrap
 
 
 def attach(model: nn.Module) -> Attachment:
     """Make a causal language model ready for `score`. Idempotent; call it again after wrapping the model in PEFT.
 
-    Sets the attention implementation (kept for the model's life: layers read it again when a checkpointed forward is
-    recomputed), adds one keyword to `forward`, then probes. In a distributed run the first rank's verdict holds.
+    Sets the attention implementation (permanently: layers read it again when a checkpointed forward is recomputed),
+    adds one keyword to `forward`, then probes. In a distributed run all ranks take the first rank's result. Raises
+    ValueError for a model without a language-model head or a scoring head.
     """
-    base = causal_lm(model)
+    base = unwrap(model)
     if base.get_output_embeddings() is None and scalar_head(base) is None:
         raise ValueError(
-            f"{type(base).__name__} has neither a language-model head to read log-probs from nor one that scores: load "
+            f"{type(base).__name__} has neither a language-model head nor a scoring head: load "
             "it with AutoModelForCausalLM, or with AutoModelForSequenceClassification to train a reward model"
         )
     _add_keyword(base)
@@ -44,14 +45,14 @@ def attach(model: nn.Module) -> Attachment:
                 each._attn_implementation = attention.NAME
             reason = _first_failure(model, base)
         if reason is not None:
-            # Padded, with the attention that the model came with.
+            # Padded rows use the attention that the model came with.
             for each, own in zip(configs, base._trl_attention, strict=True):
                 each._attn_implementation = own
             attachment.is_flat, attachment.reason = False, reason
         if scalar_head(base) is None:
             attachment.head_reason = _head_failure(model, base, attachment) or _parts_reason(base)
         elif not hasattr(base, SCALAR_HEAD):
-            attachment.head_reason = f"{type(base).__name__} scores by more than one layer on its last hidden state"
+            attachment.head_reason = f"{type(base).__name__} computes its scores with more than one layer"
     _agree(attachment, base, configs)
     return attachment
 
@@ -70,9 +71,9 @@ def _probing(model: nn.Module) -> Iterator[None]:
 
 
 def _chunked_reason(config: PreTrainedConfig) -> str | None:
-    # Too long for a short probe to notice.
+    # Chunks are too long for a short probe to notice.
     if getattr(config, "attention_chunk_size", None):
-        return "its attention is computed in chunks of fixed size, which segments do not know"
+        return "its attention is computed in chunks of fixed size, which attention by segment does not support"
     return None
 
 
@@ -93,14 +94,14 @@ def _leaf(ids: list[int]) -> Tree:
 
 
 def _inputs(base: Any, batch: Batch) -> dict[str, Any]:
-    """The batch where the model begins. Offloaded weights are nowhere: their hooks move the inputs as well."""
+    """The model's inputs, on the device of its embeddings. If these are offloaded, their hooks move the inputs."""
     device = base.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
     return {key: _to(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
 
 
 def _hidden(model: nn.Module, batch: Batch) -> Tensor:
-    inputs = _inputs(causal_lm(model), batch)
+    inputs = _inputs(unwrap(model), batch)
     request = {
         "predict_N": batch["predict_N"],
         "target_N": batch["target_N"],
@@ -120,7 +121,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _tolerance(base: Any, dtype: torch.dtype) -> float:
-    """What rounding may move; 8-bit weights round by outliers of the whole batch. A leak moves more."""
+    """The largest relative difference that rounding explains; 8-bit weights round by outliers of the whole batch."""
     rounds = dtype in (torch.float16, torch.bfloat16) or getattr(base, "is_quantized", False)
     return 5e-2 if rounds else 1e-3
 
@@ -130,7 +131,7 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _first_failure(model: nn.Module, base: Any) -> str | None:
-    """What is wrong with this model's flat rows, in one sentence, or None."""
+    """The reason why this model's flat rows are wrong, in one sentence, or None."""
     first, other, second = _tokens(base, 11, 5), _tokens(base, 12, 5), _tokens(base, 23, 7)
     root, left, right = _tokens(base, 31, 6), _tokens(base, 17, 3), _tokens(base, 41, 4)
     count = len(second) - 1
@@ -157,7 +158,7 @@ def _first_failure(model: nn.Module, base: Any) -> str | None:
 
 
 def _head_failure(model: nn.Module, base: Any, attachment: Attachment) -> str | None:
-    """Whether `head(hidden)` misses what the model's own logits have, in one sentence, or None."""
+    """The reason why `head(hidden)` differs from the model's own logits, in one sentence, or None."""
     ids = _tokens(base, 23, 7)
     batch = padded([_leaf(ids)])
     try:
@@ -176,16 +177,16 @@ def _head_failure(model: nn.Module, base: Any, attachment: Attachment) -> str | 
 
 
 def _parts_reason(base: Any) -> str | None:
-    """Why chunks of the head cannot be one call of it, in one sentence, or None."""
+    """The reason why the chunks cannot run within one call of the head, in one sentence, or None."""
     head = base.get_output_embeddings()
     if shards.zero_3_is_planned() and plain_linear(head) is None and next(head.children(), None) is not None:
-        # Each part has hooks of its own, and ranks with more tokens would call them more often.
+        # Each part has its own hooks, and ranks with more tokens would call them more often.
         return "its head is made of parts (an adapter's), which ZeRO-3 gathers one by one at each call"
     return None
 
 
 def _agree(attachment: Attachment, base: Any, configs: list[Any]) -> None:
-    """Take the first rank's verdict on every rank: others may hold no weights yet."""
+    """Take the first rank's result on every rank: others may hold no weights yet."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     verdict = [(attachment.is_flat, attachment.reason, attachment.head_reason)]

@@ -1,7 +1,7 @@
-"""Where the reference policy comes from: always the state at the start, whatever wraps it, chosen once.
+"""The reference policy: chosen once, always the policy as it was at the start.
 
-A reference scores a batch as the policy does, without gradients and without dropout. It takes the policy's wrapped
-model, because an adapter's base and its frozen twin live in there, and sharded weights are gathered by its hooks.
+A reference scores a batch as the policy does, without gradients and dropout. It gets the policy's wrapped model, which
+holds an adapter's base and frozen twin, and whose hooks gather sharded weights.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from trl.engine.probe import attach
 from trl.models import adapters
 from trl.models.low_bits import LOW_BITS, join, split
 from trl.models.shards import deep_copy, local_weights
-from trl.models.unwrap import causal_lm, evaluating
+from trl.models.unwrap import evaluating, unwrap
 
 from .forest import Batch
 from .head import TokenStats
@@ -24,7 +24,7 @@ from .score import score
 
 
 class Reference(ABC):
-    """A frozen policy to compare with."""
+    """A frozen policy to compare the trained one with."""
 
     description: str
 
@@ -36,15 +36,16 @@ class Reference(ABC):
         """The model to score with."""
 
     def score(self, policy: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
-        """The reference's log-probs of a batch that was laid out for the policy; `asked` as in `engine.score.score`."""
+        """The reference's log-probs of a batch laid out for the policy; `asked` are options of `engine.score.score`."""
         with torch.no_grad(), self._ready(policy) as model, evaluating(model):
             return score(model, batch, **asked)
 
     def follow(self, policy: nn.Module, share: float) -> None:
-        """Move the reference towards the policy: `share` of the policy, the rest of itself.
+        """Move the reference towards the policy: `share` is the weight of the policy, 0 to 1.
 
-        TR-DPO's soft update (Gorbatovski et al. 2024, arXiv:2404.09656, equation 6). A bfloat16 weight would drop the
-        moves that are smaller than 1/256 of it, so the reference keeps its lower half (`models.low_bits`).
+        TR-DPO's soft update (Gorbatovski et al. 2024, arXiv:2404.09656, equation 6). A bfloat16 weight would lose
+        changes smaller than 1/256 of it, so the reference also keeps its lower half (`models.low_bits`). Raises
+        ValueError for a reference without weights of its own.
         """
         theirs = self._policy_weights(policy)
         weights = self.weights()
@@ -59,7 +60,7 @@ class Reference(ABC):
                     low.copy_(rest)
 
     def weights(self) -> dict[str, Tensor]:
-        """What `follow` changes, by name: part of a checkpoint."""
+        """The weights that `follow` changes, by name: part of a checkpoint."""
         own = self._own_weights()
         for name, weight in own.items():
             if weight.dtype == torch.bfloat16 and name not in self._low:
@@ -67,16 +68,16 @@ class Reference(ABC):
         return {**own, **{f"{name}.{LOW_BITS}": low for name, low in self._low.items()}}
 
     def _own_weights(self) -> dict[str, Tensor]:
-        """The weights that are the reference's alone."""
+        """The weights that belong only to the reference."""
         return {}
 
     def _policy_weights(self, policy: nn.Module) -> dict[str, Tensor]:
-        """The policy's weights, by the names of the reference's."""
+        """The policy's weights, under the names of the reference's weights."""
         raise ValueError(f"the reference is {self.description}, which cannot follow the policy")
 
 
 class Frozen(Reference):
-    """A model of its own."""
+    """A separate model."""
 
     def __init__(self, model: nn.Module, description: str) -> None:
         super().__init__()
@@ -87,14 +88,14 @@ class Frozen(Reference):
         yield self.model
 
     def _own_weights(self) -> dict[str, Tensor]:
-        return local_weights(causal_lm(self.model))
+        return local_weights(unwrap(self.model))
 
     def _policy_weights(self, policy: nn.Module) -> dict[str, Tensor]:
-        return local_weights(causal_lm(policy))
+        return local_weights(unwrap(policy))
 
 
 class AdapterOff(Reference):
-    """The policy beneath its adapter."""
+    """The policy without its adapter."""
 
     description = "the model with its adapter off"
 
@@ -127,7 +128,7 @@ class Twin(Reference):
 
 
 class Itself(Reference):
-    """The policy as it is now: for log-probs that are computed before the first step."""
+    """The policy itself: for log-probs that are computed before the first step."""
 
     description = "the model itself, before its first step"
 
@@ -137,14 +138,14 @@ class Itself(Reference):
 
 
 def choose(model: nn.Module, explicit: nn.Module | None = None, *, follows: bool = False) -> Reference:
-    """The reference of a policy that is about to train: `explicit` where there is one, else the model as it is now.
+    """The reference of a policy before training: `explicit` if given, else the model as it is now.
 
-    A new adapter is switched off; a trained one gets a frozen twin; all other models are copied, and so is a model of
-    which more than the adapter trains. `follows` says that the reference will move towards the policy, for which it
-    needs weights of its own.
+    A new adapter is switched off, and a trained adapter gets a frozen twin. All other models are copied, also a model
+    that trains weights beneath its adapter. `follows`: the reference will move towards the policy, so it needs weights
+    of its own.
     """
     if explicit is not None:
-        return Frozen(frozen(explicit), f"the model given ({type(causal_lm(explicit)).__name__})")
+        return Frozen(frozen(explicit), f"the model given ({type(unwrap(explicit)).__name__})")
     description = "a frozen copy of the model as it was at the start"
     if not adapters.has_adapter(model):
         return Frozen(frozen(deep_copy(model)), description)
@@ -157,7 +158,7 @@ def choose(model: nn.Module, explicit: nn.Module | None = None, *, follows: bool
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """The model without gradients and dropout, its layers ready to be scored."""
+    """The model without gradients and dropout, attached to the engine."""
     model.requires_grad_(False)
     model.eval()
     attach(model)
@@ -165,14 +166,15 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def create_reference_model(model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
-    """A frozen copy of a model, as upstream names it. Trainers make their own where they need one."""
+    """A frozen copy of a model, under upstream's name. Trainers make their own reference. Raises ValueError for
+    `num_shared_layers` and `pattern`, which are not supported."""
     if num_shared_layers is not None or pattern is not None:
         raise ValueError("num_shared_layers: sharing layers is not supported; an adapter needs no second model at all")
     return deep_copy(model).requires_grad_(False).eval()
 
 
 def peft_model(model: nn.Module) -> Any:
-    """The model that carries the adapter, out of what wraps it for several processes."""
+    """The model that carries the adapter, without wrappers for several processes. ValueError if there is none."""
     while not hasattr(model, "peft_config"):
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if inner is None:

@@ -1,8 +1,8 @@
 """`attach(model)` once, then `score(model, batch)`: a model and a batch in, numbers per trained token out.
 
-The engine is entered through the model's own `forward` (one more keyword), so that the hooks of DDP, FSDP, ZeRO and
-device maps fire as for any call. A numeric probe, not a list of families, decides whether a model's flat rows are
-right; a model that fails runs padded, and the reason is kept and printed once by the trainer.
+The engine is called through one more keyword of the model's own `forward`, so that the hooks of DDP, FSDP, ZeRO and
+device maps fire as in any call. A numeric probe, not a list of families, decides whether a model's flat rows are right.
+A model that fails runs on padded rows, and the trainer prints the reason once.
 """
 
 import functools
@@ -31,17 +31,17 @@ _LAYOUT_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
 
 @dataclass
 class Attachment:
-    """What `attach` found out about a model."""
+    """The result of `attach` for a model."""
 
-    is_flat: bool  # a forest runs in one row without padding
-    reason: str | None  # why not, in one sentence
+    is_flat: bool  # whether a forest runs in one row without padding
+    reason: str | None  # the reason if not, in one sentence
     readout: Readout = field(default_factory=Readout)  # scale and softcap of the head
-    head_reason: str | None = None  # why the logits are computed in full, in one sentence; None when they are not
+    head_reason: str | None = None  # the reason for computing full logits, in one sentence; None: chunked
     pad_id: int = 0
-    kept: list[Any] | None = None  # a list: the model's own outputs are put into it, logits and all
+    kept: list[Any] | None = None  # if a list: it collects the model's own outputs, with full logits
 
     def batch(self, trees: Iterable[Tree]) -> Batch:
-        """Lay a forest out as this model takes it."""
+        """Lay a forest out for this model: flat or padded."""
         return flat(trees) if self.is_flat else padded(trees, self.pad_id)
 
 
@@ -59,12 +59,13 @@ def score(
     embedding_noise: float | None = None,
     router: bool = False,
 ) -> TokenStats:
-    """Log-probs of the trained tokens of a batch, and what else is asked for.
+    """Log-probs of the trained tokens of a batch, and the extras that are set (see `TokenStats`).
 
-    The model must have been attached, the batch laid out by its `Attachment.batch`. Log-probs carry gradients; so does
-    the entropy with `entropy_grad`, and `mean_logp`; the other extras do not. `temperature` divides the logits first.
+    The model must be attached, and the batch laid out by its `Attachment.batch`. Gradients flow through the log-probs,
+    through `mean_logp`, and through the entropy if `entropy_grad` is set. `temperature` divides the logits.
     `embedding_noise` is NEFTune's alpha: uniform noise of size alpha / sqrt(length * H) on the embeddings of each
-    sequence (Jain et al. 2023, arXiv:2310.05914). `router` adds a mixture of experts' load-balancing term, as `aux`.
+    sequence (Jain et al. 2023, arXiv:2310.05914). `router` adds a mixture of experts' load-balancing loss, as `aux`.
+    Raises ValueError if a wrapper casts the log-probs to half precision.
     """
     wanted = {
         "entropy": entropy or entropy_grad,
@@ -91,7 +92,7 @@ def score(
     if outputs["logp"].dtype != torch.float32:
         raise ValueError(
             f"the model's wrapper casts log-probs to {str(outputs['logp'].dtype).removeprefix('torch.')}, in which "
-            "sums over a sequence are off by whole nats: let it keep its outputs (FSDP2: a MixedPrecisionPolicy with "
+            "sums over a sequence are off by whole nats: let it keep their dtype (FSDP2: a MixedPrecisionPolicy with "
             "output_dtype=None)"
         )
     found = {f"{name}_N": outputs[name] for name in extras}
@@ -103,7 +104,7 @@ def score(
 
 
 def _add_keyword(base: Any) -> None:
-    """Give this instance's `forward` the request keyword; everything else it does is unchanged."""
+    """Add the request keyword to this instance's `forward`; nothing else changes."""
     if hasattr(base, "_trl_forward"):
         return
     # An instance's own forward (device-map hooks) is kept as an attribute, not in a closure, so that a deep copy of the
@@ -129,11 +130,11 @@ def _plain_forward(base: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _of_a_model(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a model takes of a batch that someone has unpacked into a call, `model(**inputs)`."""
+    """The entries of a batch that the model accepts, for a user's own call `model(**inputs)`."""
     known = {*_LAYOUT_KEYS, "labels", "num_items_in_batch", "output_hidden_states", "output_attentions", "return_dict"}
     known |= set(inspect.signature(type(base).forward).parameters)
     if scalar_head(base) is not None:
-        known.discard("labels")  # tokens, where such a model wants classes
+        known.discard("labels")  # here they are tokens; such a model expects classes
     return {key: value for key, value in kwargs.items() if key in known}
 
 
@@ -178,19 +179,19 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
 
 
 def _scalar(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-    """What the model's scoring head says of each trained token, [N, labels]."""
+    """The scoring head's output at each trained token, [N, labels]."""
     if base._trl_attachment.head_reason is None:
         hidden_NH = _predicting(_backbone(base)(*args, **kwargs)[0], request)
         if isinstance(getattr(base, "dropout", None), nn.Dropout):
             hidden_NH = base.dropout(hidden_NH)
         return getattr(base, SCALAR_HEAD)(hidden_NH)
     logits = _plain_forward(base, *args, **kwargs).logits
-    # One score a sequence, as the model itself pools it; or one a token.
+    # One score per sequence, pooled by the model itself; or one per token.
     return logits[: request["predict_N"].shape[0]] if logits.ndim == 2 else _predicting(logits, request)
 
 
 def _load_balance(base: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-    """The family's own load-balancing term on this batch's router logits."""
+    """The load-balancing loss of the model's family, on this batch's router logits."""
     family = sys.modules[type(base).__module__]
     if not hasattr(family, "load_balancing_loss_func") or getattr(outputs, "router_logits", None) is None:
         raise ValueError(f"router_aux_loss_coef is set, but {type(base).__name__} has no load-balancing loss")
@@ -200,7 +201,7 @@ def _load_balance(base: Any, outputs: Any, attention_mask: Tensor | None) -> Ten
 
 
 def _with_noise(base: Any, alpha: float, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Embeddings instead of ids, with noise by the length of each token's own sequence, as if it stood alone."""
+    """Embeddings with noise in place of ids; its size follows from the length of each token's own sequence."""
     kwargs = dict(kwargs)
     ids = kwargs.pop("input_ids")
     embeds = kwargs.pop("inputs_embeds", None) if ids is None else base.get_input_embeddings()(ids)
@@ -218,7 +219,8 @@ def _with_noise(base: Any, alpha: float, kwargs: dict[str, Any]) -> dict[str, An
 
 
 def _predicting(grid: Tensor, request: dict[str, Any]) -> Tensor:
-    """The entries of a [B, T, ...] grid that predict the trained tokens. Virtual tokens (prompt tuning) come first."""
+    """The entries of a [B, T, ...] grid that predict the trained tokens. Leading virtual tokens (prompt tuning) are
+    skipped."""
     grid = grid[:, grid.shape[1] - request["columns"] :]
     return grid.flatten(0, 1).index_select(0, request["predict_N"].to(grid.device))
 
@@ -231,11 +233,8 @@ def _backbone(base: Any) -> nn.Module:
 
 
 def _readout(config: PreTrainedConfig) -> Readout:
-    """Scale and softcap of the final logits, by the names that configurations give them; the probe checks the sum."""
+    """Scale and softcap of the final logits, under the names that configurations use; the probe checks the result."""
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     if getattr(config, "logits_scaling", None):  # Granite
         scale = 1.0 / config.logits_scaling
     return Readout(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
-
-
-# --- the probe ----------------------------------------------------------------------------------------------------

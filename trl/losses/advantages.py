@@ -1,7 +1,7 @@
 """Rewards to advantages: how much better a completion is than the others of its prompt.
 
-`S` completions, in groups of `G` = `num_generations` of one prompt each; `F` reward functions. A reward that is
-not applicable is NaN: it takes part in no mean, and a completion all of whose rewards are NaN has advantage 0.
+`S` completions, in groups of `G = num_generations` with the same prompt; `F` reward functions. A reward that does not
+apply is NaN and is left out of means. A completion whose rewards are all NaN has advantage 0.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ EPSILON = 1e-4  # added to standard deviations
 
 
 def _std(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """The sample standard deviation of what is not NaN; 0 of a single value and of none."""
+    """The sample standard deviation, ignoring NaN; 0 for fewer than two values."""
     dims = tuple(range(values.dim())) if dim is None else dim
     count = (~values.isnan()).sum(dims, keepdim=keepdim)
     mean = values.nanmean(dims, keepdim=True)
@@ -22,20 +22,20 @@ def _std(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tenso
 
 
 def _alike(values: Tensor, dim: int) -> Tensor:
-    """Whether all that is not NaN along `dim` is one and the same number, which then stays as a dimension of one."""
+    """Whether all values along `dim` are equal, ignoring NaN; `dim` is kept, with size 1."""
     high = values.masked_fill(values.isnan(), -torch.inf).amax(dim, keepdim=True)
     low = values.masked_fill(values.isnan(), torch.inf).amin(dim, keepdim=True)
     return low >= high
 
 
 def _centred(values: Tensor, dim: int) -> Tensor:
-    """Less the mean of what is not NaN; exactly 0 where all are alike, whatever rounding makes of their mean."""
+    """The values minus their mean, ignoring NaN; exactly 0 where all are equal, whatever the rounding of the mean."""
     away = values - values.nanmean(dim, keepdim=True)
     return away.masked_fill(_alike(values, dim) & ~values.isnan(), 0.0)
 
 
 def total_reward(rewards_SF: Tensor, weights_F: Tensor) -> Tensor:
-    """The weighted sum of the applicable rewards, [S, F] -> [S]; NaN where none is."""
+    """The weighted sum of the rewards that apply, [S, F] -> [S]; NaN if none does."""
     reward_S = (rewards_SF * weights_F).nansum(1)
     return reward_S.masked_fill(rewards_SF.isnan().all(1), float("nan"))
 
@@ -45,9 +45,9 @@ def sum_then_normalize(
 ) -> Tensor:
     """`(r - mean of the group) / (std + 1e-4)` of the total reward, [S, F] -> [S].
 
-    The deviation is that of the group (GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2), of all completions
-    with `scale_rewards="batch"` (Lite PPO, Liu et al. 2025, arXiv:2508.08221), or 1 with "none" (Dr. GRPO, Liu et al.
-    2025, arXiv:2503.20783).
+    `scale_rewards` selects the standard deviation: "group" (GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2),
+    "batch", over all completions (Lite PPO, Liu et al. 2025, arXiv:2508.08221), or "none", no division (Dr. GRPO, Liu
+    et al. 2025, arXiv:2503.20783).
     """
     reward_S = total_reward(rewards_SF, weights_F)
     group = reward_S.view(-1, num_generations)
@@ -64,19 +64,22 @@ def sum_then_normalize(
 def normalize_then_sum(
     *, rewards_SF: Tensor, weights_F: Tensor, num_generations: int, scale_rewards: str = "group"
 ) -> Tensor:
-    """Each function's rewards normalised in the group, then their weighted sum normalised over all completions,
-    [S, F] -> [S]. GDPO, Liu et al. 2026, arXiv:2601.05242."""
+    """Normalise each function's rewards in the group, then their weighted sum over all completions, [S, F] -> [S].
+
+    GDPO, Liu et al. 2026, arXiv:2601.05242.
+    """
     group = rewards_SF.view(-1, num_generations, rewards_SF.shape[1])
     each_SF = (_centred(group, 1) / (_std(group, 1, keepdim=True) + EPSILON)).flatten(0, 1)
     reward_S = total_reward(each_SF, weights_F)
-    # Their mean is zero: each function's are zero in sum over a group. Not taken off, it leaves exact zeros alone.
+    # The mean is zero already, because each function's rewards sum to zero in a group. Subtracting it again would move
+    # exact zeros.
     return (reward_S / (_std(reward_S) + EPSILON)).nan_to_num(0.0)
 
 
 def unbiased_group(
     *, rewards_SF: Tensor, weights_F: Tensor, num_generations: int, scale_rewards: str = "none"
 ) -> Tensor:
-    """`(r - mean of the group) G / (G - 1)`, not scaled, [S, F] -> [S]: the group's mean without the completion itself.
+    """`(r - mean of the group) G / (G - 1)`, [S, F] -> [S]: relative to the mean of the others; not scaled.
 
     Dr. GRPO, arXiv:2503.20783, appendix A.
     """
@@ -86,9 +89,9 @@ def unbiased_group(
 def maximum_likelihood(
     *, rewards_SF: Tensor, weights_F: Tensor, num_generations: int, scale_rewards: str = "none"
 ) -> Tensor:
-    """`(r - m) / m` with `m` the mean of the group, for rewards that are not negative, [S, F] -> [S]; 0 where m is 0.
+    """`(r - m) / m` with `m` the mean of the group, [S, F] -> [S]; 0 where m is 0. Rewards must not be negative.
 
-    MaxRL, Tajwar et al. 2026, arXiv:2602.02710: in expectation the gradient of the log of the success rate.
+    MaxRL, Tajwar et al. 2026, arXiv:2602.02710: its expectation is the gradient of the log success rate.
     """
     reward_S = total_reward(rewards_SF, weights_F)
     group = reward_S.view(-1, num_generations)
@@ -97,8 +100,8 @@ def maximum_likelihood(
 
 
 def leave_one_out(reward_S: Tensor, *, num_generations: int, normalize: bool = False) -> Tensor:
-    """`r - mean of the group's others`, [S] -> [S]; 0 where there are no others. With `normalize` then of mean 0 and
-    deviation 1 over all completions that have a reward and others to compare with.
+    """`r - mean of the others in the group`, [S] -> [S]; 0 if there are no others. `normalize` scales the result to
+    mean 0 and standard deviation 1 over all completions that have a reward and others in their group.
 
     RLOO, Ahmadian et al. 2024, arXiv:2402.14740, equation 8.
     """
@@ -110,14 +113,14 @@ def leave_one_out(reward_S: Tensor, *, num_generations: int, normalize: bool = F
 
 
 def standardised(values_S: Tensor) -> Tensor:
-    """Of mean 0 and deviation 1 over all that is not NaN, [S] -> [S]."""
+    """The values scaled to mean 0 and standard deviation 1, ignoring NaN, [S] -> [S]."""
     if not len(values_S):
         return values_S
     return _centred(values_S, 0) / (_std(values_S) + EPSILON)
 
 
 def without_spread(rewards_SF: Tensor, weights_F: Tensor, num_generations: int) -> Tensor:
-    """Which completions stand in a group whose total rewards are all alike, [S, F] -> bool [S]."""
+    """Whether a completion's group has equal total rewards, [S, F] -> bool [S]."""
     group = total_reward(rewards_SF, weights_F).view(-1, num_generations)
     return _alike(group, 1).expand_as(group).flatten()
 

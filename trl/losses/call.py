@@ -7,9 +7,9 @@ from typing import Any
 
 
 def named_loss(given: Any, known: Mapping[str, Any]) -> tuple[str, Any]:
-    """Name and value of a loss: one of `known` by name, a function as it is, or "package.module:name".
+    """Name and value of a loss: a name in `known`, a function, or "package.module:name".
 
-    ValueError for a name that is not known.
+    Raises ValueError for an unknown name.
     """
     if not isinstance(given, str):
         return getattr(given, "__name__", "loss"), given
@@ -29,12 +29,15 @@ def loss_functions(types: Sequence[str | Callable], known: Mapping[str, Callable
 
 
 def call_with_available(function: Callable, available: Mapping[str, Any]) -> Any:
-    """A loss called with those of the available numbers and settings that it names."""
+    """Call a loss with those of the `available` values that its parameters name.
+
+    Raises ValueError if a required parameter is not available.
+    """
     wanted = inspect.signature(function).parameters
     missing = [name for name, each in wanted.items() if name not in available and each.default is each.empty]
     if missing:
         raise ValueError(
-            f"the loss {getattr(function, '__name__', function)} asks for {', '.join(missing)}; there are "
+            f"the loss {getattr(function, '__name__', function)} needs {', '.join(missing)}; available are "
             f"{', '.join(sorted(available))}"
         )
     return function(**{name: available[name] for name in wanted if name in available})

@@ -1,10 +1,10 @@
-"""Policy-gradient losses as a product: a surrogate for each token, times a way of adding them up.
+"""Policy-gradient losses: each is a surrogate per token and a reduction over tokens.
 
-`N` trained tokens, `S` sequences. A ratio is that of the policy to the one that drew the tokens; `pool` says over what
-its logarithm is averaged first. Advantages are per token, all alike in a sequence.
+`N` trained tokens, `S` sequences. The importance ratio compares the policy with the policy that sampled the tokens;
+`pool` averages its logarithm over a sequence first, if asked to. Advantages are per token, equal within a sequence.
 
-The exponential of a log-ratio is exact up to `MAX_LOG_RATIO` and follows its tangent beyond. In fp32 that of more than
-88 is infinite, and its gradient is not a number even where clipping takes the ratio out of the loss.
+The exponential of a log-ratio is exact up to `MAX_LOG_RATIO` and follows its tangent beyond. In fp32 the exponential of
+more than 88 is infinite, and its gradient would be NaN even where clipping removes the ratio from the loss.
 """
 
 import inspect
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from .tokens import bounded_exp, seq_mean, seq_sum
 
-# A ratio of 5e8 says no more than a larger one, and its gradient still has a norm in fp32.
+# A ratio of 5e8 is as good as any larger one, and the norm of its gradient is finite in fp32.
 MAX_LOG_RATIO = 20.0
 
 # --- the ratio ------------------------------------------------------------------------------------------------------
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
-    """`exp(log_ratio)`, exact up to `MAX_LOG_RATIO` and along its tangent beyond, in any shape."""
+    """`exp(log_ratio)`, exact up to `MAX_LOG_RATIO`, its tangent beyond; any shape."""
     return bounded_exp(log_ratio, MAX_LOG_RATIO)
 
 
 def pool(log_ratio_N: Tensor, *, seq_N: Tensor, sequences: int, importance_sampling_level: str) -> Tensor:
-    """The log-ratio that a surrogate reads, [N] -> [N]: each token's own, or the mean over its sequence.
+    """The log-ratio that a surrogate reads, [N] -> [N]: of each token ("token"), or the mean over its sequence.
 
     "sequence": GSPO, Zheng et al. 2025, arXiv:2507.18071, equation 7. "sequence_token": the sequence's value with each
     token's own gradient (GSPO-token, equation 13).
@@ -43,7 +43,7 @@ def pool(log_ratio_N: Tensor, *, seq_N: Tensor, sequences: int, importance_sampl
 
 
 def _either(condition_N: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """One number or the other, in the precision of `like`."""
+    """`yes` where the condition holds, else `no`, in the dtype of `like`, [N]."""
     return torch.where(condition_N, like.new_tensor(yes), like.new_tensor(no))
 
 
@@ -53,7 +53,7 @@ def _either(condition_N: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 def clip(
     *, ratio_N: Tensor, advantage_N: Tensor, epsilon: float, epsilon_high: float, delta: float | None = None
 ) -> Tensor:
-    """`-min(r A, clip(r, 1 - e, 1 + e_high) A)`, with r itself at most `delta` where that is set, [N] -> [N].
+    """`-min(r A, clip(r, 1 - e, 1 + e_high) A)`, [N] -> [N]; the unclipped r is at most `delta`, if that is set.
 
     PPO, Schulman et al. 2017, arXiv:1707.06347, equation 7; `epsilon_high` from DAPO, Yu et al. 2025, arXiv:2503.14476,
     equation 8; `delta` from INTELLECT-2, arXiv:2505.07291.
@@ -70,7 +70,7 @@ def cispo(*, ratio_N: Tensor, advantage_N: Tensor, logp_N: Tensor, epsilon_high:
 
 
 def sapo(*, ratio_N: Tensor, advantage_N: Tensor, sapo_temperature_pos: float, sapo_temperature_neg: float) -> Tensor:
-    """`-(4 / t) s(t (r - 1)) A`, with t by the advantage's sign, [N] -> [N].
+    """`-(4 / t) s(t (r - 1)) A`, where the sign of A selects the temperature t, [N] -> [N].
 
     SAPO, Gao et al. 2025, arXiv:2511.20347.
     """
@@ -91,10 +91,10 @@ def vespo(
     vespo_lambda_neg: float,
     log_correction_N: Tensor | None = None,
 ) -> Tensor:
-    """`-sg[w] A log pi` with `w = exp(l + k log W - l W)` of the sequence's ratio W, k and l by the advantage's sign,
-    [N] -> [N]: w is 1 where W is. VESPO, arXiv:2602.10693.
+    """`-sg[w] A log pi` with `w = exp(l + k log W - l W)`, [N] -> [N]. W is the ratio of the sequence; the sign of A
+    selects k and l; w is 1 where W is 1. VESPO, arXiv:2602.10693.
 
-    `log_correction_N` is of each token, and corrects for another sampler.
+    `log_correction_N` is the log-weight of each token that corrects for another sampler.
     """
     weight_N = vespo_weight(
         log_ratio_N=log_ratio_N,
@@ -122,7 +122,7 @@ def vespo_weight(
     vespo_lambda_neg: float,
     log_correction_N: Tensor | None = None,
 ) -> Tensor:
-    """The w of `vespo`, without a gradient, alike for all tokens of a sequence, [N] -> [N]."""
+    """The w of `vespo`, without a gradient, equal for all tokens of a sequence, [N] -> [N]."""
     lowest = math.log(1e-8)
     log_S = seq_sum(log_ratio_N.detach().clamp(-20, 20), seq_N, sequences)
     if log_correction_N is not None:
@@ -142,8 +142,8 @@ def gmpo(
     epsilon: float,
     epsilon_high: float,
 ) -> Tensor:
-    """`-A exp(mean_t min-clip(log r_t))`: the geometric mean of clipped ratios, the same for all tokens of a sequence,
-    [N] -> [N]. Ratios are clipped in logarithm to `[-e, e_high]`, on the side where clipping lowers `r A`.
+    """`-A exp(mean_t min-clip(log r_t))`, [N] -> [N]: the geometric mean of clipped ratios, equal for all tokens of a
+    sequence. Log-ratios are clipped to `[-e, e_high]`, on the side where clipping lowers `r A`.
 
     GMPO, Zhao et al. 2025, arXiv:2507.20673, equation 4.
     """
@@ -154,12 +154,12 @@ def gmpo(
     return -advantage_N * ratio(seq_mean(chosen_N, seq_N, sequences))[seq_N]
 
 
-# --- what else a token adds -----------------------------------------------------------------------------------------
+# --- further terms and weights of tokens ----------------------------------------------------------------------------
 
 
 def k3(*, logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
-    """`exp(q) - q - 1` with `q = log ref - log pi`: an estimate of KL(pi || ref) that is never negative, [N] -> [N].
-    The exponential is `ratio`'s.
+    """`exp(q) - q - 1` with `q = log ref - log pi`, [N] -> [N]: an estimate of KL(pi || ref) that is never negative.
+    The exponential is bounded as in `ratio`.
 
     Schulman 2020, "Approximating KL divergence", k3; arXiv:2402.03300, equation 4.
     """
@@ -176,8 +176,8 @@ def off_policy_keep(
     sequences: int,
     off_policy_mask_threshold: float,
 ) -> Tensor:
-    """1 for the tokens of kept sequences, else 0, [N] -> [N]: those of an advantage that is not negative, or whose mean
-    `log old - log pi` is at most the threshold. DeepSeek-V3.2, arXiv:2512.02556, equation 9."""
+    """1 for the tokens of kept sequences, else 0, [N] -> [N]. A sequence is kept if its advantage is not negative or
+    its mean `log old - log pi` is at most the threshold. DeepSeek-V3.2, arXiv:2512.02556, equation 9."""
     gap_N = (sampler_logp_N - logp_N.detach()).nan_to_num(0.0)
     near_S = seq_mean(gap_N, seq_N, sequences) <= off_policy_mask_threshold
     return ((advantage_N >= 0) | near_S[seq_N]).to(logp_N.dtype)
@@ -193,11 +193,11 @@ def correction(
     low: float | None,
     high: float | None,
 ) -> Tensor:
-    """The weight that makes up for a sampler whose log-probs are not the trainer's, [N] -> [N], without a gradient.
+    """The importance weight for a sampler whose log-probs differ from the trainer's, [N] -> [N], without a gradient.
 
-    `mode` is `token_truncate`, `token_mask`, `sequence_truncate`, `sequence_mask`, or the same with `geometric` (the
-    mean of a sequence's log-ratios in place of their sum): ratios outside `[low, high]` are set to the bound, or to 0.
-    Without a `high`, a weight is at most `exp(MAX_LOG_RATIO)`.
+    `mode` is a level and a kind. The level is `token`, `sequence` (the sum of log-ratios) or `geometric` (their mean).
+    The kind sets ratios outside `[low, high]` to the bound (`truncate`) or to 0 (`mask`). Without `high`, a weight is
+    at most `exp(MAX_LOG_RATIO)`.
     Truncated and masked importance sampling, Yao et al. 2025 ("Your efficient RL framework secretly brings you
     off-policy RL training") and Liu et al. 2025.
     """
@@ -219,8 +219,8 @@ def correction(
 
 
 def quantile(values_N: Tensor, share: float) -> Tensor:
-    """The value that `share` of all values lie below, linear between neighbours: `torch.quantile`, which refuses more
-    than 2^24 values. [N] -> scalar."""
+    """The quantile `share`, interpolated linearly, [N] -> scalar: as `torch.quantile`, which refuses more than 2^24
+    values."""
     order_N = values_N.sort().values
     place = share * (len(order_N) - 1)
     below = min(math.floor(place), max(len(order_N) - 2, 0))
@@ -233,14 +233,14 @@ def high_entropy(entropy_N: Tensor, *, threshold: Tensor) -> Tensor:
     return (entropy_N >= threshold).to(entropy_N.dtype)
 
 
-# --- adding up ------------------------------------------------------------------------------------------------------
+# --- reductions -----------------------------------------------------------------------------------------------------
 
-# What a sum is divided by, over the whole optimizer step.
+# The denominator of a sum, counted over the whole optimizer step.
 SEQUENCES, TOKENS, BUDGET = "sequences", "tokens", "budget"
 
 
 def by_sequence(loss_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
-    """The sum over sequences of their means over tokens, [N] -> scalar; to be divided by the sequences."""
+    """The sum over sequences of the mean over tokens, [N] -> scalar; its denominator is the number of sequences."""
     return seq_mean(loss_N, seq_N, sequences).sum()
 
 
@@ -250,7 +250,7 @@ def by_token(loss_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
 
 
 class Bounds(NamedTuple):
-    """Where a surrogate clips the ratio."""
+    """The bounds at which a surrogate clips the ratio."""
 
     low: float
     high: float
@@ -269,12 +269,14 @@ def upper_bound(epsilon: float, epsilon_high: float) -> Bounds:
 
 
 class PolicyLoss(NamedTuple):
-    """A loss by policy gradient.
+    """A policy-gradient loss.
 
-    `surrogate` gives a loss for each token from what its arguments name. `add_up` sums them, and the sum is divided by
-    the items of the kind `divide_by` in the optimizer step. `bounds` gives the bounds at which the surrogate clips, for
-    the metrics of clipping; None: it clips nowhere. `reads_tokens`: it reads each token's own ratio whatever
-    `importance_sampling_level` is. `metrics` are names, and numbers for each token whose mean over sequences is logged.
+    surrogate      the loss of each token, [N]; its parameters name the values that it reads
+    add_up         the sum of the token losses, (loss_N, seq_N, sequences) -> scalar
+    divide_by      the denominator of that sum, counted over the optimizer step
+    bounds         the clipping bounds, from (epsilon, epsilon_high), for the clip metrics; None: no clipping
+    reads_tokens   the surrogate reads the ratio of each token, whatever `importance_sampling_level` is
+    metrics        names and functions that give [N]; the mean over sequences is logged
     """
 
     surrogate: Callable[..., Tensor]
@@ -286,16 +288,16 @@ class PolicyLoss(NamedTuple):
 
     @property
     def corrects_itself(self) -> bool:
-        """Whether the surrogate itself takes the weight that makes up for another sampler."""
+        """Whether the surrogate itself applies the weight that corrects for another sampler."""
         return "log_correction_N" in inspect.signature(self.surrogate).parameters
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     # Shao et al. 2024, arXiv:2402.03300, equation 3: mean over tokens, then over sequences.
     "grpo": PolicyLoss(clip, by_sequence, SEQUENCES, ratio_bounds),
-    # Mean over tokens. Upstream takes it over each micro-batch; here it is that of the step, so that the two are alike.
+    # Mean over tokens. Upstream takes it over a micro-batch, we over the step; so it equals dapo.
     "bnpo": PolicyLoss(clip, by_token, TOKENS, ratio_bounds),
-    # Liu et al. 2025, arXiv:2503.20783: divided by sequences × max_completion_length, whatever their lengths.
+    # Liu et al. 2025, arXiv:2503.20783: the denominator is sequences × max_completion_length, whatever their lengths.
     "dr_grpo": PolicyLoss(clip, by_token, BUDGET, ratio_bounds),
     # Yu et al. 2025, arXiv:2503.14476, equation 12.
     "dapo": PolicyLoss(clip, by_token, TOKENS, ratio_bounds),

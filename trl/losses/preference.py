@@ -1,10 +1,9 @@
 """Losses on pairs of completions of one prompt: direct preference optimisation and its family.
 
-`N` trained tokens, `S` sequences (2P: chosen and rejected in turn), `P` pairs. All log-probs are natural and summed
-over a completion's tokens; a log-ratio is that of the policy less that of the reference. Every loss names the numbers
-and settings it needs as keyword-only arguments, and gives one number per pair, [P]. In the docstrings `s` is the
-logistic function, `d` the chosen score less the rejected one, `w` and `l` the log-ratios of the chosen and the rejected
-completion.
+`N` trained tokens, `S` sequences (2P: chosen and rejected in turn), `P` pairs. Log-probs are summed over a completion's
+tokens; a log-ratio is the policy's log-prob minus the reference's. Every loss names the numbers and settings it needs
+as keyword-only arguments, and gives one number per pair, [P]. In the docstrings `s` is the logistic function, `d` the
+chosen minus the rejected score, `w` and `l` are the log-ratios of the chosen and the rejected completion.
 """
 
 import math
@@ -19,8 +18,8 @@ from .tokens import bounded_exp, position, seq_mean, seq_sum
 
 
 class StepPairs(NamedTuple):
-    """The pairs of a whole optimizer step, on all ranks, as they are before it: for losses that compare pairs with each
-    other. All without gradients; `offset` is the place of this batch's first pair among them."""
+    """The pairs of a whole optimizer step, on all ranks, for losses that compare pairs with each other. Computed before
+    the step, without gradients, [P] each; `offset` is the position of this batch's first pair."""
 
     chosen_logp_P: Tensor
     rejected_logp_P: Tensor
@@ -29,17 +28,17 @@ class StepPairs(NamedTuple):
     offset: int = 0
 
 
-# --- f-divergences: what stands for the log-ratio ------------------------------------------------------------------
+# --- f-divergences: the replacement of the log-ratio ---------------------------------------------------------------
 
 
 def reverse_kl(*, logratio_P: Tensor) -> Tensor:
-    """`f'(u) = log u + 1` of `u = pi / ref`, without its constant: the log-ratio itself, [P] -> [P]. f-DPO, Wang et al.
-    2023, arXiv:2309.16240, table 1."""
+    """`f'(u) = log u + 1` with `u = pi / ref`, without the constant: the log-ratio itself, [P] -> [P]. f-DPO, Wang et
+    al. 2023, arXiv:2309.16240, table 1."""
     return logratio_P
 
 
 def forward_kl(*, logratio_P: Tensor) -> Tensor:
-    """`f'(u) = -1/u`, here `1 - 1/u`, [P] -> [P]. The exponent stops at 80, so that it stays finite. arXiv:2309.16240,
+    """`f'(u) = -1/u`, here `1 - 1/u`, [P] -> [P]. The exponent is bounded by 80, to stay finite. arXiv:2309.16240,
     table 1."""
     return -torch.expm1((-logratio_P).clamp(max=80.0))
 
@@ -51,7 +50,7 @@ def js_divergence(*, logratio_P: Tensor) -> Tensor:
 
 def alpha_divergence(*, logratio_P: Tensor, f_alpha_divergence_coef: float) -> Tensor:
     """`f'(u) = (u^(a-1) - 1) / (a - 1)` with `a = f_alpha_divergence_coef`, [P] -> [P]; the log-ratio at a = 1. The
-    exponent stops at 80, so that it stays finite. arXiv:2309.16240, table 1, whose alpha is `1 - a`."""
+    exponent is bounded by 80, to stay finite. arXiv:2309.16240, table 1, whose alpha is `1 - a`."""
     power = f_alpha_divergence_coef - 1
     if abs(power) < 1e-6:
         return logratio_P
@@ -78,7 +77,7 @@ def sigmoid(*, chosen_score_P: Tensor, rejected_score_P: Tensor, beta: float, la
 
 
 def _smoothed(logit_P: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of a preference that is the other way round with probability `label_smoothing`."""
+    """Cross-entropy of a preference whose label is wrong with probability `label_smoothing`."""
     return -(1 - label_smoothing) * F.logsigmoid(logit_P) - label_smoothing * F.logsigmoid(-logit_P)
 
 
@@ -158,10 +157,10 @@ def aot(
     label_smoothing: float = 0.0,
     step: StepPairs | None = None,
 ) -> Tensor:
-    """`-log s(beta (a_(k) - b_(k)))` of the pairs' differences `a = log pi_w - log pi_l` and `b`, those of the
-    reference, each sorted over the optimizer step, -> [P]; smoothed as in `sigmoid`.
+    """`-log s(beta (a_(k) - b_(k)))`, -> [P]; smoothed as in `sigmoid`. `a = log pi_w - log pi_l` is the difference of
+    a pair under the policy, `b` under the reference. Each is sorted over the step, and equal ranks are matched.
 
-    AOT for pairs, Melnyk et al. 2024, arXiv:2406.05882. The sum over a step is that of the sorted couples.
+    AOT for pairs, Melnyk et al. 2024, arXiv:2406.05882.
     """
     step = step or StepPairs(chosen_logp_P.detach(), rejected_logp_P.detach(), chosen_ref_logp_P, rejected_ref_logp_P)
     policy_P = step.chosen_logp_P - step.rejected_logp_P
@@ -180,10 +179,10 @@ def aot_unpaired(
     label_smoothing: float = 0.0,
     step: StepPairs | None = None,
 ) -> Tensor:
-    """`-log s(beta (w_(k) - l_(k)))` of the chosen and the rejected log-ratios, each sorted over the optimizer step,
-    -> [P]; smoothed as in `sigmoid`. AOT unpaired, arXiv:2406.05882.
+    """`-log s(beta (w_(k) - l_(k)))`, -> [P]; smoothed as in `sigmoid`. Chosen and rejected log-ratios are each sorted
+    over the optimizer step, and equal ranks are matched. AOT unpaired, arXiv:2406.05882.
 
-    A pair's own two log-ratios belong to two couples; it bears half the value of each, and all of its own gradient.
+    The two log-ratios of a pair belong to two matches. The pair gets half the value of each, and its own full gradient.
     """
     step = step or StepPairs(chosen_logp_P.detach(), rejected_logp_P.detach(), chosen_ref_logp_P, rejected_ref_logp_P)
     chosen_all = step.chosen_logp_P - step.chosen_ref_logp_P
@@ -198,7 +197,7 @@ def aot_unpaired(
 
 
 def _partners(values_P: Tensor, others_P: Tensor) -> Tensor:
-    """For each value the other of the same rank, [P]."""
+    """For each value, the one of `others_P` with the same rank in sorted order, [P]."""
     order = values_P.argsort(stable=True)
     return torch.empty_like(others_P).index_copy(0, order, others_P.sort(stable=True).values)
 
@@ -251,13 +250,14 @@ def sigmoid_norm(
     return -F.logsigmoid(beta * (chosen_P - rejected_P))
 
 
-# --- what weighs tokens and pairs ----------------------------------------------------------------------------------
+# --- weights of tokens and pairs -----------------------------------------------------------------------------------
 
 
 def ld(logp_N: Tensor, *, seq_N: Tensor, sequences: int, ld_alpha: float) -> Tensor:
-    """Log-probs of completions whose tokens beyond the shorter length of the pair weigh `ld_alpha`, [N] -> [S].
+    """Log-probs of completions; tokens beyond the length of the pair's shorter completion have weight `ld_alpha`,
+    [N] -> [S].
 
-    LD-DPO, Liu et al. 2024, arXiv:2409.06411. A sequence's tokens are consecutive and in order.
+    LD-DPO, Liu et al. 2024, arXiv:2409.06411. The tokens of a sequence must be consecutive and in order.
     """
     length_S = seq_sum(torch.ones_like(logp_N), seq_N, sequences)
     shared_S = length_S.view(-1, 2).amin(1).repeat_interleave(2)
@@ -266,8 +266,8 @@ def ld(logp_N: Tensor, *, seq_N: Tensor, sequences: int, ld_alpha: float) -> Ten
 
 
 def wpo_weight(logp_N: Tensor, sum_sq_N: Tensor, *, seq_N: Tensor, sequences: int) -> Tensor:
-    """How likely the policy is to write each pair, [N] -> [P], without a gradient: over both completions, the product
-    of `exp(mean_t(log p_t - log sum_v p_t(v)^2))`. WPO, Zhou et al. 2024, arXiv:2406.11827, equation 2 with aligned
+    """The likelihood of each pair under the policy, [N] -> [P], without gradient: the product over its completions of
+    `exp(mean_t(log p_t - log sum_v p_t(v)^2))`. WPO, Zhou et al. 2024, arXiv:2406.11827, equation 2 with aligned
     weights."""
     aligned_N = logp_N.detach() - sum_sq_N.detach().log()
     return seq_mean(aligned_N, seq_N, sequences).exp().view(-1, 2).prod(1)
@@ -290,9 +290,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sft": sft,
     "sigmoid_norm": sigmoid_norm,
 }
-# Averaged over the chosen tokens of the optimizer step, not over its pairs.
+# Losses averaged over the chosen tokens of the optimizer step, not over its pairs.
 PER_TOKEN = frozenset({"sft"})
-# Compare the pairs of the whole optimizer step with each other.
+# Losses that compare the pairs of the whole optimizer step with each other.
 NEED_STEP = frozenset({"aot", "aot_unpaired"})
-# Of a difference of scores alone (or of none): the constant of a divergence other than reverse KL cancels.
+# Losses of score differences (or of no scores), so that the constant of a divergence other than reverse KL cancels.
 DIVERGING = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})

@@ -1,7 +1,7 @@
 """Losses of pairs that need no reference model: ORPO, and CPO with SimPO and AlphaPO.
 
-Short names in the docstrings, `c` the chosen and `r` the rejected completion of a pair: `mean` is a completion's
-log-prob averaged over its tokens, `R` its reward; `s` the logistic function. `P` pairs.
+`P` pairs. In the docstrings `c` is the chosen and `r` the rejected completion, `mean` the log-prob averaged over a
+completion's tokens, `R` its reward, `s` the logistic function.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-# Exponents are bounded here: exp(80) is finite in fp32, and so is its difference from another.
+# Bound on exponents: exp(80) is finite in fp32, and so is the difference of two such numbers.
 _MAX_EXPONENT = 80.0
 
 
@@ -19,9 +19,10 @@ _MAX_EXPONENT = 80.0
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """`log(1 - exp(x))` of `x < 0`. Zero counts as the largest number below it, so that the result is finite."""
+    """`log(1 - exp(x))` for `x < 0`. Zero is replaced by the largest negative number, so that the result is finite."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    # Each formula keeps its digits on one side of the middle; on the other it sees the middle, whose slope is finite.
+    # Each formula is accurate on one side of the middle. On the other side it is evaluated at the middle, where its
+    # slope is finite.
     middle = -math.log(2)
     near = torch.log(-torch.expm1(x.clamp(min=middle)))
     far = torch.log1p(-x.clamp(max=middle).exp())
@@ -45,15 +46,15 @@ def orpo(*, chosen_mean_logp_P: Tensor, rejected_mean_logp_P: Tensor, beta: floa
 
 
 # --- CPO --------------------------------------------------------------------------------------------------------------
-# A completion's reward `R` is `alpha_reward` of its log-prob: of the mean over its tokens for the losses in MEAN_LOGP,
-# of the sum for the others.
+# A completion's reward `R` is `alpha_reward` of its log-prob: the mean over its tokens for the losses in MEAN_LOGP, the
+# sum for the others.
 
 
 def alpha_reward(logp_P: Tensor, *, alpha: float) -> Tensor:
     """AlphaPO's reward: `(1 - p^-alpha) / alpha` with `p = exp(logp)`, [P] -> [P]; its limit at `alpha = 0` is the
     log-prob itself. Gupta et al. 2025, arXiv:2501.03884.
 
-    Where `-alpha logp` is above 80 it stays where it is, so that it remains finite.
+    `-alpha logp` is bounded by 80, so that the reward is finite.
     """
     return logp_P if alpha == 0 else -torch.expm1((-alpha * logp_P).clamp(max=_MAX_EXPONENT)) / alpha
 
@@ -65,8 +66,8 @@ def _logistic(margin_P: Tensor, label_smoothing: float) -> Tensor:
 
 def sigmoid(*, chosen_reward_P: Tensor, rejected_reward_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """CPO: `-log s(beta (R_c - R_r))` of sums, [P]: DPO with a uniform reference. Xu et al. 2024, arXiv:2401.08417,
-    equation 3. With `e = label_smoothing`, for labels of which a share e is wrong: `-(1 - e) log s(m) - e log s(-m)`,
-    where m is the same margin.
+    equation 3. If a share `e = label_smoothing` of the labels is wrong: `-(1 - e) log s(m) - e log s(-m)` with the same
+    margin m.
     """
     return _logistic(beta * (chosen_reward_P - rejected_reward_P), label_smoothing)
 
@@ -94,5 +95,5 @@ def simpo(
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo, "simpo": simpo}
 
-# They look at the mean log-prob of a completion's tokens, the others at the sum.
+# Losses that read the mean log-prob of a completion's tokens; the others read the sum.
 MEAN_LOGP = {"ipo", "simpo"}

@@ -1,4 +1,4 @@
-"""Losses of reward models. `P` pairs, `N` steps that are judged, `C` classes."""
+"""Losses of reward models. `P` pairs, `N` labelled steps, `C` classes."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,11 +12,11 @@ def bradley_terry(*, chosen_reward_P: Tensor, rejected_reward_P: Tensor, margin_
 
 
 def centring(*, chosen_reward_P: Tensor, rejected_reward_P: Tensor, center_rewards_coefficient: float) -> Tensor:
-    """`c (r_w + r_l)^2`: keeps the rewards of a pair around zero, [P] -> [P]. Eisenstein et al. 2023, arXiv:2312.09244,
+    """`c (r_w + r_l)^2`, [P] -> [P]: keeps the rewards of a pair around zero. Eisenstein et al. 2023, arXiv:2312.09244,
     equation 2."""
     return center_rewards_coefficient * (chosen_reward_P + rejected_reward_P) ** 2
 
 
 def step_cross_entropy(*, logits_NC: Tensor, label_N: Tensor) -> Tensor:
-    """`-log softmax(logits)[label]` of each judged step, [N, C] -> [N]. Lightman et al. 2023, arXiv:2305.20050."""
+    """`-log softmax(logits)[label]` of each labelled step, [N, C] -> [N]. Lightman et al. 2023, arXiv:2305.20050."""
     return F.cross_entropy(logits_NC, label_N, reduction="none")

@@ -20,8 +20,8 @@ def dft(*, logp_N: Tensor) -> Tensor:
 
 
 def label_smoothing(loss_N: Tensor, *, mean_logp_N: Tensor, label_smoothing_factor: float) -> Tensor:
-    """Cross-entropy against a target that gives the whole vocabulary equal parts of `e = label_smoothing_factor`:
-    `(1 - e) loss + e mean_v(-log p(v))`, [N] -> [N]. Szegedy et al. 2016, arXiv:1512.00567, section 7.
+    """`(1 - e) loss + e mean_v(-log p(v))` with `e = label_smoothing_factor`, [N] -> [N]: cross-entropy against a
+    target that spreads e evenly over the vocabulary. Szegedy et al. 2016, arXiv:1512.00567, section 7.
     """
     return (1 - label_smoothing_factor) * loss_N - label_smoothing_factor * mean_logp_N
 

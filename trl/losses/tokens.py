@@ -1,6 +1,6 @@
 """Reductions over ragged length, and metrics as sums and counts.
 
-`N` trained tokens, `S` sequences. Masked tokens are not there, so no function takes a mask.
+`N` trained tokens, `S` sequences. Masked tokens are left out beforehand, so no function takes a mask.
 """
 
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 class Metric(NamedTuple):
-    """A number that can still be joined with those of other micro-batches and ranks: a mean, as a total and a count
-    that are divided once, or the smallest or largest of all values."""
+    """A number that can be combined across micro-batches and ranks: a mean, kept as total and count, or a minimum or
+    maximum."""
 
-    total: Tensor  # scalar; of no items 0, as "min" inf, as "max" -inf
+    total: Tensor  # scalar; without items: 0, inf for "min", -inf for "max"
     items: Tensor | float
     kind: str = "mean"  # or "min" or "max"
 
 
 def _summable(values: Tensor) -> Tensor:
-    """The values in fp32 at least: in half precision a sum of some hundred log-probs would be off by whole nats."""
+    """The values in fp32 at least: in half precision, a sum of some hundred log-probs would be off by whole nats."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -35,11 +35,11 @@ def seq_mean(values_N: Tensor, seq_N: Tensor, sequences: int) -> Tensor:
 
 
 def seq_count(seq_N: Tensor, sequences: int) -> Tensor:
-    """How many tokens each sequence has: [N] -> [S], integers."""
+    """Number of tokens of each sequence: [N] -> [S], integers."""
     return seq_N.new_zeros(sequences).index_add(0, seq_N, torch.ones_like(seq_N))
 
 
-def mean(values: Tensor) -> Metric:
+def mean_metric(values: Tensor) -> Metric:
     """The mean of all entries, as total and count."""
     return Metric(_summable(values.detach()).sum(), float(values.numel()))
 
@@ -57,19 +57,19 @@ def largest(values: Tensor) -> Metric:
 
 
 def position(seq_N: Tensor, sequences: int) -> Tensor:
-    """The place of each token among the trained tokens of its sequence, from 0 on: [N] -> [N]. A sequence's tokens are
-    consecutive, and sequences in their order."""
+    """The index of each token among the trained tokens of its sequence: [N] -> [N]. The tokens of a sequence must be
+    consecutive, and the sequences in order."""
     length_S = seq_count(seq_N, sequences)
     start_S = length_S.cumsum(0) - length_S
     return torch.arange(len(seq_N), device=seq_N.device) - start_S[seq_N]
 
 
 def bounded_exp(values: Tensor, limit: float) -> Tensor:
-    """`exp(values)` up to `limit`, and its tangent there beyond it, so that the result is finite and grows, and the
-    gradient is at most `exp(limit)` and never of another sign."""
+    """`exp(values)` up to `limit`, the tangent at `limit` beyond. The result is finite and increasing, and the gradient
+    is positive and at most `exp(limit)`."""
     return values.clamp(max=limit).exp() * (1 + (values - limit).relu())
 
 
 def masked_mean_metric(values: Tensor, place: Tensor) -> Metric:
-    """The mean of the values at `place`, without asking the device how many they are."""
+    """The mean of the values where `place` is true, without waiting for the device to count them."""
     return Metric((values.detach() * place).sum(), place.sum())

@@ -1,7 +1,7 @@
-"""Losses on completions that are labelled good or bad, each on its own.
+"""Losses on single completions that are labelled good or bad.
 
-`S` sequences. `logratio_S` is the log-prob of the policy less that of the reference, summed over a completion;
-`label_S` is true for good completions. One number per completion, [S].
+`S` sequences. `logratio_S` is the policy's log-prob minus the reference's, summed over a completion; `label_S` is true
+for good completions. Each loss gives one number per completion, [S].
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def kl_estimate(mean_logratio: Tensor) -> Tensor:
-    """The reference point of `kto`: the mean log-ratio of mismatched prompts and completions, not below zero, scalar.
+    """The reference point of `kto`: the mean log-ratio of mismatched prompts and completions, at least 0, scalar.
 
     Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1.
     """

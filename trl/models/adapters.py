@@ -1,4 +1,4 @@
-"""Adapters: putting one on, waking one up, what quantised weights need beneath one, and what of a model trains."""
+"""Adapters: adding one, making one trainable, quantised weights beneath one, and frozen copies of one."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from .shards import local_weights
 
 
 def require_peft(why: str) -> Any:
-    """The `peft` package, or an error that names the extra."""
+    """The `peft` package; ImportError that names the extra if it is not installed. `why` begins its sentence."""
     try:
         return importlib.import_module("peft")
     except ImportError as error:
@@ -28,7 +28,7 @@ def require_peft(why: str) -> Any:
 
 
 def lora_config(settings: Any) -> Any:
-    """The `LoraConfig` that a `ModelConfig` describes, or None when it does not ask for an adapter."""
+    """The `LoraConfig` that a `ModelConfig` describes, or None if it describes no adapter."""
     if not settings.use_peft:
         return None
     targets = _targets(settings.lora_target_modules)
@@ -36,8 +36,8 @@ def lora_config(settings: Any) -> Any:
     dropout, parameters = settings.lora_dropout, settings.lora_target_parameters
     if parameters and dropout:
         notify_once(
-            f"lora_dropout={dropout} is left out: the adapter of a bare weight (lora_target_parameters) is added to "
-            "the weight itself, where there is no input to drop"
+            f"lora_dropout={dropout} is left out: an adapter of lora_target_parameters is added to the weight itself, "
+            "so it has no input to drop"
         )
         dropout = 0.0
     return peft.LoraConfig(
@@ -58,8 +58,8 @@ get_peft_config = lora_config
 
 
 def _targets(names: Any) -> Any:
-    """`lora_target_modules` as PEFT reads it: a list of names, or a string that is `all-linear` or an expression for
-    whole names. A single entry that is no plain name is such a string."""
+    """`lora_target_modules` as PEFT reads it: a list of names, `all-linear`, or a regular expression for whole names. A
+    single entry that is not a plain name is such an expression."""
     if names is None or isinstance(names, str):
         return names
     if list(names) == ["all-linear"]:
@@ -67,14 +67,14 @@ def _targets(names: Any) -> Any:
     odd = [name for name in names if not re.fullmatch(r"[\w.-]+", name)]
     if odd and len(names) > 1:
         raise ValueError(
-            f"lora_target_modules: {odd[0]!r} is no plain name of a layer, which each of several entries has to be. "
-            "Write one regular expression for whole names, such as '.*\\.(q|v)_proj'"
+            f"lora_target_modules: {odd[0]!r} is not a plain name, and several entries must all be plain names. "
+            "Write one regular expression for whole names instead, such as '.*\\.(q|v)_proj'"
         )
     return odd[0] if odd else list(names)
 
 
 def wrap(model: nn.Module, peft_config: Any) -> nn.Module:
-    """The model with a new trainable adapter; its own weights are frozen."""
+    """The model with a new trainable adapter; its own weights are frozen. ValueError if it has an adapter already."""
     peft = require_peft("peft_config was given")
     if isinstance(model, peft.PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -85,23 +85,23 @@ def wrap(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def for_training(model: nn.Module, peft_config: Any = None) -> nn.Module:
-    """The model as a trainer takes it: with the new adapter, or with its own one awake; quantised weights prepared.
+    """The model ready for training: with the new adapter or its own one trainable, quantised weights prepared.
 
-    Called before the engine is attached, whose probe runs the model.
+    Call it before the engine is attached, because the engine's probe runs the model.
     """
     if peft_config is not None:
         model = wrap(model, peft_config)
     elif release_adapter(model):
-        notify_once("the model was loaded with a frozen adapter inside: the adapter trains")
+        notify_once("the model was loaded with a frozen adapter inside: the adapter is made trainable")
     prepare_quantised(model)
     return model
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable parameters and of all parameters."""
+    """The number of trainable parameters and of all parameters."""
     train = total = 0
     for parameter in model.parameters():
-        # A sharded parameter counts whole, a 4-bit one as what it stands for.
+        # A sharded parameter counts whole; a packed 4-bit one counts its unpacked weights.
         count = getattr(parameter, "ds_numel", None) or parameter.numel()
         if type(parameter).__name__ == "Params4bit":
             count *= 2 * parameter.element_size()
@@ -110,7 +110,7 @@ def trainable(model: nn.Module) -> tuple[int, int]:
     return train, total
 
 
-# --- adapters that transformers put on ----------------------------------------------------------------------------
+# --- adapters inside a transformers model --------------------------------------------------------------------------
 
 
 def _injected(model: nn.Module) -> bool:
@@ -118,10 +118,10 @@ def _injected(model: nn.Module) -> bool:
 
 
 def release_adapter(model: Any) -> bool:
-    """Make the adapter trainable that `AutoModelForCausalLM.from_pretrained(adapter_folder)` loads frozen.
+    """Make an adapter trainable that `AutoModelForCausalLM.from_pretrained(adapter_folder)` has loaded frozen.
 
-    transformers puts such an adapter into the model itself, for inference; there is no `PeftModel` around it, and
-    training it would change nothing without a word. True when there was one and it was frozen.
+    transformers puts such an adapter into the model itself, for inference, without a `PeftModel` around it. Training
+    would then silently change nothing. Returns whether there was a frozen one.
     """
     if not _injected(model) or any(parameter.requires_grad for parameter in model.parameters()):
         return False
@@ -135,7 +135,8 @@ def release_adapter(model: Any) -> bool:
 def restore_adapter(model: Any, folder: str | Path) -> bool:
     """Load the weights of an adapter folder into the adapter that transformers put into the model.
 
-    `Trainer` can resume a `PeftModel` and a whole model, but not this. False for every other model.
+    `Trainer` resumes a `PeftModel` and a whole model, but not this. Returns False for every other model. ValueError if
+    the folder has weights that the adapter lacks.
     """
     if not _injected(model):
         return False
@@ -146,7 +147,7 @@ def restore_adapter(model: Any, folder: str | Path) -> bool:
     weights = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
     found = peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters()[0])
     if found.unexpected_keys:
-        raise ValueError(f"{folder} holds weights that this model's adapter has not: {found.unexpected_keys[:3]}")
+        raise ValueError(f"{folder} holds weights that this model's adapter lacks: {found.unexpected_keys[:3]}")
     return True
 
 
@@ -164,7 +165,7 @@ _SHAPING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
 
 
 def check_resumed(folder: Path, config: Any) -> None:
-    """Raise where the adapter of a checkpoint is another one than that of the run (`config`; None: it has none)."""
+    """Raise ValueError if a checkpoint's adapter differs from the run's, `config` (None: the run trains no adapter)."""
     path = folder / "adapter_config.json"
     if not path.exists():
         whole = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*"))
@@ -200,19 +201,19 @@ def is_quantised(model: Any) -> bool:
 
 
 def prepare_quantised(model: Any) -> bool:
-    """What a quantised model needs before it trains. False for a model that is not quantised.
+    """Prepare a quantised model for training. Returns False for a model that is not quantised.
 
-    Only an adapter can train: the rounded weights cannot take a gradient step. Beneath it, nothing is upcast.
-    Normalisations compute in float32 whatever their weights are kept in, and the engine's head takes its sums in
-    float32, so that float32 copies of embeddings, norms and head would cost memory (four bytes for each of V x H
+    Only an adapter can train, because rounded weights cannot take a gradient step: ValueError without one. The weights
+    beneath it are not upcast. Normalisations compute in float32 for any dtype of their weights, and the engine's head
+    sums in float32. Float32 copies of embeddings, norms and head would cost memory (four bytes for each of V x H
     weights, and float32 activations after every norm) and change the log-probs by less than the quantisation does.
 
-    The adapter's matrices are kept in bfloat16 when the quantised layers compute in it: that is the QLoRA recipe
-    (Dettmers et al. 2023, arXiv:2305.14314, section 3: one storage type, one 16-bit type to compute in), and a float32
-    adapter would turn the input of every adapted layer into float32. DoRA's magnitudes stay in float32, as they are
-    large numbers that change little; layers that `modules_to_save` trains in full stay in the checkpoint's dtype.
+    The adapter's matrices are kept in bfloat16 if the quantised layers compute in it. That is the QLoRA recipe
+    (Dettmers et al. 2023, arXiv:2305.14314, section 3: one storage type, one 16-bit compute type); a float32 adapter
+    would turn the input of every adapted layer into float32. DoRA's magnitudes stay in float32, because they are large
+    numbers that change little. Layers in `modules_to_save` stay in the checkpoint's dtype.
 
-    To be called again after PEFT has loaded an adapter's weights (a resumed run): it turns them into float32.
+    Call it again after PEFT has loaded an adapter's weights (a resumed run), because PEFT turns them into float32.
     """
     if not is_quantised(model):
         return False
@@ -221,7 +222,7 @@ def prepare_quantised(model: Any) -> bool:
         if getattr(quantizer, "is_qat_trainable", False):
             return True
         raise ValueError(
-            "the model is quantised, and rounded weights cannot be trained themselves. Pass peft_config=LoraConfig() "
+            "the model is quantised, and rounded weights cannot be trained. Pass peft_config=LoraConfig() "
             "(--use_peft) to train an adapter on it, or load it without quantization_config to train all of it"
         )
     _keep_gradients(model)
@@ -233,7 +234,7 @@ def prepare_quantised(model: Any) -> bool:
 
 
 def compute_dtype(model: Any) -> torch.dtype:
-    """What quantised layers multiply in."""
+    """The dtype in which quantised layers multiply."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config: Any = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
     if getattr(config, "load_in_4bit", False):
@@ -252,8 +253,8 @@ def _adapter_parameters(model: Any) -> list[nn.Parameter]:
 
 
 def _keep_gradients(model: nn.Module) -> None:
-    """Keep bitsandbytes from what it does for inference on a CPU: a layer that once ran without gradients (an
-    evaluation is enough) has its weights repacked for a kernel that has no backward pass, and passes none from then on.
+    """Stop bitsandbytes from repacking weights for inference on a CPU. It does so when a layer runs without gradients
+    (an evaluation is enough); the layer then uses a kernel without a backward pass, and passes no gradient any more.
     """
     try:
         import bitsandbytes as bnb
@@ -270,11 +271,11 @@ def _keep_gradients(model: nn.Module) -> None:
                 weight.data, weight.quant_state = unpack(weight.data, state)
                 module.quant_state = weight.quant_state
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            _say_once_a_cast()
+            _log_casts_once()
 
 
-def _say_once_a_cast() -> None:
-    """Of the line that bitsandbytes logs in every 8-bit layer of every forward pass, one is enough."""
+def _log_casts_once() -> None:
+    """Log a line of bitsandbytes once that it would log in every 8-bit layer of every forward pass."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     if not any(isinstance(each, _Once) for each in logger.filters):
         logger.addFilter(_Once())
@@ -283,12 +284,12 @@ def _say_once_a_cast() -> None:
 class _Once(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
-        self.said: set[str] = set()
+        self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        new = message not in self.said
-        self.said.add(message)
+        new = message not in self.seen
+        self.seen.add(message)
         return new
 
 
@@ -298,7 +299,7 @@ TWIN = "reference"  # the name of the frozen copy of an adapter
 
 
 def _switches(model: nn.Module) -> list[Any]:
-    """The layers of an adapter, and the modules that it trains in full."""
+    """The layers of an adapter, and the modules that are trained in full with it."""
     peft = require_peft("the model carries an adapter")
     kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
     return [module for module in model.modules() if isinstance(module, kinds)]
@@ -309,10 +310,10 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def is_untouched(model: Any) -> bool:
-    """Whether the adapter leaves the model's outputs as they are, so that "adapter off" is the model as it is now.
+    """Whether the adapter does not change the model's outputs yet, so that "adapter off" is the model as it is now.
 
-    So it is with a new LoRA adapter (its B is zero), and not with one that was trained or that begins as a part of the
-    weights (PiSSA, OLoRA, LoftQ). Virtual tokens, which begin at random, are taken off too.
+    This holds for a new LoRA adapter (its B is zero). It does not hold for a trained one, nor for one that starts as a
+    part of the weights (PiSSA, OLoRA, LoftQ). Prompt learning counts as untouched: its virtual tokens are switched off.
     """
     if getattr(model.peft_config[_active(model)], "is_prompt_learning", False):
         return True
@@ -330,8 +331,8 @@ def is_untouched(model: Any) -> bool:
 
 
 def trains_beneath(model: Any) -> list[str]:
-    """Names of weights that train and are not the adapter's own, so that "adapter off" does not undo their training:
-    biases (`bias="all"`), or layers of the base that were woken up by hand."""
+    """Names of trainable weights outside the adapter, whose training "adapter off" does not undo: biases
+    (`bias="all"`), or layers of the base that the user made trainable."""
     own = set()
     for layer in _switches(model):
         for name, parameter in layer.named_parameters():
@@ -344,7 +345,7 @@ def trains_beneath(model: Any) -> list[str]:
 
 @contextlib.contextmanager
 def without(model: nn.Module) -> Iterator[None]:
-    """The model beneath its adapter."""
+    """Within the context, the model without its adapter."""
     if _injected(model):
         model.disable_adapters()  # type: ignore[operator]
         try:
@@ -357,11 +358,11 @@ def without(model: nn.Module) -> Iterator[None]:
 
 
 def add_twin(model: Any) -> None:
-    """Put a frozen copy of the model's adapter beside it, under the name `TWIN`: the state at this moment."""
+    """Add a frozen copy of the model's adapter in its present state, as the adapter `TWIN`."""
     name = _active(model)
     config = copy.copy(model.peft_config[name])
     config.inference_mode = True
-    config.init_lora_weights = True  # its weights are overwritten; other ways change the weights beneath
+    config.init_lora_weights = True  # overwritten below; other initialisations change the weights beneath
     training = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -380,12 +381,12 @@ def add_twin(model: Any) -> None:
 def _active(model: Any) -> str:
     active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
     if len(active) != 1:
-        raise ValueError(f"{len(active)} adapters are active ({', '.join(active)}); one at a time can be trained here")
+        raise ValueError(f"{len(active)} adapters are active ({', '.join(active)}); only one can be trained at a time")
     return active[0]
 
 
 def _twins(named: Mapping[str, torch.Tensor], name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each weight of the adapter `name` with that of its twin."""
+    """Pairs of a weight of the adapter `name` and the same weight of its twin."""
     for key, parameter in named.items():
         if f".{name}" in key:
             twin = named.get(f".{TWIN}".join(key.rsplit(f".{name}", 1)))
@@ -399,10 +400,11 @@ def twin_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def as_twin(model: nn.Module) -> Iterator[None]:
-    """The model with the twin in the adapter's place. What trains stays what trains (`set_adapter` changes that)."""
+    """Within the context, the twin acts in place of the adapter. Unlike `set_adapter`, it leaves `requires_grad` as it
+    is."""
     layers = [(layer, layer._active_adapter) for layer in _switches(model)]
     for layer, _ in layers:
-        layer._active_adapter = [TWIN]  # a layer that has none by this name lets it pass
+        layer._active_adapter = [TWIN]  # layers without an adapter of this name ignore it
     try:
         yield
     finally:
@@ -412,7 +414,7 @@ def as_twin(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def twin_hidden(model: Any) -> Iterator[None]:
-    """The model as if it had no twin, to be saved."""
+    """Within the context, the model has no twin: for saving."""
     config = getattr(model, "peft_config", {}).pop(TWIN, None)
     if config is None:
         yield
@@ -426,13 +428,13 @@ def twin_hidden(model: Any) -> Iterator[None]:
 
 
 def _leave_twin_out(model: nn.Module, state: dict[str, Any], prefix: str, about: Any) -> None:
-    # PEFT (0.21) leaves out the adapters that it knows by their config, and the twin's is hidden.
+    # PEFT (0.21) leaves out other adapters by their config, but the config of the twin is hidden.
     for key in [key for key in state if f".{TWIN}." in key or key.endswith(f".{TWIN}")]:
         del state[key]
 
 
 def adapter_of_twin(model: nn.Module) -> dict[str, torch.Tensor]:
-    """By the names of `twin_weights`, the weights of the adapter that the twin is a copy of."""
+    """The weights of the adapter, under the names of its twin's weights (`twin_weights`)."""
     weights = local_weights(model)
     places = {id(twin): ours for ours, twin in _twins(weights, _active(model))}
     return {key: places[id(weight)] for key, weight in weights.items() if id(weight) in places}

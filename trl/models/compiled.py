@@ -1,4 +1,4 @@
-"""What `torch_compile` compiles."""
+"""The parts of a model that `torch_compile` compiles."""
 
 import types
 from typing import Any
@@ -9,17 +9,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def compile_tokenwise(model: nn.Module, **options: Any) -> int:
-    """Compile, in place, the parts of each layer that act on every token by itself, and return how many there are.
+    """Compile, in place, the parts of each layer that act on single tokens; return their number. `options` go to
+    `torch.compile`.
 
-    Of a batch these parts (norms, feed-forward) see how many tokens it has and nothing else, so that they are compiled
-    once for all lengths. Attention by segment and the chunked head read lengths that differ in every batch: they would
-    be compiled for each anew, until torch gives up and runs them as they are.
+    These parts (norms, feed-forward) depend only on a batch's number of tokens, so they are compiled once for all
+    lengths. Attention by segment and the chunked head read lengths that differ in every batch: they would be recompiled
+    for each batch, until torch gives up and runs them uncompiled.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parts = [part for layer in layers for part in layer.children() if _is_tokenwise(part)]
     for part in parts:
-        # Not `part.compile`: the code of `Module.__call__` would be shared by all parts, and with it torch's limit on
-        # how often one code is compiled.
+        # Not `part.compile`: all parts would share the code of `Module.__call__`, and with it torch's recompilation
+        # limit.
         part.forward = types.MethodType(_compiled(type(part), tuple(sorted(options.items()))), part)
     return len(parts)
 
@@ -35,7 +36,7 @@ def _compiled(cls: type[nn.Module], options: tuple) -> Any:
 
 
 def _is_tokenwise(part: nn.Module) -> bool:
-    """Experts are told apart: which of them a token visits is known only as the layer runs."""
+    """Whether a part acts on single tokens. Experts are excluded: their tokens are known only when the layer runs."""
     if not any(True for _ in part.parameters()) or "forward" in vars(part):
         return False
     modules = list(part.modules())

@@ -1,8 +1,8 @@
-"""GGUF files as plain model folders, and the small real model that the demo and the tests run on.
+"""GGUF files as plain model folders.
 
 A GGUF file packs weights, tokenizer and chat template for llama.cpp. transformers can read one, but the model it
-returns remembers that it came from a quantised file and refuses to be saved. `convert` therefore copies the weights
-into a fresh model of the same shape and writes an ordinary folder, which `from_pretrained` opens like any other.
+returns is marked as quantised and refuses to be saved. `convert` therefore copies the weights into a new model of the
+same shape and writes an ordinary folder, which `from_pretrained` opens.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Raised when `convert` changes what it writes, so that folders of an older release are not taken for current ones.
+# Increased when the output of `convert` changes, so that folders of an older release are not reused.
 FOLDER_VERSION = 1
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: `TRL_CACHE`, or `~/.cache/trl`."""
+    """The cache folder: `TRL_CACHE`, or `~/.cache/trl`."""
     return Path(os.environ.get("TRL_CACHE") or Path.home() / ".cache" / "trl").expanduser()
 
 
 def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-    """Write the model and tokenizer of `gguf_file` into `folder` (weights in `dtype`, float32 unless given).
+    """Write the model and tokenizer of `gguf_file` into `folder`, with weights in `dtype` (default: float32).
 
-    The folder appears whole or not at all: it is written beside its place and renamed at the end.
+    The folder is written under another name and renamed at the end, so it is never incomplete. Raises FileNotFoundError
+    without the file, and ImportError without the package `gguf`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -56,7 +57,7 @@ def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | N
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.to(dtype)
-    # A model built from a config has its dtype, not the one it was just cast to.
+    # The configuration still has the dtype of before the cast.
     model.config.dtype = dtype
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -74,7 +75,7 @@ def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | N
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write(path)` fill a folder aside, then rename it to `folder`; a killed run leaves nothing half."""
+    """Let `write(path)` fill a temporary folder, then rename it to `folder`, which is thus never incomplete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -86,7 +87,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
         try:
             aside.rename(folder)
         except OSError:
-            # Somebody else finished first: their folder is as good as ours.
+            # Another process finished first: its folder is as good as ours.
             if not folder.is_dir():
                 raise
     finally:
@@ -97,7 +98,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 def _split_digits_where_trained_so(tokenizer: Any, gguf_file: Path) -> None:
     """Restore the digit splitting that transformers drops when it reads the tokenizer of a SmolLM GGUF file.
 
-    Without it most texts tokenise the same, but blanks before a digit are grouped otherwise ("\\n\\n3").
+    Without it, most texts tokenise the same, but spaces before a digit are grouped differently ("\\n\\n3").
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, path or adapter folder, in the dtype, the bits and the place that were asked for."""
+"""Loads models and tokenizers by name, path or adapter folder, in the requested dtype and bits, on the right device."""
 
 import importlib.util
 import json
@@ -28,14 +28,14 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "fl
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded or trained, with what to do about it."""
+    """A model cannot be loaded or trained; the message gives the remedy."""
 
 
 # --- by name, path or adapter folder ------------------------------------------------------------------------------
 
 
 def adapter_base(path: str) -> str | None:
-    """The base model of an adapter folder, or None when `path` is not one."""
+    """The base model of an adapter folder, or None if `path` is not an adapter folder."""
     config = Path(path).expanduser() / "adapter_config.json"
     if not config.exists():
         return None
@@ -46,12 +46,15 @@ def adapter_base(path: str) -> str | None:
 
 
 def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel | Any:
-    """A causal language model, or a trainable `PeftModel` when the path is an adapter's folder.
+    """A causal language model, or a trainable `PeftModel` if the path is an adapter's folder.
 
-    Weights keep the checkpoint's dtype unless `dtype` (or `torch_dtype`) says otherwise: "auto", a name, a
-    `torch.dtype`. `quantization_config` is a `BitsAndBytesConfig` or a dictionary of its fields; `load_in_4bit=True`
-    and `load_in_8bit=True` stand for the usual ones. `device_map` is for one process; under a launcher each process
-    holds a whole model, on its own device. Raises `ModelError` with a remedy.
+    dtype                         "auto" (default: the checkpoint's), a name, or a `torch.dtype`; also `torch_dtype`
+    quantization_config           a `BitsAndBytesConfig` or a dictionary of its fields
+    load_in_4bit, load_in_8bit    True: quantise with the usual settings
+    device_map                    as in transformers; under a launcher, a map over several devices is dropped, because
+                                  each process holds a whole model on its own device
+
+    Other arguments go to `from_pretrained`. Raises `ModelError` with a remedy, ImportError for a missing package.
     """
     return _load(AutoModelForCausalLM, str(name_or_path), _placed(_quantised(_typed(kwargs))))
 
@@ -59,10 +62,10 @@ def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
 def load_scorer(
     name_or_path: str | os.PathLike, *, per_token: bool = False, num_labels: int = 1, **kwargs: Any
 ) -> PreTrainedModel | Any:
-    """A model that scores sequences (or, `per_token`, every token), with `num_labels` numbers each.
+    """A model that scores sequences (with `per_token`, every token), with `num_labels` numbers each.
 
-    A checkpoint without such a head gets a new one, which is said. The adapter of a language model is merged into its
-    base first, since its folder has no head to go on from. Otherwise as `load_causal_lm`.
+    A checkpoint without a scoring head gets a new one, with a notice. The adapter of a language model is merged into
+    its base first, because its folder has no scoring head. Otherwise as `load_causal_lm`.
     """
     kind = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
     kwargs = {"num_labels": num_labels, **_placed(_quantised(_typed(kwargs)))}
@@ -79,7 +82,7 @@ def _load(kind: Any, name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model {name_or_path!r}: {_first_sentence(error)}") from error
     except ImportError as error:
-        # A checkpoint that was saved quantised brings its own configuration.
+        # A quantised checkpoint has its own quantisation configuration.
         if "bitsandbytes" in str(error):
             _require_bitsandbytes(f"the model {name_or_path!r} is quantised", error)
         raise
@@ -92,7 +95,8 @@ def _load(kind: Any, name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model; an adapter folder without one falls back to its base model's."""
+    """The tokenizer saved with a model; an adapter folder without one falls back to its base model's. Raises
+    `ModelError` with a remedy."""
     name_or_path = str(name_or_path)
     base = adapter_base(name_or_path)
     if base is not None and not (Path(name_or_path).expanduser() / "tokenizer_config.json").exists():
@@ -109,30 +113,30 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer of a processor, whose text is what is trained on here; a tokenizer as it is."""
+    """The tokenizer of a processor, since only text is trained on; a tokenizer is returned as it is."""
     tokenizer = getattr(processing_class, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return processing_class
-    notify_once(f"of the {type(processing_class).__name__} its tokenizer is used: text is what is trained on here")
+    notify_once(f"only the tokenizer of the {type(processing_class).__name__} is used: training is on text")
     if not tokenizer.chat_template and getattr(processing_class, "chat_template", None):
         tokenizer.chat_template = processing_class.chat_template
     return tokenizer
 
 
 def check_window(name_or_path: str, max_length: int | None, **kwargs: Any) -> None:
-    """Raises `ModelError` where rows may be longer than the model's positions reach, before any weight is read."""
+    """Raise `ModelError` if `max_length` exceeds the model's positions, before any weight is read."""
     if max_length is None:
         return
     path = adapter_base(name_or_path) or name_or_path
     wanted = {key: kwargs[key] for key in ("revision", "trust_remote_code", "max_position_embeddings") if key in kwargs}
     try:
         config = AutoConfig.from_pretrained(_expanded(path), **wanted).get_text_config()
-    except (OSError, ValueError):  # the model's own loading says what is wrong
+    except (OSError, ValueError):  # loading the model reports the error
         return
     window = getattr(config, "max_position_embeddings", None)
     if window and max_length > window:
         raise ModelError(
-            f"max_length={max_length} is beyond the model's window of {window:,} tokens: lower max_length (unset, it "
+            f"max_length={max_length} is beyond the model's window of {window:,} tokens: lower max_length (its default "
             "is the window), or take a model with a longer one (model_init_kwargs={'max_position_embeddings': ...} "
             "stretches it)"
         )
@@ -148,21 +152,23 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
             "and name the merged folder in adapter_config.json"
         )
     model = _load(kind, base, kwargs)
-    # An adapter trained with more tokens than the base knows brings its own, longer embeddings.
+    # An adapter trained with more tokens than the base has comes with its own, longer embeddings.
     rows = _saved_rows(Path(folder), model)
     if rows is not None and rows != whole_shape(model.get_input_embeddings().weight)[0]:
-        with torch.random.fork_rng(devices=[]):  # the new rows are overwritten at once
+        with torch.random.fork_rng(devices=[]):  # the new rows are overwritten below
             model.resize_token_embeddings(rows, mean_resizing=False)
     if kind is AutoModelForCausalLM:
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     config = peft.PeftConfig.from_pretrained(folder)
     if config.task_type == "SEQ_CLS" and (Path(folder) / "tokenizer_config.json").exists():
-        # A score is read at the last token that is not padding, and the base may pad with what ends a text.
+        # A score is read at the last token that is not padding, and the base may pad with the end-of-text token.
         pad = load_tokenizer(folder).pad_token_id
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-    notify_once(f"the adapter in {folder} is of a language model: it is merged into the weights below the scoring head")
+    notify_once(
+        f"the adapter in {folder} belongs to a language model: it is merged into the weights below the scoring head"
+    )
     config.task_type = None
     model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload()
     for parameter in model.parameters():  # PEFT froze them
@@ -171,7 +177,7 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
 
 
 def _saved_rows(folder: Path, model: Any) -> int | None:
-    """Rows of the embedding that an adapter folder was trained with, or None when it does not say."""
+    """Number of embedding rows that an adapter folder was trained with, or None if it is not recorded."""
     from safetensors import safe_open
 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -182,16 +188,16 @@ def _saved_rows(folder: Path, model: Any) -> int | None:
             for key in file.keys():
                 if not any(key.startswith(f"base_model.model.{name}.") for name in names):
                     continue
-                # The layer itself, under whatever wraps it; or the matrix of an adapter on the embedding.
+                # The layer itself, with or without wrappers; or the matrix of an adapter on the embedding.
                 if key.endswith(".weight") and ".lora_" not in key:
                     return file.get_slice(key).get_shape()[0]
                 if key.endswith(".lora_embedding_A"):
                     return file.get_slice(key).get_shape()[1]
-    # Single tokens that were trained, by their ids: no more is known than that these had rows.
+    # Single tokens that were trained, by their ids: only their rows are known to exist.
     trained = json.loads((folder / "adapter_config.json").read_text()).get("trainable_token_indices") or []
     lists = trained.values() if isinstance(trained, dict) else [trained]
     needed = 1 + max((index for each in lists for index in each), default=-1)
-    # Not the weight's shape: sharded weights do not show it.
+    # Not the shape of the weight, which a sharded weight does not have.
     return needed if needed > model.config.get_text_config().vocab_size else None
 
 
@@ -228,7 +234,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def torch_dtype(value: Any) -> Any:
-    """`value` as `from_pretrained` takes it: a `torch.dtype`, or "auto" (also for None)."""
+    """`value` as a `torch.dtype`, or "auto" (also for None). Raises `ModelError` for an unknown name."""
     if value is None or value == "auto" or isinstance(value, torch.dtype):
         return "auto" if value is None else value
     name = str(value).removeprefix("torch.")
@@ -246,9 +252,9 @@ def _typed(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization_config(settings: Any) -> BitsAndBytesConfig | None:
-    """The `BitsAndBytesConfig` that a `ModelConfig` describes, or None when it does not ask for one.
+    """The `BitsAndBytesConfig` that a `ModelConfig` describes, or None if it does not quantise.
 
-    Four-bit weights are multiplied in `dtype`, and in bfloat16 where that is left to the checkpoint.
+    The compute dtype of 4-bit weights is `dtype`, or bfloat16 if that is "auto".
     """
     if settings.load_in_4bit and settings.load_in_8bit:
         raise ModelError("load_in_4bit and load_in_8bit are both set: choose one")
@@ -271,7 +277,7 @@ get_quantization_config = quantization_config  # upstream's name
 
 
 def _quantised(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`quantization_config` as an object, whichever way it was asked for."""
+    """Arguments with `quantization_config` as an object, from any of its forms."""
     kwargs = dict(kwargs)
     short: dict[str, Any] = {name: bool(kwargs.pop(name, False)) for name in ("load_in_4bit", "load_in_8bit")}
     config = kwargs.pop("quantization_config", None)
@@ -309,33 +315,33 @@ def _spread(device_map: Any) -> bool:
 
 
 def _placed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without a launcher, what was asked for. With one, a map over several devices becomes this process's device."""
+    """Arguments whose `device_map` fits: under a launcher, a map over several devices is dropped."""
     kwargs = dict(kwargs)
     if _processes() == 1:
         return kwargs
     if _spread(kwargs.get("device_map")):
         notify_once(
-            f"device_map={kwargs['device_map']!r} spreads one model over all devices; under a launcher each process "
-            "holds a whole one on its own device"
+            f"device_map={kwargs['device_map']!r} is ignored: it spreads one model over all devices, and under a "
+            "launcher each process holds a whole model on its own device"
         )
         del kwargs["device_map"]
     if "quantization_config" in kwargs and kwargs.get("device_map") is None and torch.cuda.is_available():
-        # Quantised as it loads, so it has to load in the right place.
+        # Weights are quantised at loading, so they must load on the right device.
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK") or 0)}
     return kwargs
 
 
 def replace_device_map(model: nn.Module, device: torch.device | str | int) -> bool:
-    """Put a model that was loaded with a device map (`device_map="auto"`) on one device, whole, ready for a launcher.
+    """Move a model that was loaded with a device map (`device_map="auto"`) to one device, for a launcher.
 
-    Takes accelerate's hooks off, moves the weights, ties again what was tied and forgets the map. True when there was
-    something to do. Raises `ModelError` when the weights cannot be moved.
+    Removes accelerate's hooks and the map, moves the weights and ties tied weights again. Returns whether there was a
+    map. Raises `ModelError` if the weights cannot be moved.
     """
     from accelerate.hooks import remove_hook_from_module
 
     device = torch.device(device)
     mapped = [module for module in model.modules() if vars(module).get("hf_device_map")]
-    # Not by `hasattr`: a PeftModel has what its base has, and cannot delete it.
+    # Not by `hasattr`: a PeftModel shows the attributes of its base, and cannot delete them.
     hooked = [module for module in model.modules() if "_hf_hook" in vars(module)]
     if not mapped and not hooked:
         return False
@@ -353,7 +359,7 @@ def replace_device_map(model: nn.Module, device: torch.device | str | int) -> bo
             f"({_first_sentence(error)}): {remedy}"
         ) from error
     for module in mapped:
-        # Trainer and accelerate look here to learn that a quantised model is where it should be.
+        # Trainer and accelerate read here that a quantised model is on the right device.
         if getattr(module, "is_quantized", False):
             module.hf_device_map = {"": device}  # type: ignore[assignment]
         else:

@@ -1,12 +1,12 @@
 """Half-precision weights that train without losing small updates.
 
-A bfloat16 weight drops every update smaller than about 1/256 of it. At the learning rates of fine-tuning that is nearly
-all of them. bfloat16 is the upper half of float32. So the lower half is kept beside each weight that trains, in two
-bytes: both halves together are a float32 weight, to the bit. An optimizer step joins them, works in float32, and splits
-the result again. The model computes with the upper half, which is what autocast would make of the float32 weight.
+A bfloat16 weight loses every update smaller than about 1/256 of it; at the learning rates of fine-tuning, that is
+nearly all of them. bfloat16 is the upper half of float32. So the optimizer's state keeps the lower half of each
+trainable weight, in two bytes: both halves together are a float32 weight, to the bit. An optimizer step joins them,
+works in float32, and splits the result again. The model computes with the upper half, as autocast would.
 
-float16 is no part of float32, and a few optimizers write to the weights outside their step: such weights are held in
-float32 (`hold_in_float32`).
+float16 is not a half of float32, and a few optimizers write to the weights outside their step: in both cases weights
+are held in float32 (`hold_in_float32`).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ from .shards import is_partitioned
 
 LOW_BITS = "low_bits"  # the key of the lower halves in an optimizer's state
 CHUNK = 2**26  # weights joined at once, so that no second copy of the model ever exists
-# Packages whose optimizers treat every weight by itself: they may see the weights a few at a time.
+# Packages whose optimizers treat each weight separately: their steps may see a few weights at a time.
 BY_WEIGHT = ("torch.", "transformers.", "bitsandbytes.", "torchao.", "optimi.", "galore_torch.", "apollo_torch.")
-# Optimizers of `TrainingArguments.optim` that write to the weights in the backward pass, or between steps.
+# Optimizers of `TrainingArguments.optim` that write to the weights in the backward pass or between steps.
 OUTSIDE_THEIR_STEP = ("lomo", "adalomo", "schedule_free", "layerwise")
 
 
@@ -35,7 +35,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 tensor as bfloat16, rounded to the nearest, and what that rounding leaves over, as int16."""
+    """A float32 tensor as bfloat16, rounded to the nearest, and the rounding error, as int16."""
     bits = whole.contiguous().view(torch.int32)
     high = (bits + 0x8000) >> 16
     low = (bits - (high << 16)).to(torch.int16)
@@ -43,18 +43,18 @@ def split(whole: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def updates_in_float32(optimizer: Optimizer) -> Optimizer:
-    """Make an optimizer keep the lower halves of its bfloat16 weights, as state of each. It stays the same object.
+    """Make an optimizer, in place, keep the lower halves of its bfloat16 weights in its state; return it.
 
-    Moments of such weights are float32 then, as the optimizer sees float32 weights and gradients. Memory: 2 bytes a
-    weight for the lower half, and 8 bytes for each of at most `CHUNK` weights (or one larger tensor) during a step.
+    Moments of such weights are then float32, because the optimizer sees float32 weights and gradients. Memory: 2 bytes
+    per weight for the lower half, and 8 bytes for each of at most `CHUNK` weights (or one larger tensor) during a step.
     Optimizers of packages outside `BY_WEIGHT` see all their weights in one step.
     """
     half = [p for group in optimizer.param_groups for p in group["params"] if p.dtype == torch.bfloat16]
     if not half or isinstance(optimizer, _InFloat32):
         return optimizer
     if hasattr(optimizer, "check_overrides"):
-        optimizer.check_overrides()  # bitsandbytes: looks weights up by identity at its first step
-    for p in half:  # Adagrad makes its state beforehand
+        optimizer.check_overrides()  # bitsandbytes looks weights up by identity at its first step
+    for p in half:  # Adagrad creates its state before the first step
         state = optimizer.state.get(p, {})
         state.update({k: v.float() for k, v in state.items() if isinstance(v, Tensor) and v.dtype == torch.bfloat16})
     kind = type(optimizer)
@@ -63,7 +63,7 @@ def updates_in_float32(optimizer: Optimizer) -> Optimizer:
 
 
 class _InFloat32(Optimizer):
-    """Put before an optimizer's own class: its steps see float32 weights."""
+    """A mixin before an optimizer's own class: its steps see float32 weights."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -80,7 +80,7 @@ class _InFloat32(Optimizer):
         grads = [params[place].grad for params, place in places]
         try:
             for start, end in self._chunks(places):
-                # What has no gradient is left alone by every optimizer, and keeps its place in the groups.
+                # Every optimizer skips weights without a gradient; they keep their place in the groups.
                 for number, (params, place) in enumerate(places):
                     params[place].grad = grads[number] if start <= number < end else None
                 self._step_on_whole_weights(places[start:end])
@@ -104,7 +104,7 @@ class _InFloat32(Optimizer):
         yield start, len(places)
 
     def _step_on_whole_weights(self, places: list[tuple[list[Any], int]]) -> None:
-        """A step on some weights, for which float32 ones stand in."""
+        """A step on some weights, with float32 weights in their place."""
         replaced = []
         for params, place in places:
             p = params[place]
@@ -130,7 +130,7 @@ class _InFloat32(Optimizer):
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
         super().load_state_dict(state_dict, *args, **kwargs)
-        # Optimizers turn what they load into the dtype of the weight: float32 moments and the lower halves too.
+        # Loading casts state to the dtype of its weight, also float32 moments and lower halves: restore them.
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         weights = chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, p in zip(saved_ids, weights, strict=True):
@@ -142,30 +142,30 @@ class _InFloat32(Optimizer):
 
 
 def _local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that FSDP2 shards; else the tensor. Memory is shared."""
+    """This process's part of a tensor sharded by FSDP2, else the tensor; memory is shared."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(p: Any, local: Tensor) -> Tensor:
-    """A process's part as a tensor that is sharded as `p` is."""
+    """A process's part as a tensor sharded like `p`."""
     if not isinstance(p, DTensor):
         return local.view(p.shape)
     return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def hold_in_float32(model: nn.Module, optim: str, autocast: bool) -> str | None:
-    """Turn the half-precision weights that train into float32 where their lower halves cannot be kept.
+    """Cast trainable half-precision weights to float32 if their lower halves cannot be kept.
 
-    `optim` is the name in `TrainingArguments.optim`. Without `autocast` all weights become float32, because layers
-    multiply tensors of one dtype. Returns the reason in one sentence, or None where nothing is to be done.
+    `optim` is `TrainingArguments.optim`. Without `autocast`, all weights become float32, because layers multiply
+    tensors of one dtype. Returns the reason in one sentence, or None if nothing was cast.
     """
     outside = any(name in optim for name in OUTSIDE_THEIR_STEP)
     wanted = (torch.float16, torch.bfloat16) if outside else (torch.float16,)
     found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()
                     if p.requires_grad and p.dtype in wanted})  # fmt: skip
-    if not found or is_partitioned(model):  # ZeRO-3 keeps float32 copies of what it has cut up
+    if not found or is_partitioned(model):  # ZeRO-3 keeps float32 copies itself
         return None
-    # Of a quantised model only the adapter trains, whose layers take the dtype of its weights themselves.
+    # In a quantised model only the adapter trains, and its layers cast their inputs to its dtype.
     if autocast or getattr(model, "is_quantized", False):
         for p in model.parameters():
             if p.requires_grad and p.dtype in wanted:
@@ -173,4 +173,4 @@ def hold_in_float32(model: nn.Module, optim: str, autocast: bool) -> str | None:
     else:
         model.float()
     why = f"optim={optim!r} writes to them outside its step" if outside else "float16 has too few bits for updates"
-    return f"{' and '.join(found)} weights that train are held in float32, because {why}"
+    return f"trainable {' and '.join(found)} weights are held in float32, because {why}"

@@ -1,4 +1,4 @@
-"""Saved activations: elsewhere, or fewer of them."""
+"""Saved activations: offloaded to the host, or fewer of them (selective checkpointing)."""
 
 import contextlib
 import functools
@@ -17,9 +17,9 @@ SMALLEST_OFFLOADED = 2**16
 
 @contextlib.contextmanager
 def on_host(model: nn.Module) -> Iterator[None]:
-    """Keep what the forward pass saves on the accelerator in pinned host memory until the backward pass reads it.
+    """Keep activations that the forward pass saves in pinned host memory until the backward pass reads them.
 
-    Parameters stay, and so does what is small, already on the host, or shared out among processes.
+    Parameters and tensors that are small, sharded or already on the host are not moved.
     """
     with _weights(model) as weights:
 
@@ -48,8 +48,8 @@ def _from_host(packed: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _weights(model: nn.Module) -> Iterator[set[int]]:
-    """Where the model's weights are in memory. Weights that FSDP2 shards are there from the time a module gathers them
-    until it lets them go; what is later put in their place is no weight."""
+    """The addresses of the model's weights in memory. A weight sharded by FSDP2 has one only while its module has it
+    gathered; later the memory may hold something else."""
     weights = _addresses(model)
     gathered: dict[nn.Module, set[int]] = {}
 
@@ -63,7 +63,7 @@ def _weights(model: nn.Module) -> Iterator[set[int]]:
     hooks = []
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Registered after FSDP's own, and so called after them.
+            # Registered after FSDP's own hooks, so called after them.
             hooks.append(module.register_forward_pre_hook(before))
             hooks.append(module.register_forward_hook(after, always_call=True))
     try:
@@ -78,7 +78,7 @@ def _addresses(module: nn.Module) -> set[int]:
     return {parameter.untyped_storage().data_ptr() for parameter in whole}
 
 
-# Their outputs are kept: recomputing them is what checkpointing costs. Everything between is recomputed.
+# Outputs of these are kept, because recomputing them is the cost of checkpointing. All others are recomputed.
 _EXPENSIVE = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -94,7 +94,7 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 def understand_selective(model: Any) -> None:
-    """Let `gradient_checkpointing_kwargs={"selective": True}` mean: keep matrix products and attention, recompute the
+    """Support `gradient_checkpointing_kwargs={"selective": True}`: keep matrix products and attention, recompute the
     rest (torch's selective activation checkpointing)."""
     # The name that `Trainer` calls; transformers renamed it in 5.2x.
     renamed = hasattr(model, "activation_checkpointing_enable")

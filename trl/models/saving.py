@@ -1,4 +1,4 @@
-"""What is saved beside the weights, tried before the first step: a run must not fail at its first save."""
+"""Saves everything but the weights once before the first step, so that a run does not fail at its first save."""
 
 import tempfile
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from .adapters import has_adapter
 
 
 def mend_generation_config(model: Any) -> None:
-    """Make sure that the generation configuration passes the check that transformers makes when it saves a model.
+    """Make the generation configuration pass the check that transformers makes when it saves a model.
 
-    Published ones exist that do not: transformers saves them as long as nobody changes them, and a trainer does, since
-    it writes the tokenizer's end and padding tokens into them.
+    Some published ones fail it. transformers saves them unless they change, and a trainer changes them: it writes the
+    tokenizer's end and padding tokens into them. Raises ValueError if the configuration cannot be mended.
     """
     config = getattr(model, "generation_config", None)
     if config is None or has_adapter(model) or not getattr(model, "can_generate", lambda: False)():
@@ -24,16 +24,16 @@ def mend_generation_config(model: Any) -> None:
     first = _refusal(config)
     if first is None:
         return
-    sampled, config.do_sample = config.do_sample, True  # settings of sampling were meant to be used
+    sampled, config.do_sample = config.do_sample, True  # sampling options were set to be used
     if _refusal(config) is None:
         notify_once(
-            "the model's generation_config has settings of sampling without do_sample=True, which transformers does "
-            "not save: do_sample is set to True"
+            "the model's generation_config has sampling options without do_sample=True, which transformers refuses to "
+            "save: do_sample is set to True"
         )
         return
     config.do_sample = sampled
     raise ValueError(
-        f"the model's generation_config cannot be saved: {first} Put it right in model.generation_config, or reset it: "
+        f"the model's generation_config cannot be saved: {first} Correct model.generation_config, or reset it: "
         "model.generation_config = GenerationConfig()"
     )
 
@@ -47,7 +47,7 @@ def _refusal(config: Any) -> str | None:
 
 
 def try_saving(model: Any, tokenizer: Any, args: Any) -> None:
-    """Write all that is saved beside the weights into a folder that is thrown away. An error names what failed."""
+    """Save everything but the weights into a temporary folder. ValueError names the part that cannot be saved."""
     parts: dict[str, Callable[[str], Any]] = {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if has_adapter(model):
@@ -62,6 +62,6 @@ def try_saving(model: Any, tokenizer: Any, args: Any) -> None:
         for what, save in parts.items():
             try:
                 save(folder)
-            except Exception as error:  # whatever it is, it would come again after the training
+            except Exception as error:  # any error would occur again after training
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise ValueError(f"the {what} cannot be saved, so that the training would be lost: {reason}") from error
+                raise ValueError(f"the {what} cannot be saved, so the training would be lost: {reason}") from error

@@ -1,4 +1,4 @@
-"""Weights that processes share out among themselves, by FSDP or by DeepSpeed's ZeRO-3."""
+"""Weights sharded among processes, by FSDP or by DeepSpeed's ZeRO-3."""
 
 import contextlib
 import copy
@@ -14,11 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def keep_precision(plugin: Any) -> None:
-    """Let accelerate's FSDP plugin compute as its mixed precision says, but give out numbers as they are and add up
-    gradients in fp32.
+    """Make accelerate's FSDP plugin keep the dtype of outputs and reduce gradients in fp32.
 
-    Accelerate's policy casts whatever leaves the model to half precision: log-probs, whose sum over a few hundred
-    tokens is then off by whole nats.
+    Accelerate's mixed-precision policy casts outputs to half precision; a sum of a few hundred log-probs is then off by
+    whole nats.
     """
     policy = plugin.mixed_precision_policy
     if plugin.fsdp_version == 2:
@@ -38,13 +37,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def without_ddp(model: nn.Module) -> nn.Module:
-    """The model as it computes without DDP, which sends buffers from rank to rank when it is called: ranks that call it
-    different numbers of times would wait for one another. Wrappers of sharded weights stay."""
+    """The model without its DDP wrapper. DDP synchronises buffers in each call, so ranks that call it unequally often
+    would wait for each other. Wrappers of sharded weights stay."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has cut the weights up: this process holds a part of each, and none of them whole."""
+    """Whether ZeRO-3 has partitioned the weights: this process holds a part of each weight."""
     return any(_is_part(each) for each in model.parameters())
 
 
@@ -53,15 +52,15 @@ def _is_part(parameter: Tensor) -> bool:
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a weight, whoever holds it."""
+    """The full shape of a weight, partitioned or not."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def local_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights by name; of those that are sharded, this process's part. Memory is shared."""
+    """The model's weights by name; for sharded weights, this process's part. Memory is shared."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # what a forward pass without a backward pass leaves gathered is a copy
+            module.reshard()  # weights left gathered by a forward pass are copies
     return {name: _local(weight) for name, weight in model.named_parameters()}
 
 
@@ -70,7 +69,7 @@ def _local(weight: Any) -> Tensor:
         return weight.to_local()
     if _is_part(weight):
         if weight.ds_status.name == "AVAILABLE":
-            weight.partition()  # what ZeRO-3 keeps gathered (small weights) is a copy
+            weight.partition()  # small weights that ZeRO-3 keeps gathered are copies
         return weight.ds_tensor
     return weight
 
@@ -79,7 +78,7 @@ def _local(weight: Any) -> Tensor:
 
 
 def zero_3_is_planned() -> bool:
-    """Whether this process trains with ZeRO-3. transformers then cuts up each model as it loads it."""
+    """Whether this process trains with ZeRO-3. transformers then partitions each model at loading."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return is_deepspeed_zero3_enabled()
@@ -87,7 +86,7 @@ def zero_3_is_planned() -> bool:
 
 @contextlib.contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Models that are loaded within stay whole, also under ZeRO-3: each rank calls them as often as it needs."""
+    """Within the context, models load whole also under ZeRO-3, so that ranks may call them unequally often."""
     from transformers.integrations import deepspeed as integration
 
     before = integration._hf_deepspeed_config_weak_ref
@@ -99,8 +98,8 @@ def loaded_whole() -> Iterator[None]:
 
 
 def whole(parameters: Iterable[Tensor], *, written: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """Within, those of the weights that ZeRO-3 has cut up are whole; all ranks enter together. What is `written` to
-    them is kept: the first rank's values."""
+    """Within the context, weights partitioned by ZeRO-3 are whole; all ranks must enter it together. With `written`,
+    the first rank's changes to them are kept."""
     parts = [each for each in parameters if _is_part(each)]
     if not parts:
         return contextlib.nullcontext()
@@ -111,10 +110,10 @@ def whole(parameters: Iterable[Tensor], *, written: bool = False) -> contextlib.
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Forward passes of a model that ZeRO-3 has cut up, before DeepSpeed's own hooks are on it.
+    """Forward passes of a model partitioned by ZeRO-3, before DeepSpeed has put its own hooks on it.
 
-    The layers are gathered one at a time, the rest (embeddings, norms, head) for as long as the context lasts. All
-    ranks must call the model equally often. Nothing happens to any other model.
+    Layers are gathered one at a time, the rest (embeddings, norms, head) for the whole context. All ranks must call the
+    model equally often. Does nothing for any other model.
     """
     if not is_partitioned(model) or any("ds_inflight_param_registry" in vars(each) for each in model.modules()):
         yield
@@ -141,7 +140,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The members of the outermost lists of modules, and the parameters that lie outside all of them."""
+    """The members of the outermost module lists, and the parameters outside of them."""
     layers: list[nn.Module] = []
     rest: dict[int, nn.Parameter] = {}
 
@@ -158,7 +157,7 @@ def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter]]:
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the model's `state_dict`, in the order of names; each weight is whole while it is out."""
+    """Names and tensors of the model's `state_dict`, sorted by name; each weight is whole while it is yielded."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in sorted(model.state_dict().items()):
         weight = parameters.get(name)
@@ -170,7 +169,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
-    """A copy with weights of its own; those that ZeRO-3 has cut up are cut up in the copy as well."""
+    """A copy with its own weights; weights partitioned by ZeRO-3 are partitioned in the copy too."""
     new: dict[int, Any] = {}
     for weight in model.parameters():
         if not _is_part(weight):
@@ -183,9 +182,9 @@ def deep_copy(model: nn.Module) -> nn.Module:
 
 
 def inference_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's settings for a model that is called and not trained, made of those of the model that trains.
+    """DeepSpeed's settings for a model that only runs forward, from the `settings` of the trained model.
 
-    `auto` stands for what is known when the training begins; the rest of the settings do not need it.
+    Values of `auto` are resolved only when training begins; they are left out.
     """
     kept: dict[str, Any] = {name: settings[name] for name in ("zero_optimization", "bf16", "fp16") if name in settings}
     kept = {name: {key: value for key, value in part.items() if value != "auto"} for name, part in kept.items()}
@@ -194,5 +193,5 @@ def inference_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def gathered_by_its_call(module: nn.Module) -> bool:
-    """Whether hooks on this very module gather its weights when it is called."""
+    """Whether the module's own hooks gather its weights when it is called."""
     return isinstance(module, FSDPModule) or is_partitioned(module)

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-SCALAR_HEAD = "score"  # what transformers calls the head of decoders that classify
+SCALAR_HEAD = "score"  # transformers' name for the head of a decoder that classifies
 
 
-def causal_lm(model: Any) -> Any:
-    """The language model inside whatever wraps it (DDP, FSDP, torch.compile, PEFT)."""
+def unwrap(model: Any) -> Any:
+    """The transformers model inside its wrappers (DDP, FSDP, torch.compile, PEFT)."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -29,7 +29,7 @@ def scalar_head(base: Any) -> nn.Module | None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, for as long as it lasts."""
+    """Within the context, the model is in evaluation mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

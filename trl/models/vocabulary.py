@@ -19,10 +19,10 @@ _TEMPLATE_FILES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
 def set_chat_template(tokenizer: Any, source: Any) -> Any:
-    """Give a tokenizer (or processor) the chat template of `source`, and nothing else; returns it.
+    """Set the chat template of a tokenizer (or processor) to that of `source`; returns the tokenizer.
 
-    `source` is a template file, a jinja string, a tokenizer, or a tokenizer's name or folder. The tokens that a
-    template writes must be in the vocabulary: `clone_chat_template` brings them along.
+    `source` is a template file, a jinja string, a tokenizer, or a tokenizer's name or folder. The template's tokens
+    must be in the vocabulary: `clone_chat_template` adds them.
     """
     text = _template_text(source)
     tokenizer.chat_template = text if text is not None else _template_of(_tokenizer_of(source), source)
@@ -30,8 +30,8 @@ def set_chat_template(tokenizer: Any, source: Any) -> Any:
 
 
 def use_chat_template(model: Any, tokenizer: Any, source: Any) -> tuple[Any, Any, list[int]]:
-    """What `chat_template_path` asks for: a file or a jinja string sets the template; a tokenizer's name or folder
-    brings its special tokens as well. Returns the model, the tokenizer and the ids of added tokens."""
+    """Apply the option `chat_template_path`: a file or a jinja string sets the template; a tokenizer's name or folder
+    also adds its special tokens. Returns the model, the tokenizer and the ids of added tokens."""
     if _template_text(source) is not None:
         return model, set_chat_template(tokenizer, source), []
     return clone_chat_template(model, tokenizer, source)
@@ -40,20 +40,20 @@ def use_chat_template(model: Any, tokenizer: Any, source: Any) -> tuple[Any, Any
 def clone_chat_template(
     model: Any, tokenizer: Any, source_tokenizer_path: Any, resize_to_multiple_of: int | None = 64
 ) -> tuple[Any, Any, list[int]]:
-    """Make a model and its tokenizer speak the chat format of another tokenizer (a name, a folder or an object).
+    """Give a model and its tokenizer the chat format of another tokenizer (a name, a folder or an object).
 
-    The template is copied; the other tokenizer's added tokens that this one lacks are added to it; its end token
-    becomes this one's, also in the model's configuration and generation configuration. Embeddings and head grow to hold
-    the vocabulary, to a multiple of `resize_to_multiple_of`, and the tokenizer is filled up with `<extra_id_0>`,
-    `<extra_id_1>`, ... so that every row has a token. Spare rows that the model has already are used first: embeddings
-    never shrink. A new row is the mean of the old ones.
+    The template is copied. Added tokens of the other tokenizer that this one lacks are added. Its end token becomes
+    this one's, also in the model's configuration and generation configuration. Embeddings and head grow to hold the
+    vocabulary, to a multiple of `resize_to_multiple_of`, and the tokenizer is filled up with `<extra_id_0>`,
+    `<extra_id_1>`, ... so that every row has a token. Spare rows of the model are used first; embeddings never shrink.
+    A new row is the mean of the old ones.
 
-    Returns the model, the tokenizer and the ids of all added tokens. Do this before an adapter is put on: the new rows
-    are frozen beneath one unless it is told to train them (`check_added_tokens`).
+    Returns the model, the tokenizer and the ids of all added tokens. Raises `ModelError` for a model with an adapter:
+    clone first, because an adapter freezes the new rows unless it is set to train them (`check_added_tokens`).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(base, "peft_config") or base is not model:
-        raise ModelError("clone the chat template before putting an adapter on: the embeddings it was made for change")
+        raise ModelError("clone the chat template before adding an adapter: cloning changes the embeddings beneath it")
     source = _tokenizer_of(source_tokenizer_path)
     template = _template_of(source, source_tokenizer_path)
     target = getattr(tokenizer, "tokenizer", tokenizer)
@@ -84,10 +84,10 @@ def clone_chat_template(
 
 
 def grow_embeddings(model: Any, tokens: int, multiple_of: int | None = None) -> bool:
-    """Give the model at least as many embedding rows as there are tokens; True when it had to grow.
+    """Give the model at least `tokens` embedding rows; returns whether it had to grow.
 
-    New rows of the embeddings and of an untied head are the mean of the old ones: no random numbers are drawn, so that
-    every run and every process gets the same. Tied weights stay tied, and the configuration knows the new size.
+    New rows of the embeddings and of an untied head are the mean of the old rows. No random numbers are drawn, so every
+    run and every process gets the same. Tied weights stay tied, and the configuration has the new size.
     """
     rows = whole_shape(model.get_input_embeddings().weight)[0]
     if tokens <= rows:
@@ -106,8 +106,8 @@ def grow_embeddings(model: Any, tokens: int, multiple_of: int | None = None) -> 
 
 
 def check_special_tokens(model: Any, tokenizer: Any) -> None:
-    """Raise on a special token of the tokenizer without a row in the embedding: the model would be saved with a number
-    that it cannot be opened with. A padding token of the model's own that has none is replaced by the tokenizer's."""
+    """Raise `ModelError` for a special token of the tokenizer without a row in the embedding: the saved model could not
+    be opened with its id. A padding token in the model's configuration without a row is replaced by the tokenizer's."""
     rows = _vocabulary_size(model)
     target = getattr(tokenizer, "tokenizer", tokenizer)
     if rows is None:
@@ -121,20 +121,19 @@ def check_special_tokens(model: Any, tokenizer: Any) -> None:
     for config in configs:
         pad = getattr(config, "pad_token_id", None)
         if pad is not None and pad >= rows:
-            notify_once(
-                f"the model's pad_token_id {pad} lies outside its vocabulary of {rows:,} tokens: it is replaced"
-            )
+            notify_once(f"the model's pad_token_id {pad} is outside its vocabulary of {rows:,} tokens: it is replaced")
             config.pad_token_id = getattr(target, "pad_token_id", None)
 
 
 def tokens_without_row(model: Any, tokenizer: Any) -> "TokensWithoutRow | None":
-    """What finds the tokens of a tokenizer that have no row in the embedding; None when all have one."""
+    """A check for tokens without a row in the embedding; None if every token has a row."""
     rows, target = _vocabulary_size(model), getattr(tokenizer, "tokenizer", tokenizer)
     return TokensWithoutRow(rows, target) if rows is not None and len(target) > rows else None
 
 
 class TokensWithoutRow:
-    """Raises on a token without a row in the embedding. Some tokenizers have such tokens that no text contains."""
+    """Raises `ModelError` if a text contains a token without a row in the embedding. Some tokenizers have such tokens,
+    but no text contains them."""
 
     def __init__(self, rows: int, tokenizer: Any) -> None:
         self.rows, self.tokenizer = rows, tokenizer
@@ -146,7 +145,7 @@ class TokensWithoutRow:
             raise ModelError(_no_row(where, token, number, self.rows, self.tokenizer))
 
     def check_dataset(self, dataset: Any, name: str) -> None:
-        """The rows of a prepared data set; those of a stream are seen when they are read."""
+        """Check the rows of a prepared data set. The rows of a stream are checked when they are read."""
         if not isinstance(dataset, Dataset):
             return
         columns = [column for column in dataset.column_names if column.endswith("_ids")]
@@ -159,7 +158,7 @@ class TokensWithoutRow:
 
 
 def _vocabulary_size(model: Any) -> int | None:
-    # Not the weight's shape: sharded weights do not show it.
+    # Not the shape of the weight, which a sharded weight does not have.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
     return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
@@ -172,14 +171,14 @@ def _no_row(where: str, token: str, number: int, rows: int, tokenizer: Any) -> s
     )
 
 
-# --- padding of models that score -----------------------------------------------------------------------------------
+# --- padding of scoring models --------------------------------------------------------------------------------------
 
 _PADDING = ("pad", "reserved", "unused", "extra", "unk")  # in the order of preference
 _ENDING = ("end", "eot", "eom", "eos", "</s>")
 
 
 def padding_token(tokenizer: Any, ends: set[int], rows: int) -> str | None:
-    """A special token to pad with that no text ends in, or None. Of several the one that is made for such things."""
+    """A special token for padding that ends no text, or None; names in `_PADDING` are preferred."""
     found = {
         number: token.content
         for number, token in tokenizer.added_tokens_decoder.items()
@@ -194,7 +193,7 @@ def padding_token(tokenizer: Any, ends: set[int], rows: int) -> str | None:
 
 
 def check_added_tokens(model: Any, peft_config: Any, added: Sequence[int]) -> None:
-    """Say what becomes of added tokens under an adapter that does not train them, and the remedy."""
+    """Print a notice, with the remedy, if the adapter does not train the embeddings of added tokens."""
     if not added or peft_config is None:
         return
     saved = set(getattr(peft_config, "modules_to_save", None) or ())
@@ -210,7 +209,7 @@ def check_added_tokens(model: Any, peft_config: Any, added: Sequence[int]) -> No
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
     layers += [] if tied else ["lm_head"]
     notify_once(
-        f"{len(added)} tokens were added (ids {span}), and the adapter does not train their embeddings: they stay the "
+        f"{len(added)} tokens were added (ids {span}), and the adapter does not train their embeddings: these stay the "
         "mean of the others. Set trainable_token_indices=[...] on the LoraConfig, the ids of those that the template "
         f"uses; or train whole layers with modules_to_save={layers}{', ensure_weight_tying=True' if tied else ''}"
     )
@@ -238,7 +237,7 @@ def _add(tokenizer: Any, tokens: list[Any], special: bool) -> list[int]:
 
 
 def _template_text(source: Any) -> str | None:
-    """The template that a string holds or a file contains; None for what names or is a tokenizer."""
+    """The template in a string or a file; None if `source` is a tokenizer, or its name."""
     if not isinstance(source, str | os.PathLike):
         return None
     text = os.fspath(source)
@@ -261,5 +260,5 @@ def _tokenizer_of(source: Any) -> Any:
 def _template_of(tokenizer: Any, source: Any) -> Any:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise ModelError(f"{source if isinstance(source, str) else type(source).__name__} has no chat template to take")
+        raise ModelError(f"{source if isinstance(source, str) else type(source).__name__} has no chat template to copy")
     return template

@@ -1,5 +1,5 @@
-"""Ready-made reward functions. Each takes lists of prompts and completions, strings or messages, and gives a list of
-numbers; None where it does not apply."""
+"""Ready-made reward functions. Each takes lists of completions and columns, strings or messages, and returns a list of
+numbers, with None where it does not apply."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ __all__ = [
     "think_format_reward",
 ]
 
-# By name, for the command line.
+# Reward functions by name, for the command line.
 REWARDS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
@@ -53,7 +53,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
     )
 }
 
-# Those of them that make a reward function, and the arguments they get by name alone.
+# Functions that make a reward function, and their arguments if only their name is given.
 FACTORIES: dict[str, dict[str, Any]] = {
     **{name: {} for name in REWARDS if name.startswith("get_")},
     "get_soft_overlong_punishment": {"max_completion_len": 1280, "soft_punish_cache": 256},

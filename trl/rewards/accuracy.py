@@ -1,4 +1,4 @@
-"""Whether an answer equals the solution, by what the formulas mean. Needs the extra `math`."""
+"""Rewards for answers that equal the solution mathematically. Needs the extra `math`."""
 
 import logging
 import math
@@ -16,8 +16,8 @@ _INCOMPLETE = "[incomplete reasoning]"
 def accuracy_reward(
     completions: Sequence[Any], solution: Sequence[str], log_extra: Callable[..., None] | None = None, **_: Any
 ) -> list[float | None]:
-    r"""1 where the formula in a completion (LaTeX; what is in `\boxed{}` first) equals the solution, 0 where it does
-    not, None where the solution cannot be read."""
+    r"""1 if the LaTeX formula in a completion (first the one in `\boxed{}`) equals the solution, 0 if not, None if the
+    solution cannot be parsed."""
     return _graded("accuracy_reward", texts_of(completions), solution, log_extra)
 
 
@@ -28,8 +28,8 @@ def reasoning_accuracy_reward(
     log_extra: Callable[..., None] | None = None,
     **_: Any,
 ) -> list[float | None]:
-    """As `accuracy_reward`, on what follows the last occurrence of the first of `reasoning_delimiters` that is there
-    (default `</think>`); 0 where none is."""
+    """As `accuracy_reward`, on the text after the reasoning; 0 without a delimiter. The delimiter is the first of
+    `reasoning_delimiters` (default: `</think>`) in the text; its last occurrence counts."""
     delimiters = ["</think>"] if reasoning_delimiters is None else reasoning_delimiters
     answers: list[str | None] = []
     for text in texts_of(completions):
@@ -47,8 +47,8 @@ def get_cosine_scaled_reward(
 ) -> "CosineScaledReward":
     """Accuracy scaled by length: Yeo et al. 2025, arXiv:2502.03373, appendix C.1.
 
-    Over the tokens l of a completion a right answer falls from `max_value_correct` to `min_value_correct`, a wrong one
-    rises from `min_value_wrong` to `max_value_wrong`, by (1 + cos(pi * min(l / max_len, 1))) / 2.
+    With the number of tokens l, the reward of a right answer falls from `max_value_correct` to `min_value_correct`, and
+    that of a wrong one rises from `min_value_wrong` to `max_value_wrong`, as (1 + cos(pi * min(l / max_len, 1))) / 2.
     """
     return CosineScaledReward(max_len, min_value_wrong, max_value_wrong, min_value_correct, max_value_correct)
 
@@ -79,19 +79,19 @@ class CosineScaledReward:
 def _graded(
     name: str, answers: Sequence[str | None], solutions: Sequence[str], log_extra: Callable[..., None] | None
 ) -> list[float | None]:
-    """Each answer against its solution; an answer of None is none."""
+    """Grades each answer against its solution; an answer of None gets 0."""
     try:
         from latex2sympy2_extended import NormalizationConfig
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
         raise ImportError(f"{name} needs the extra `math`: pip install 'trl[math]'") from error
 
-    # Timeouts are by signal, which only a main thread receives; elsewhere the library would say so at each call.
+    # Timeouts use signals, which only the main thread receives; elsewhere the library would warn at each call.
     limits = (10, 5) if threading.current_thread() is threading.main_thread() else (None, None)
     if limits[0] is None:
         for each in ("math_verify.parser", "math_verify.grader"):
             logging.getLogger(each).setLevel(logging.ERROR)
-    # Operators must be well-formed, and the formula marked as one.
+    # Operators must be well-formed, and the formula must be marked as one.
     latex = LatexExtractionConfig(
         normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
     )

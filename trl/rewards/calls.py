@@ -1,5 +1,5 @@
-"""One call of a reward function: what it is given, in which shape, and what it logged. Imports nothing heavy, because
-worker processes begin here."""
+"""One call of a reward function: its arguments, the shape of its rows, and its log. Imports nothing heavy, because
+worker processes start here."""
 
 import functools
 import inspect
@@ -13,14 +13,14 @@ from trl.rewards import FACTORIES, REWARDS
 from trl.rewards.named import find
 from trl.rewards.shapes import shaped, text_of
 
-SHAPE_ERRORS = (TypeError, AttributeError, KeyError)  # what a text raises when it is taken for messages, and vice versa
+SHAPE_ERRORS = (TypeError, AttributeError, KeyError)  # errors of a function that expects the other shape
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass
 class Log:
-    """What a function logs while it runs. It is handed on when the function has succeeded, so that one that is called
-    again in another shape logs once."""
+    """The log of a function while it runs. It is passed on only after success, so that a function that is called again
+    with the other shape logs once."""
 
     columns: list[tuple[str, list[Any]]] = field(default_factory=list)
     metrics: list[tuple[str, float]] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Call:
-    """The rows that a function judges. `messages` is the shape that it gets them in."""
+    """The rows of one call. `messages` says whether the function gets them as lists of messages or as strings."""
 
     prompts: Sequence[Any]
     completions: Sequence[Any]
@@ -48,7 +48,7 @@ class Call:
         return len(self.completions)
 
     def rows(self, start: int, stop: int) -> "Call":
-        """Some of the rows."""
+        """The rows from `start` to `stop`."""
         return replace(
             self,
             prompts=self.prompts[start:stop],
@@ -59,13 +59,13 @@ class Call:
         )
 
     def only(self, function: Callable[..., Any]) -> "Call":
-        """What of it `function` takes: the rest need not travel to a worker process."""
+        """The call without columns that `function` does not take, to send less to a worker process."""
         names = accepted(function, {**self.columns, **dict.fromkeys(RESERVED)})
         columns = {name: values for name, values in self.columns.items() if name in names}
         return replace(self, columns=columns, trainer_state=self.trainer_state if "trainer_state" in names else None)
 
     def arguments(self, function: Callable[..., Any], log: Log, asked: list[str]) -> dict[str, Any]:
-        """What `function` is called with: what its signature takes of what there is."""
+        """The arguments of `function`: the available values that its signature accepts."""
         given: dict[str, Any] = {
             **self.columns,
             "prompts": shaped(self.prompts, "user", self.messages, asked),
@@ -82,7 +82,7 @@ class Call:
 
 
 class Answer(NamedTuple):
-    """What a function returned, what it logged, and whether it took its rows for the other shape."""
+    """The values that a function returned, its log, and whether it used its rows as the other shape (`asked`)."""
 
     values: Any
     log: Log
@@ -90,11 +90,11 @@ class Answer(NamedTuple):
 
 
 class Missing(ValueError):
-    """A function that wants what there is not."""
+    """A reward function requires an argument that is not available."""
 
 
 class WorkerError(Exception):
-    """What went wrong in a worker process. `is_shape` says that the other shape is worth a try."""
+    """An error in a worker process. `is_shape`: the other shape of rows may work."""
 
     def __init__(self, sentence: str, is_shape: bool = False):
         super().__init__(sentence, is_shape)
@@ -105,21 +105,22 @@ class WorkerError(Exception):
 
 
 def name_of(function: Any) -> str:
-    """What a function is called in logs."""
+    """The name of a function in logs."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
 def is_async(function: Any) -> bool:
-    """Whether calling `function` gives a coroutine."""
+    """Whether calling `function` returns a coroutine."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> set[str]:
-    """Which of the arguments at hand `function` takes; what a `functools.partial` has fixed stays as it is."""
+    """The names in `given` that `function` accepts, without those that a `functools.partial` has fixed. Raises
+    `Missing` if it requires another argument."""
     fixed: set[str] = set()
     inner: Any = function
     while isinstance(inner, functools.partial):
@@ -127,7 +128,7 @@ def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> set[str]
         inner = inner.func
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # built in, it does not say
+    except (TypeError, ValueError):  # a built-in function without a signature
         return set(given) - fixed
     named = {each.name: each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
     for each in named.values():
@@ -141,24 +142,24 @@ def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> set[str]
 def _missing(function: Any, name: str, given: Mapping[str, Any]) -> str:
     own = getattr(function, "__name__", "")
     if own in FACTORIES and REWARDS[own] is function:
-        return f"it makes a reward function and is none: pass {own}({name}=...)"
+        return f"it makes a reward function and is not one itself: pass {own}({name}=...)"
     meant = near(name, given)
     columns = [f"`{column}`" for column in given if column not in RESERVED]
     return (
-        f"it wants `{name}`, and the data have no such column{f' (did you mean `{meant}`?)' if meant else ''}. "
-        f"Their columns: {', '.join(columns) or 'none'}; beside them it may take {', '.join(RESERVED)}"
+        f"it requires `{name}`, and the data have no such column{f' (did you mean `{meant}`?)' if meant else ''}. "
+        f"Their columns: {', '.join(columns) or 'none'}; it may also take {', '.join(RESERVED)}"
     )
 
 
 def run(function: Callable[..., Any], call: Call) -> Answer:
-    """Call `function` on rows."""
+    """Call `function` on the rows of `call`."""
     log, asked = Log(), []  # type: ignore[var-annotated]
     values = function(**call.arguments(function, log, asked))
     return Answer(values, log, bool(asked))
 
 
 async def run_async(function: Callable[..., Any], call: Call) -> Answer:
-    """As `run`, for a function that is awaited."""
+    """As `run`, for a coroutine function."""
     log, asked = Log(), []  # type: ignore[var-annotated]
     values = await function(**call.arguments(function, log, asked))
     return Answer(values, log, bool(asked))
@@ -173,7 +174,7 @@ def _loaded(source: str | bytes) -> Callable[..., Any]:
 
 
 def run_there(source: str | bytes, call: Call) -> Answer:
-    """`run` in a worker process. `source` is the function, pickled, or the name that it is found by."""
+    """`run` in a worker process. `source` is the pickled function, or its name. Raises `WorkerError`."""
     try:
         function = _loaded(source)
     except Exception as error:
@@ -186,12 +187,12 @@ def run_there(source: str | bytes, call: Call) -> Answer:
         return answer._replace(values=listed(answer.values))
     except ImportError:
         raise
-    except Exception as error:  # an exception of the user's own class may not survive the way back
+    except Exception as error:  # a user's own exception may not unpickle in the parent
         raise WorkerError(f"{type(error).__name__}: {error}", isinstance(error, SHAPE_ERRORS)) from None
 
 
 def listed(values: Any) -> Any:
-    """Tensors and arrays as lists of numbers; anything else that can be gone through as a list."""
+    """Tensors, arrays and other iterables as lists; anything else as it is."""
     if hasattr(values, "tolist"):
         values = values.tolist()
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
@@ -200,11 +201,11 @@ def listed(values: Any) -> Any:
 
 
 class RewardError(ValueError):
-    """A reward that cannot be used: which function, which row, which text, and what to do."""
+    """A reward cannot be used; the message names the function, the row, its text and the remedy."""
 
 
 class Late(Exception):
-    """No answer within the time limit."""
+    """A reward function exceeded its time limit."""
 
 
 def shortened(completion: Any, length: int = 60) -> str:

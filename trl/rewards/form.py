@@ -1,4 +1,4 @@
-"""What a completion looks like: its format, whether it matches, whether it is what was to be said."""
+"""Rewards for the form of a completion: its format, a pattern, an exact match."""
 
 import json
 import re
@@ -12,12 +12,12 @@ _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n```", re.DOTALL)
 
 
 def think_format_reward(completions: Sequence[Any], **_: Any) -> list[float]:
-    """1 where a completion begins with the only `<think>` and there is a `</think>` after it, else 0."""
+    """1 if a completion begins with `<think>`, has no second one, and contains `</think>`; else 0."""
     return [float(_THINK.match(text) is not None) for text in texts_of(completions)]
 
 
 def json_validity_reward(completions: Sequence[Any], **_: Any) -> list[float]:
-    """1 where a completion is one JSON value (maybe in a fence of backticks), else 0."""
+    """1 if a completion is one JSON value, optionally in a code fence, else 0."""
     return [float(_is_json(text)) for text in texts_of(completions)]
 
 
@@ -35,8 +35,8 @@ def _refuse(constant: str) -> None:
 
 
 def get_regex_reward(pattern: str, *, whole: bool = False, ignore_case: bool = False) -> "RegexReward":
-    """1 where `pattern` is found in a completion (`whole`: where it is all of it, but for space around it), else 0.
-    A dot also matches a line break."""
+    """A reward function: 1 if `pattern` occurs in a completion (`whole`: if it matches all of it, ignoring surrounding
+    space), else 0. A dot also matches a line break. ValueError for an invalid pattern."""
     return RegexReward(pattern, whole, ignore_case)
 
 
@@ -56,11 +56,11 @@ class RegexReward:
 def get_exact_match_reward(
     pattern: str | None = None, *, column: str | None = None, ignore_case: bool = False
 ) -> "ExactMatchReward":
-    r"""1 where what a completion answers is, but for space around it, what is in `column` (default: `answer`, or else
-    `solution`), 0 where it is not, None where the column is None.
+    r"""A reward function: 1 if the answer in a completion equals `column` (default: `answer`, else `solution`),
+    ignoring surrounding space; 0 if not; None where the column is None.
 
-    `pattern` says what the answer is: its last match, or the first group of that, as `r"-?\d+"` for the last number.
-    Default: the whole completion.
+    The answer is the last match of `pattern`, or its first group, such as `r"-?\d+"` for the last number. Default: the
+    whole completion.
     """
     return ExactMatchReward(pattern, column, ignore_case)
 
@@ -79,25 +79,25 @@ class ExactMatchReward:
         if column is None:
             raise ValueError(f"{self.__name__} needs a column {' or '.join(f'`{name}`' for name in self.columns)}")
         return [
-            None if answer is None else float(self._said(text) == self._plain(str(answer)))
+            None if answer is None else float(self._answer(text) == self._normalised(str(answer)))
             for text, answer in zip(texts_of(completions), columns[column], strict=True)
         ]
 
-    def _said(self, text: str) -> str | None:
+    def _answer(self, text: str) -> str | None:
         if self.pattern is None:
-            return self._plain(text)
+            return self._normalised(text)
         last = None
         for last in self.pattern.finditer(text):  # noqa: B007
             pass
-        return None if last is None else self._plain(last[1 if self.pattern.groups else 0] or "")
+        return None if last is None else self._normalised(last[1 if self.pattern.groups else 0] or "")
 
-    def _plain(self, text: str) -> str:
+    def _normalised(self, text: str) -> str:
         return text.strip().casefold() if self.ignore_case else text.strip()
 
 
 def exact_match_reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """1 where a completion is, but for space around it, what the column `answer` (or else `solution`) holds, 0 where it
-    is not, None where that is None. See `get_exact_match_reward` for more."""
+    """1 if a completion equals the column `answer` (else `solution`), ignoring surrounding space; 0 if not; None where
+    the column is None. See `get_exact_match_reward` for options."""
     return ExactMatchReward()(completions, **columns)
 
 

@@ -1,7 +1,7 @@
-"""Tokens to rewards: functions of every kind, asked about the same completions, give one table of numbers.
+"""Completions to rewards: reward functions of all kinds score the same completions into one table.
 
-What can wait (coroutines, endpoints, worker processes) is begun first and collected last. A function that gives
-anything but a finite number or None for every row is a `RewardError`, which names the function, the row and its text.
+Coroutines, endpoints and worker processes are started first and collected last. A reward that is neither a finite
+number nor None raises `RewardError`, which names the function, the row and its text.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.models.load import ModelError, load_tokenizer
-from trl.models.unwrap import causal_lm
+from trl.models.unwrap import unwrap
 from trl.notices import notify_once
 from trl.rewards import REWARDS
 from trl.rewards.calls import (
@@ -43,28 +43,32 @@ from trl.rewards.models import ModelJudge, PipelineJudge, is_pipeline, load_judg
 from trl.rewards.named import find, is_function
 from trl.rewards.workers import Loop, Pool
 
-CONSTANT_CALLS = 5  # so many calls with one and the same reward for every row are worth a word
-SEARCHED = 5.0  # seconds: a function that took longer to fail is not called again to find the row
+CONSTANT_CALLS = 5  # number of calls with one constant reward before a notice
+SEARCHED = 5.0  # seconds; a function that took longer to fail is not called again to find the failing row
 LARGEST = torch.finfo(torch.float32).max
 
 
 class RewardFunctions:
-    """Reward functions, asked together.
+    """Several reward functions, called together.
 
-    `functions` is one or a list of: a function (`async` too) with any of the arguments `prompts`, `completions`,
+    `functions` is one or a list of: a function (also `async`) with any of the arguments `prompts`, `completions`,
     `completion_ids`, `prompt_ids`, `trainer_state`, `log_extra`, `log_metric` and the columns of the data; a model with
-    a scoring head, or its name or path; a text-classification pipeline; the address of an endpoint; one of
-    `trl.rewards.REWARDS`, `package.module:function` or `file.py:function`, maybe with arguments in brackets.
+    a scoring head, or its name or path; a text-classification pipeline; the address of an endpoint; the name of one of
+    `trl.rewards.REWARDS`, `package.module:function` or `file.py:function`, optionally with arguments in brackets.
 
-    `weights` (default 1) enter `combine`. `processing_classes` are the tokenizers of models, None elsewhere;
-    `tokenizer` is the policy's. `chat` says that the data are conversations: functions get lists of messages then, else
-    strings. A function written for the other shape works as well.
+    weights               weights of the sum in `combine`; default: 1 each
+    processing_classes    tokenizers of the models, None for other functions
+    tokenizer             the policy's tokenizer
+    chat                  the data are conversations: functions get lists of messages, else strings; a function written
+                          for the other shape works too
+    timeout               seconds, for each asynchronous function, worker process and request to an endpoint
+    retries               number of repeated requests to an endpoint
+    workers               number of processes that share the rows of plain functions; 0 (needed to compare rows with
+                          each other): this process; a function's attribute `workers` overrides it
+    batch_tokens          tokens per forward pass of a model
+    model_kwargs, device  for models given by name
 
-    `timeout` limits, in seconds, each asynchronous function, each worker process and each request to an endpoint, which
-    is tried again `retries` times. With `workers`, plain functions run in so many processes, each of which gets a part
-    of the rows; an attribute `workers` of a function overrides it, and 0 keeps it here, as a function that compares
-    rows with one another needs. Models are called on `batch_tokens` tokens at a time; `model_kwargs` and `device` are
-    for those given by name.
+    Raises `RewardError` for a function that cannot be found or used.
     """
 
     def __init__(
@@ -97,13 +101,13 @@ class RewardFunctions:
         self._pool.size = max((judge.parts for judge in self.judges if isinstance(judge, Elsewhere)), default=0)
         self.names = _distinct([judge.name for judge in self.judges])
         self._constant: list[tuple[float, int]] = [(math.nan, 0)] * len(functions)
-        self._said_unscored = False
+        self._unscored_notified = False
 
-    # -- what is asked ------------------------------------------------------------------------------------------------
+    # -- the functions ------------------------------------------------------------------------------------------------
 
     @property
     def functions(self) -> list[Any]:
-        """What was given, with names replaced by the functions and models that they name."""
+        """The functions given, with names replaced by the functions and models that they name."""
         kinds = ("function", "model", "pipeline", "url")
         return [next(getattr(judge, kind) for kind in kinds if hasattr(judge, kind)) for judge in self.judges]
 
@@ -127,7 +131,7 @@ class RewardFunctions:
             "template_kwargs": self.template_kwargs,
             "end_of_text": getattr(self.tokenizer, "eos_token_id", None),
         }
-        if isinstance(function, nn.Module) and hasattr(causal_lm(function), "config"):
+        if isinstance(function, nn.Module) and hasattr(unwrap(function), "config"):
             tokenizer = tokenizer or self._tokenizer_of(function)
             return ModelJudge(function, tokenizer, batch_tokens=self.batch_tokens, **options)
         if is_pipeline(function):
@@ -137,7 +141,7 @@ class RewardFunctions:
                 raise RewardError(str(error)) from error
         if not callable(function):
             raise RewardError(
-                f"a reward function is a function, a model, a pipeline, an address or a name, not {function!r}, a "
+                f"a reward function must be a function, a model, a pipeline, an address or a name, not {function!r}, a "
                 f"{type(function).__name__}"
             )
         if is_async(function):
@@ -158,8 +162,8 @@ class RewardFunctions:
         return model, tokenizer or own
 
     def _tokenizer_of(self, model: nn.Module) -> Any:
-        """The tokenizer saved with a model; else the policy's, where the model's vocabulary has room for it."""
-        base = causal_lm(model)
+        """The tokenizer saved with a model; else the policy's, if it fits the model's vocabulary."""
+        base = unwrap(model)
         name = getattr(base.config, "_name_or_path", "")
         try:
             if name:
@@ -175,7 +179,7 @@ class RewardFunctions:
                 "reward_processing_classes."
             ) from error
 
-    # -- asking -------------------------------------------------------------------------------------------------------
+    # -- scoring ------------------------------------------------------------------------------------------------------
 
     def score(
         self,
@@ -189,10 +193,11 @@ class RewardFunctions:
         log_metric: Callable[[str, float], None] | None = None,
         prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
-        """The reward of every row by every function, [rows, functions] in fp32; NaN where a function gave None.
+        """The rewards of all rows by all functions, [rows, functions] in fp32; NaN where a function returned None.
 
-        Prompts and completions are strings, or lists of messages if the data are conversations; `columns` holds the
-        other columns of the data, a value a row. What the functions log goes to `log_extra` and `log_metric`.
+        Prompts and completions are strings, or lists of messages if the data are conversations. `columns` holds the
+        other columns of the data, one value per row. The functions' logs are passed to `log_extra` and `log_metric`.
+        Raises `RewardError`.
         """
         columns = {name: values for name, values in (columns or {}).items() if name not in _OWN_COLUMNS}
         lengths = {"prompts": len(prompts), "completion_ids": len(completion_ids)}
@@ -210,7 +215,7 @@ class RewardFunctions:
             call = replace(base, messages=judge.messages)
             with _naming(name, call):
                 begun.append((call, judge.begin(call)))
-        # What runs here runs while the others are under way.
+        # Functions of this process run while the others are in progress.
         order = sorted(range(len(self.judges)), key=lambda index: self.judges[index].background)
         logs: dict[int, Log] = {}
         for index in order:
@@ -228,7 +233,7 @@ class RewardFunctions:
         return table
 
     def _finish(self, index: int, call: Call, finish: Callable[[], Answer]) -> Answer:
-        """The answer to a call that was begun; asked again in the other shape if it failed on this one."""
+        """The answer to a call in progress; if it failed on this shape of rows, the call is repeated in the other."""
         judge, name = self.judges[index], self.names[index]
         began = time.monotonic()
         try:
@@ -246,7 +251,7 @@ class RewardFunctions:
                     judge.messages = other.messages
                     notify_once(
                         f"reward function {name!r} fails on {_SHAPES[call.messages]} ({error_text(error)}) and works "
-                        f"on {_SHAPES[other.messages]}: it is given those"
+                        f"on {_SHAPES[other.messages]}: it gets {_SHAPES[other.messages]}"
                     )
                     return answer
             with _naming(name, call, also, judge, time.monotonic() - began):
@@ -258,13 +263,13 @@ class RewardFunctions:
             )
         elif answer.asked:
             notify_once(
-                f"reward function {name!r} reads chat messages, and prompts and completions are strings: each answers "
-                "as one message"
+                f"reward function {name!r} reads chat messages, and prompts and completions are strings: each acts as "
+                "one message"
             )
         return answer
 
     def _notice(self, call: Call, table: Tensor) -> None:
-        """Says what may be wrong: rows without a reward, and functions that do not tell rows apart."""
+        """Print notices about rows without a reward, and about functions with a constant reward."""
         for index, name in enumerate(self.names):
             given = table[:, index][~table[:, index].isnan()]
             if len(given) < 2:
@@ -277,11 +282,11 @@ class RewardFunctions:
                 hint = " Completions are lists of messages: the text is `completion[-1]['content']`." if shape else ""
                 notify_once(
                     f"reward function {name!r} gave {low:g} to every row {CONSTANT_CALLS} times in a row, lately to "
-                    f"{shortened(call.completions[0])}: nothing is learnt from it like this.{hint}"
+                    f"{shortened(call.completions[0])}: nothing is learnt from a constant reward.{hint}"
                 )
         unscored = table.isnan().all(1).nonzero()[:, 0].tolist()
-        if unscored and not self._said_unscored:
-            self._said_unscored = True
+        if unscored and not self._unscored_notified:
+            self._unscored_notified = True
             notify_once(
                 f"{len(unscored)} of {len(table)} completions have no reward, because {_all_of(self.names)} gave None: "
                 f"row {unscored[0]} ({shortened(call.completions[unscored[0]])}) is the first. They are left out; give "
@@ -289,12 +294,12 @@ class RewardFunctions:
             )
 
     def combine(self, table: Tensor) -> Tensor:
-        """The weighted sum over functions, NaN left out: [rows]. A row of which every function gave None is NaN."""
+        """The weighted sum over functions, ignoring NaN: [rows]. NaN for a row without any reward."""
         total = (table * self.weights.to(table.device)).nansum(1)
         return total.masked_fill(table.isnan().all(1), math.nan)
 
     def close(self) -> None:
-        """Ends the event loop and the worker processes; they start again when they are needed."""
+        """End the event loop and the worker processes; they start again when needed."""
         self._loop.close()
         self._pool.close()
 
@@ -327,15 +332,15 @@ def _tokenizers(tokenizers: Any, count: int) -> list[Any]:
 
 
 def _names_function(name: str) -> bool:
-    """Whether a name is that of a function, or was meant to be."""
+    """Whether a name is that of a function, or a misspelt one."""
     if is_function(name):
         return True
     return "/" not in name and not Path(name).exists() and bool(difflib.get_close_matches(name, REWARDS, 1))
 
 
 def check(functions: Any, columns: Iterable[str] | None = None) -> None:
-    """RewardError if a function's name among `functions`, one or a list of them, cannot be found, or if a function
-    requires an argument that is none of the data's `columns`. Nothing is loaded."""
+    """Raise `RewardError` if a named function among `functions` (one or a list) cannot be found, or if a function
+    requires an argument that is not in `columns`. Loads no model."""
     for function in functions if isinstance(functions, list | tuple) else [functions]:
         if isinstance(function, str) and _names_function(function):
             function = _found(function)
@@ -355,7 +360,7 @@ def _found(name: str) -> Callable[..., Any]:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names of their own in the log: the second `f` is `f_2`."""
+    """Unique names for the log: the second `f` becomes `f_2`."""
     found: list[str] = []
     for name in names:
         unique, number = name, 2
@@ -369,11 +374,11 @@ def _all_of(names: Sequence[str]) -> str:
     return f"{names[0]!r}" if len(names) == 1 else f"all of {', '.join(map(repr, names))}"
 
 
-# --- what came back -----------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------------
 
 
 def _column(name: str, call: Call, values: Any) -> list[float]:
-    """What a function returned, checked: one finite number a row, NaN for None."""
+    """The checked result of a function: one finite number per row, NaN for None."""
     values = listed(values)
     if not isinstance(values, list):
         raise RewardError(
@@ -390,7 +395,7 @@ def _column(name: str, call: Call, values: Any) -> list[float]:
 
 
 def _number(name: str, call: Call, row: int, value: Any) -> float:
-    if isinstance(value, list) and len(value) == 1:  # from a table of one column
+    if isinstance(value, list) and len(value) == 1:  # a row of a table with one column
         value = value[0]
     if value is None:
         return math.nan
@@ -404,7 +409,8 @@ def _number(name: str, call: Call, row: int, value: Any) -> float:
 
 @contextlib.contextmanager
 def _naming(name: str, call: Call, also: str = "", judge: Any = None, seconds: float = 0.0) -> Any:
-    """Turns what a function raised into a sentence. What is missing on this machine is not the row's fault."""
+    """Turn an error of a function into a `RewardError` that names the function and the row. ImportError passes, because
+    it does not depend on the row."""
     try:
         yield
     except ImportError:
@@ -412,12 +418,12 @@ def _naming(name: str, call: Call, also: str = "", judge: Any = None, seconds: f
     except Late as error:
         raise RewardError(
             f"reward function {name!r} {error}; the first of its {len(call)} texts is {shortened(call.completions[0])}"
-            ". Make it faster, or allow it more"
+            ". Make it faster, or raise reward_timeout"
         ) from None
     except Missing as error:
         raise RewardError(f"reward function {name!r}: {error}") from error
     except Exception as error:
-        # The loss of a row names it; what failed as a whole is asked again in halves until one row is left.
+        # To find the failing row, the call is repeated on halves of the rows.
         row = judge.first_failing(call) if isinstance(judge, Here) and seconds < SEARCHED else None
         if row is None:
             where = f", one of {len(call)} rows, the first of which is {shortened(call.completions[0])}"
@@ -425,9 +431,3 @@ def _naming(name: str, call: Call, also: str = "", judge: Any = None, seconds: f
         else:
             where = f", row {row} ({shortened(call.completions[row])})"
         raise RewardError(f"reward function {name!r}{where}: {error_text(error)}{also}") from error
-
-
-# --- who is asked -------------------------------------------------------------------------------------------------
-
-
-# --- where they run -----------------------------------------------------------------------------------------------

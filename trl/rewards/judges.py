@@ -1,4 +1,4 @@
-"""The kinds of things that judge completions: functions here, coroutines, worker processes, endpoints."""
+"""The kinds of reward functions: in this process, as coroutines, in worker processes, behind endpoints."""
 
 import asyncio
 import http.client
@@ -34,7 +34,7 @@ BACKOFF = 0.5  # seconds before the first retry of an endpoint; doubled each tim
 
 
 class Function:
-    """A Python function. `messages` is the shape it gets; `background` says that it runs while others do."""
+    """A Python function. `messages`: it gets lists of messages, not strings; `background`: it runs beside others."""
 
     reshapes = True
     background = True
@@ -45,7 +45,7 @@ class Function:
 
 
 class Here(Function):
-    """A function that is called in this thread."""
+    """A function called in this thread."""
 
     background = False
 
@@ -58,7 +58,7 @@ class Here(Function):
 
     def _run(self, call: Call) -> Answer:
         answer = run(self.function, call)
-        if inspect.isawaitable(answer.values):  # a plain function that gives a coroutine
+        if inspect.isawaitable(answer.values):  # a plain function that returned a coroutine
 
             async def awaited(value: Any = answer.values) -> Any:
                 return await value
@@ -67,7 +67,7 @@ class Here(Function):
         return answer
 
     def first_failing(self, call: Call) -> int | None:
-        """The first row that the function fails on by itself, or None when there is none."""
+        """The first row on which the function fails when called on it alone, or None."""
         start, part = 0, call
         while len(part) > 1:
             half = len(part) // 2
@@ -86,7 +86,7 @@ class Here(Function):
 
 
 class Asynchronous(Function):
-    """A coroutine function: all of them run at the same time."""
+    """A coroutine function; all of them run concurrently."""
 
     def __init__(self, function: Callable[..., Any], messages: bool, loop: Loop, timeout: float | None):
         super().__init__(function, messages, timeout)
@@ -97,7 +97,7 @@ class Asynchronous(Function):
 
 
 class Elsewhere(Function):
-    """A function in worker processes, each of which gets a part of the rows."""
+    """A function in worker processes; each process gets a part of the rows."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class Elsewhere(Function):
 
 
 def _joined(calls: list[Call], answers: list[Answer]) -> Answer:
-    """The answers to parts as one."""
+    """The answers to parts, joined."""
     values: list[Any] = []
     for call, answer in zip(calls, answers, strict=True):
         if not isinstance(answer.values, list) or len(answer.values) != len(call):
@@ -180,7 +180,7 @@ def _joined(calls: list[Call], answers: list[Answer]) -> Answer:
 
 
 class Endpoint:
-    """An address that takes a POST of `prompts`, `completions` and `columns` in JSON, and answers with `rewards`."""
+    """An HTTP endpoint: it gets a POST of `prompts`, `completions` and `columns` in JSON, and answers `rewards`."""
 
     reshapes = False
     background = True
@@ -196,7 +196,7 @@ class Endpoint:
         async def asked() -> Answer:
             return Answer(await asyncio.to_thread(self._post, body), Log(), False)
 
-        return self.loop.start(asked(), None).result  # each attempt has a limit of its own
+        return self.loop.start(asked(), None).result  # each attempt has its own time limit
 
     def _body(self, call: Call) -> bytes:
         columns = {}
@@ -224,11 +224,11 @@ class Endpoint:
                     why = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}".rstrip(": ")
                 if error.code < 500 and error.code not in (408, 429):
                     raise WorkerError(f"the endpoint {self.url} refused: {why}") from None
-            except (OSError, http.client.HTTPException) as error:  # no connection, or cut, or too late
+            except (OSError, http.client.HTTPException) as error:  # no connection, an interrupted one, or a timeout
                 reason = getattr(error, "reason", error)
                 late = isinstance(reason, TimeoutError)
                 why = f"no answer within {self.timeout:g} seconds" if late else f"{reason}"
-        raise WorkerError(f"the endpoint {self.url} failed {self.retries + 1} times, lastly with {why}")
+        raise WorkerError(f"the endpoint {self.url} failed {self.retries + 1} times, last with: {why}")
 
     def _rewards(self, answer: bytes) -> list[Any]:
         try:

@@ -1,4 +1,4 @@
-"""How long a completion is, and how much of it is repetition."""
+"""Rewards for the length of a completion, and penalties for repetition."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ from .shapes import texts_of
 
 
 def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> "SoftOverlongPunishment":
-    """0 up to `max_completion_len - soft_punish_cache` tokens, then falling linearly to -1 at `max_completion_len`, and
-    -1 beyond. DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 13."""
+    """A reward function: 0 up to `max_completion_len - soft_punish_cache` tokens, then linear to -1 at
+    `max_completion_len`, and -1 beyond. DAPO, Yu et al. 2025, arXiv:2503.14476, equation 13."""
     return SoftOverlongPunishment(max_completion_len, soft_punish_cache)
 
 
@@ -31,8 +31,8 @@ class SoftOverlongPunishment:
 
 
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> "RepetitionPenalty":
-    """`max_penalty` times the share of n-grams of tokens that repeat another: Yeo et al. 2025, arXiv:2502.03373,
-    appendix C.2. 0 for completions shorter than an n-gram."""
+    """A reward function: `max_penalty` times the share of repeated token n-grams; 0 for completions shorter than an
+    n-gram. Yeo et al. 2025, arXiv:2502.03373, appendix C.2."""
     if max_penalty > 0:
         raise ValueError(f"get_repetition_penalty_reward: max_penalty={max_penalty} must not be positive")
     if ngram_size < 1:
@@ -58,7 +58,7 @@ class RepetitionPenalty:
 
 
 def get_length_reward(target: int, *, unit: str = "tokens", tolerance: int | None = None) -> "LengthReward":
-    """1 at a length of `target`, falling linearly to 0 at a distance of `tolerance` (default: `target`) and 0 beyond.
+    """A reward function: 1 at the length `target`, linear to 0 at the distance `tolerance` (default: `target`).
 
     `unit` is `tokens`, `words` or `characters`.
     """

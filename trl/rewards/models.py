@@ -1,4 +1,4 @@
-"""Models that judge: a scoring head's number for prompt and completion, read with the model's own tokenizer."""
+"""Reward models and pipelines: they score prompt and completion, read with the model's own tokenizer."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +16,16 @@ from trl.engine.probe import attach
 from trl.engine.scalar import scalars
 from trl.engine.score import Attachment
 from trl.models import load, shards
-from trl.models.unwrap import causal_lm, evaluating
+from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rewards.calls import Answer, Call, Log
 from trl.rewards.shapes import text_of
 
-SHARED = 8  # a common beginning of fewer tokens is not worth a tree
+SHARED = 8  # minimum tokens of a common prefix that is computed once
 
 
 class _Judge:
-    """What reads text with a tokenizer of its own. `messages` is of no meaning to it: it reads either shape."""
+    """A reward model with its own tokenizer. It reads both shapes of rows, so `messages` does not matter."""
 
     name: str
     messages = False
@@ -35,9 +35,9 @@ class _Judge:
         self.tokenizer, self.template_kwargs, self.end_of_text = tokenizer, template_kwargs, end_of_text
 
     def texts(self, call: Call, end: str = "", whole: bool = True) -> list[str]:
-        """Prompt and completion as one text each: by the tokenizer's chat template if they are messages.
+        """Prompt and completion as one text per row, by the tokenizer's chat template if they are messages.
 
-        `end` is added to plain texts that were finished. `whole` keeps what a template writes after the end of the last
+        `end` is appended to plain texts that are finished. `whole` keeps the template's text after the end of the last
         turn.
         """
         texts = []
@@ -60,25 +60,25 @@ class _Judge:
 
 
 class ModelJudge(_Judge):
-    """`AutoModelForSequenceClassification`, or what has its outputs: the first of its logits.
+    """`AutoModelForSequenceClassification`, or a model with the same outputs: the reward is its first logit.
 
-    Plain texts are read with the tokenizer's special tokens, and a finished one with its end-of-sequence token, as a
-    reward model is trained on them; messages as its chat template writes them. The score is read where transformers
-    reads it, at the last token that is not the padding token, which may also be what ends a turn; a model whose
-    configuration has `scores_end_of_turn` is read at the very token that ends the turn.
+    Plain texts are read with the tokenizer's special tokens, and finished ones with its end-of-sequence token, as in
+    the training of a reward model. Messages are read by the chat template. The score is read where transformers reads
+    it, at the last token that is not the padding token (which may also end a turn). If the model's configuration has
+    `scores_end_of_turn`, it is read at the token that ends the turn.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int, **kwargs: Any):
         super().__init__(tokenizer, **kwargs)
         self.model, self.batch_tokens = model, batch_tokens
-        self.base = causal_lm(model)
+        self.base = unwrap(model)
         self.config = self.base.config
         self.name = model_name(self.config, self.base)
         _check_whole(model, self.name)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         text_config = self.config.get_text_config()
-        if getattr(text_config, "pad_token_id", None) is None:  # a padded row is scored at its last token that is none
+        if getattr(text_config, "pad_token_id", None) is None:  # a row is scored at its last token that is not padding
             text_config.pad_token_id = self.config.pad_token_id = tokenizer.pad_token_id
         self.pad_id = text_config.pad_token_id
         self.ends_turn = getattr(self.config, "scores_end_of_turn", False)
@@ -93,7 +93,7 @@ class ModelJudge(_Judge):
         return lambda: Answer(self.scores(call), Log(), False)
 
     def scores(self, call: Call) -> list[float]:
-        """One number a row."""
+        """One number per row."""
         self._attach()
         rows = self._token_ids(call)
         result: list[float] = [0.0] * len(rows)
@@ -109,8 +109,10 @@ class ModelJudge(_Judge):
         self.attached = True
         try:
             self.attachment = attach(self.model)
-        except Exception as error:  # any module that gives logits may judge
-            notify_once(f"{self.name} is called as it is ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+        except Exception as error:  # any module with logits can be used
+            notify_once(
+                f"{self.name} runs outside the engine ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            )
 
     def _token_ids(self, call: Call) -> list[list[int]]:
         plain = isinstance(call.prompts[0], str) or not getattr(self.tokenizer, "chat_template", None)
@@ -126,14 +128,14 @@ class ModelJudge(_Judge):
         limit = min(int(limit) for limit in limits if limit)
         if any(len(ids) > limit for ids in rows):
             notify_once(
-                f"{self.name} reads {limit} tokens at most: longer texts lose their beginning, but for one token"
+                f"{self.name} reads {limit} tokens at most: longer texts lose their beginning, except one token"
             )
             rows = [[ids[0], *ids[len(ids) - limit + 1 :]] if len(ids) > limit else ids for ids in rows]
         filler: int = self.pad_id or 0
-        return [[filler] * (2 - len(ids)) + ids for ids in rows]  # what is scored stands after something
+        return [[filler] * (2 - len(ids)) + ids for ids in rows]  # the scored token needs a token before it
 
     def _batches(self, rows: list[list[int]], prompts: Sequence[Any]) -> Iterator[tuple[list[int], Tensor]]:
-        """Numbers of rows, and their scores."""
+        """Indices of rows, and their scores."""
         if self.attachment is not None and self.attachment.is_flat:
             done = 0
             for trees in self._trees(rows, prompts):  # in the order of the rows
@@ -144,7 +146,10 @@ class ModelJudge(_Judge):
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         while order:
             count = max(1, min(len(order), self.batch_tokens // len(rows[order[-1]])))
-            numbers, order = order[-count:], order[:-count]  # the longest first: memory fails at once or never
+            numbers, order = (
+                order[-count:],
+                order[:-count],
+            )  # the longest first: an out-of-memory error comes at once or never
             if self.attachment is not None:
                 yield numbers, self._score([Tree(_scored(rows[number], number), row=number) for number in numbers])
             else:
@@ -155,7 +160,7 @@ class ModelJudge(_Judge):
                 yield numbers, outputs.logits.reshape(len(numbers), -1)[:, 0]
 
     def _trees(self, rows: list[list[int]], prompts: Sequence[Any]) -> Iterator[list[Tree]]:
-        """Runs of rows with the same prompt share the tokens they begin with."""
+        """Trees in micro-batches of `batch_tokens`; consecutive rows with the same prompt share their common prefix."""
         trees: list[Tree] = []
         size = start = 0
         while start < len(rows):
@@ -191,7 +196,7 @@ class ModelJudge(_Judge):
 
 
 def _without_last(ids: list[int], token: int) -> list[int]:
-    """`ids` without the run of `token` that they end in."""
+    """`ids` without trailing copies of `token`."""
     length = len(ids)
     while length and ids[length - 1] == token:
         length -= 1
@@ -199,12 +204,12 @@ def _without_last(ids: list[int], token: int) -> list[int]:
 
 
 def _scored(ids: list[int], number: int) -> Branch:
-    """Tokens of which the last is scored."""
+    """A branch whose last token is scored."""
     return Branch(ids, [False] * (len(ids) - 1) + [True], number)
 
 
 def _common(rows: list[list[int]]) -> int:
-    """Tokens that all rows begin with, short of the last token of each."""
+    """Length of the common prefix of all rows, without the last token of each."""
     longest = min(len(ids) for ids in rows) - 1
     first = rows[0]
     for place in range(longest):
@@ -216,8 +221,9 @@ def _common(rows: list[list[int]]) -> int:
 class PipelineJudge(_Judge):
     """A transformers pipeline that classifies texts.
 
-    With one label its raw score; with several the probability of the positive label less that of the negative one, told
-    by their names (POSITIVE and NEGATIVE, LABEL_1 and LABEL_0).
+    With one label, the reward is its raw score. With several, it is the probability of the positive label minus that of
+    the negative label, recognised by their names (POSITIVE and NEGATIVE, LABEL_1 and LABEL_0). ValueError for other
+    tasks or labels.
     """
 
     def __init__(self, pipeline: Any, **kwargs: Any):
@@ -227,14 +233,14 @@ class PipelineJudge(_Judge):
         _check_whole(pipeline.model, self.name)
         if pipeline.task != "text-classification":
             raise ValueError(
-                f"the pipeline of {self.name} is for {pipeline.task!r}: a reward comes from a text-classification one, "
-                "or from a function that calls yours"
+                f"the pipeline of {self.name} is for {pipeline.task!r}: pass a text-classification pipeline, or a "
+                "function that calls yours"
             )
         labels = [str(label) for label in pipeline.model.config.id2label.values()]
         self.signs = {label: _sign(label) for label in labels} if len(labels) > 1 else {}
         if self.signs and sorted(set(self.signs.values()) - {0}) != [-1, 1]:
             raise ValueError(
-                f"the pipeline of {self.name} has the labels {', '.join(labels)}, which do not say which is wanted: "
+                f"the pipeline of {self.name} has the labels {', '.join(labels)}, which do not tell which is positive: "
                 "pass a function that calls it and gives a number for each"
             )
 
@@ -242,7 +248,7 @@ class PipelineJudge(_Judge):
         return lambda: Answer(self.scores(call), Log(), False)
 
     def scores(self, call: Call) -> list[float]:
-        """One number a row."""
+        """One number per row."""
         options: dict[str, Any] = {"top_k": None, "truncation": True}
         if not self.signs:
             options["function_to_apply"] = "none"
@@ -260,15 +266,16 @@ def _sign(label: str) -> int:
 
 
 def model_name(config: Any, model: Any) -> str:
-    """What a model is called in logs: the last part of its name or path."""
+    """The name of a model in logs: the last part of its name or path."""
     return str(getattr(config, "_name_or_path", "") or type(model).__name__).rstrip("/").split("/")[-1]
 
 
 def _check_whole(model: nn.Module, name: str) -> None:
     if shards.is_partitioned(model):
         raise ValueError(
-            f"the reward model {name} was loaded under ZeRO-3, which cut its weights up, and the processes do not call "
-            "it equally often: give its name or path (it is then loaded whole), or load it before the config is made"
+            f"the reward model {name} was loaded under ZeRO-3, which partitioned its weights, and the processes do not "
+            "call it equally often: give its name or path (it is then loaded whole), or load it before the config is "
+            "made"
         )
 
 
@@ -277,7 +284,7 @@ def is_pipeline(function: Any) -> bool:
 
 
 def load_judge(name: str, device: Any, model_kwargs: dict[str, Any]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A reward model by name or path, with its tokenizer. One without a trained scoring head is an error."""
+    """A reward model by name or path, and its tokenizer. Raises `ModelError` without a trained scoring head."""
     kwargs = dict(model_kwargs)
     shared = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     labels = 1

@@ -1,4 +1,4 @@
-"""Reward functions by name, as a command line gives them."""
+"""Reward functions by name, for the command line."""
 
 import ast
 import difflib
@@ -15,13 +15,13 @@ from typing import Any
 
 from . import FACTORIES, REWARDS
 
-# `name`, `package.module.name`, `package.module:name`, `folder/file.py:name`, each maybe with arguments in brackets.
+# `name`, `package.module.name`, `package.module:name`, `folder/file.py:name`, with or without arguments in brackets.
 _FORM = re.compile(r"(?P<where>[^()]+?)\s*(?P<arguments>\(.*\))?\s*", re.DOTALL)
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def is_function(name: str) -> bool:
-    """Whether `name` stands for a reward function, and not for a model or an address."""
+    """Whether `name` has the form of a reward function's name, not of a model or an address."""
     match = _FORM.fullmatch(name)
     if match is None or name.startswith(("http://", "https://")):
         return False
@@ -33,11 +33,11 @@ def is_function(name: str) -> bool:
 
 @cache
 def find(name: str) -> Callable[..., Any]:
-    """The reward function that `name` stands for: one of `REWARDS`, `package.module:function`,
-    `package.module.function` or `file.py:function`.
+    """The reward function named `name`: one of `REWARDS`, `package.module:function`, `package.module.function` or
+    `file.py:function`.
 
-    With arguments in brackets, `get_regex_reward(pattern="yes")`, it is called with them first. Raises ValueError with
-    the remedy.
+    With arguments in brackets, as in `get_regex_reward(pattern="yes")`, the result of that call. Raises ValueError with
+    a remedy.
     """
     match = _FORM.fullmatch(name)
     if match is None:
@@ -80,8 +80,8 @@ def _imported(where: str) -> Callable[..., Any]:
     if not place:
         near = difflib.get_close_matches(where, REWARDS, 1)
         raise ValueError(
-            f"there is no reward function {where!r}{f': did you mean {near[0]!r}?' if near else ''} Those that come "
-            f"with the library: {', '.join(sorted(REWARDS))}; others are named as package.module:function or "
+            f"there is no reward function {where!r}{f': did you mean {near[0]!r}?' if near else ''} The library "
+            f"has {', '.join(sorted(REWARDS))}; name others as package.module:function or "
             "file.py:function"
         )
     module = _module_of_file(place) if place.endswith(".py") else _module(place, where)
@@ -102,12 +102,12 @@ def _imported(where: str) -> Callable[..., Any]:
 
 def _module(place: str, where: str) -> Any:
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python script.py` does for what lies beside the script
+        sys.path.insert(0, os.getcwd())  # as `python script.py` does for modules next to the script
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not (place == error.name or place.startswith(f"{error.name}.")):
-            raise  # the module is there and misses another
+            raise  # the module exists, but one of its imports does not
         raise ValueError(
             f"the reward function {where!r} cannot be found: there is no module {error.name!r} in the working folder "
             "or among the installed packages"

@@ -1,4 +1,4 @@
-"""How positive a completion sounds, by a lexicon. Needs the extra `sentiment`."""
+"""Rewards for the sentiment of a completion, by a lexicon. Needs the extra `sentiment`."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,15 +8,15 @@ from .shapes import texts_of
 
 
 def sentiment_reward(completions: Sequence[Any], **_: Any) -> list[float]:
-    """From -1, negative, to 1, positive: VADER's compound score (Hutto and Gilbert 2014).
+    """VADER's compound score (Hutto and Gilbert 2014), from -1, negative, to 1, positive.
 
-    Texts of a language model are mostly positive to begin with: see `get_sentiment_reward` for another aim.
+    Texts of a language model are mostly positive already: see `get_sentiment_reward` for another target.
     """
     return _scores("sentiment_reward", completions)
 
 
 def get_sentiment_reward(target: float = 1.0) -> "SentimentReward":
-    """How near the sentiment of a completion is to `target` in [-1, 1]: 1 when there, 0 at the distance 2."""
+    """A reward function: closeness of the sentiment to `target` in [-1, 1]; 1 at the target, 0 at the distance 2."""
     if not -1 <= target <= 1:
         raise ValueError(f"get_sentiment_reward: target={target} is not between -1 and 1")
     return SentimentReward(target)

@@ -1,9 +1,8 @@
-"""The two shapes of a prompt or completion, a string and a list of messages, and each in the clothes of the other.
+"""Wrappers that let strings act as message lists, and message lists act as strings.
 
-A reward function is written for one of them and may meet the other. `Text` is the string, and answers as a message
-would; `Messages` is the list, and is compared as its text would be. Both note in `asked` that they were taken for what
-they are not. What they cannot answer raises TypeError, AttributeError or KeyError, and the caller tries the other
-shape.
+A reward function is written for one of the two shapes and may get the other. `Text` is a string that also answers as a
+message; `Messages` is a list that is compared as its text. Both record in `asked` that they were used as the other
+shape. Uses that they cannot serve raise TypeError, AttributeError or KeyError; the caller then tries the other shape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,9 @@ from typing import Any
 
 
 def text_of(value: Any, role: str = "assistant") -> str:
-    """The text of a prompt or completion: the string itself, or the content of the last message of that role.
+    """The text of a prompt or completion: the string itself, or the content of the last message with that role.
 
-    Without a message of that role it is the last message's. Contents in blocks are joined; None is ''.
+    Without such a message, the content of the last message. Content blocks are joined; None becomes ''.
     """
     if isinstance(value, str):
         return str(value)
@@ -25,15 +24,15 @@ def text_of(value: Any, role: str = "assistant") -> str:
 
 
 def texts_of(values: Sequence[Any]) -> list[str]:
-    """The texts of completions of either shape."""
+    """The texts of completions in either shape."""
     return [text_of(value) for value in values]
 
 
 class Text(str):
-    """A string that also answers as a conversation of one message: `text[-1]` is its last character, and
-    `text[-1]["content"]` all of it.
+    """A string that also acts as a conversation of one message: `text[-1]` is its last character, and
+    `text[-1]["content"]` is the whole string.
 
-    Iterating gives plain characters, so that a loop over messages fails instead of reading the text once a character.
+    Iteration gives plain characters, so that a loop over messages fails instead of reading the text for each character.
     An empty string has an empty character at 0 and -1.
     """
 
@@ -53,7 +52,7 @@ class Text(str):
         return _Character("" if not self and key in (0, -1) else super().__getitem__(key), self)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As a message's `get`."""
+        """The `get` of a message."""
         return self._answer(key) if key in ("role", "content") else default
 
     def _answer(self, key: str) -> str:
@@ -64,7 +63,7 @@ class Text(str):
 
 
 class _Character(str):
-    """One character of a `Text`, which also answers as its only message."""
+    """One character of a `Text`, which also acts as its only message."""
 
     text: Text
 
@@ -84,8 +83,8 @@ class _Character(str):
 
 
 class Messages(list):
-    """A list of messages in which a string is looked for, or with which it is compared, as in their text: a plain list
-    of messages would say no to both, whatever they say."""
+    """A list of messages that is searched for strings, and compared with strings, by its text. A plain list would never
+    contain or equal a string."""
 
     def __init__(self, messages: Sequence[Mapping[str, Any]], role: str = "assistant", asked: list[str] | None = None):
         super().__init__(messages)
@@ -111,7 +110,7 @@ class Messages(list):
 
 
 def shaped(values: Sequence[Any], role: str, messages: bool, asked: list[str]) -> list[Any]:
-    """Prompts (`role="user"`) or completions (`"assistant"`) in the shape wanted, whichever they have."""
+    """Prompts (`role="user"`) or completions (`"assistant"`) from either shape to that of `messages`."""
     if not messages:
         return [Text(text_of(value, role), role, asked) for value in values]
     return [

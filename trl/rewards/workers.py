@@ -1,4 +1,4 @@
-"""Where reward functions run: an event loop in a thread, and worker processes."""
+"""The event loop (in a thread) and the worker processes that run reward functions."""
 
 import asyncio
 import multiprocessing
@@ -15,7 +15,7 @@ from trl.rewards.calls import (
 
 
 class Loop:
-    """An event loop in a thread of its own, so that it also serves where one is running already, as in a notebook."""
+    """An event loop in its own thread, so that it works if another loop is running already, as in a notebook."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -52,7 +52,8 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
 
 
 async def _limited(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
-    """Not by `wait_for`: a TimeoutError of the function's own means something else."""
+    """The coroutine's result; `Late` after `timeout` seconds. Not by `wait_for`, whose TimeoutError could also
+    come from the function itself."""
     task = asyncio.ensure_future(coroutine)
     done, _ = await asyncio.wait({task}, timeout=timeout)
     if not done:
@@ -63,7 +64,7 @@ async def _limited(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -
 
 
 class Pool:
-    """Worker processes, begun when first needed. They are spawned: a forked one would inherit threads and devices."""
+    """Worker processes, started when first needed. They are spawned, since a fork would inherit threads and devices."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -77,7 +78,7 @@ class Pool:
         return self._pool.submit(function, *arguments)
 
     def kill(self) -> None:
-        """Ends processes that do not come back."""
+        """End processes that do not return."""
         pool, self._pool = self._pool, None
         if pool is None:
             return

@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.score import score
 from trl.models.shards import is_sharded
-from trl.models.unwrap import causal_lm, evaluating
+from trl.models.unwrap import evaluating, unwrap
 
 from .generate import PREFILL_TOKENS, _tokens_that_fit
 from .types import Completion, Request, Sampling
@@ -84,7 +84,7 @@ class ContinuousSampler:
         model = self.model
         if model is None:
             raise ValueError("the sampler has no model yet: call sync(model, version) first")
-        base = causal_lm(model)
+        base = unwrap(model)
         with evaluating(model):
             self._check_model(model, base)
             drawn = self._drawn(base, requests, sampling)

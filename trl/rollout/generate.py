@@ -23,7 +23,7 @@ from transformers import (
 from trl.data.tokenizing.chat import end_tokens
 from trl.engine.linear import few_rows
 from trl.models.shards import is_sharded
-from trl.models.unwrap import causal_lm, evaluating
+from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rollout.cache import ColumnCache
 from trl.rollout.exchange import anyone
@@ -40,7 +40,7 @@ DEAD_SHARE = 0.2  # of the rows, from which on they are taken out
 def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     """The tokens that end a completion: the end tokens of the model's own `generate`, that of the tokenizer, and those
     that end a turn in the chat template."""
-    base = causal_lm(model)
+    base = unwrap(model)
     own = getattr(base, "generation_config", None) or base.config
     ends = own.eos_token_id
     found = end_tokens(tokenizer) | set(ends if isinstance(ends, list | tuple) else [ends])
@@ -79,7 +79,7 @@ class InProcessSampler:
             if self._is_served(model):
                 return _Run(self, model, requests, sampling).drawn()
             if is_sharded(model):
-                base = causal_lm(model)
+                base = unwrap(model)
                 raise ValueError(
                     f"{type(base).__name__} is served by its own generate ({base._trl_sampled}), in which each rank "
                     "calls the model as often as it needs, while sharded weights (FSDP) are gathered by all "
@@ -90,7 +90,7 @@ class InProcessSampler:
     def _is_served(self, model: nn.Module) -> bool:
         """Whether the model's first tokens after two prompts of different lengths are those without a cache: a numeric
         check, made once for each model."""
-        base = causal_lm(model)
+        base = unwrap(model)
         if not hasattr(base, "_trl_sampled"):
             base._trl_sampled = fault = _first_fault(self, model)
             if fault is not None:
@@ -128,7 +128,7 @@ class _Run:
 
     def __init__(self, sampler: InProcessSampler, model: nn.Module, requests: Sequence[Request], sampling: Sampling):
         self.model, self.requests, self.sampling, self.tokenizer = model, requests, sampling, sampler.tokenizer
-        base = causal_lm(model)
+        base = unwrap(model)
         self.device = base.get_input_embeddings().weight.device
         self.longest = max((len(request.prompt_ids) for request in requests), default=0)
         most = sampler.max_cache_tokens or _tokens_that_fit(base, self.device)
@@ -369,7 +369,7 @@ def _accepted(base: Any) -> set[str]:
 
 def _first_fault(sampler: InProcessSampler, model: nn.Module) -> str | None:
     """What is wrong with the cache that is kept here for this model, in one sentence, or None."""
-    base = causal_lm(model)
+    base = unwrap(model)
     vocabulary = base.config.get_text_config().vocab_size
     prompts = [[(start + 7 * index) % vocabulary for index in range(length)] for start, length in ((11, 3), (23, 6))]
     requests = [Request(prompt, 1, (0, index)) for index, prompt in enumerate(prompts)]
@@ -391,7 +391,7 @@ def _first_fault(sampler: InProcessSampler, model: nn.Module) -> str | None:
 
 def _by_generate(model: nn.Module, request: Request, sampling: Sampling) -> list[Completion]:
     """The model's own `generate`, one request at a time, seeded by the request."""
-    base = causal_lm(model)
+    base = unwrap(model)
     device = base.get_input_embeddings().weight.device
     found = []
     for number in range(request.first, request.first + request.samples):

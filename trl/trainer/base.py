@@ -59,7 +59,7 @@ from trl.engine.score import score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import adapters, load, low_bits, offload, saving, vocabulary
 from trl.models.compiled import compile_tokenwise
-from trl.models.unwrap import causal_lm
+from trl.models.unwrap import unwrap
 from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
 from trl.trainer.loader import BatchStream, Collate, lengths_of, row_loader, train_split
@@ -229,7 +229,7 @@ class BaseTrainer(Adoptable, Trainer):
         train_dataset = self._prepared(train_dataset, "train")
         eval_dataset = self._prepared(eval_dataset, "eval")
         if (args.gradient_checkpointing_kwargs or {}).get("selective"):
-            offload.understand_selective(causal_lm(model))
+            offload.understand_selective(unwrap(model))
         self._check_order()
         self._collate = Collate(self.batch, data_collator, args.share_prompt, raw=self._users_rows)
         self._collate.tokens_without_row = self._without_row
@@ -407,7 +407,7 @@ class BaseTrainer(Adoptable, Trainer):
 
     def _identity(self) -> dict[str, str | None]:
         """What tells this run from others in the same folder; None for what is not known."""
-        base = causal_lm(self.model)
+        base = unwrap(self.model)
         name = getattr(base.config, "_name_or_path", "") if hasattr(base, "config") else ""
         own = name and Path(self.args.output_dir).resolve() in (Path(name).resolve(), *Path(name).resolve().parents)
         return {
@@ -755,7 +755,7 @@ class BaseTrainer(Adoptable, Trainer):
             knows_folder = any(each.name == "folder" or each.kind is each.VAR_KEYWORD for each in takes)
             # An override may have upstream's three arguments alone; it writes into the output folder.
             self.create_model_card(**({"folder": output_dir} if knows_folder else {}))
-            base = getattr(getattr(causal_lm(self.model), "config", None), "_name_or_path", "")
+            base = getattr(getattr(unwrap(self.model), "config", None), "_name_or_path", "")
             folder = Path(output_dir or self.args.output_dir)
             for sentence in checkpoint.set_aside(folder, adapters.has_adapter(self.model), base):
                 notify_once(sentence)
@@ -778,7 +778,7 @@ class BaseTrainer(Adoptable, Trainer):
         block, such as `language` and `license`; `push_to_hub` hands its own arguments on to here."""
         target = Path(folder or self.args.output_dir)
         target.mkdir(parents=True, exist_ok=True)
-        base = causal_lm(self.model)
+        base = unwrap(self.model)
         args, seen = self.args, self.state
         facts = {
             "learning rate": args.learning_rate,

@@ -13,7 +13,7 @@ from trl.data.batching import collate
 from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
-from trl.losses.tokens import Metric, mean
+from trl.losses.tokens import Metric, mean_metric
 from trl.models.unwrap import evaluating
 
 from .kto import UnpairedTrainer, unpaired_batch
@@ -29,16 +29,17 @@ class BCOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
     truncation_mode: str = field(
         default="keep_end",
-        metadata={"help": "Which end of a longer row stays.", "choices": ["keep_start", "keep_end"]},
+        metadata={"help": "The end of a longer row that is kept.", "choices": ["keep_start", "keep_end"]},
     )
     beta: float = field(
-        default=0.1, metadata={"help": "Scale of the log-ratios: the larger, the closer the policy stays."}
+        default=0.1, metadata={"help": "Scale of the log-ratios; larger keeps the policy closer to the reference."}
     )
     prompt_sample_size: int = field(
-        default=1024, metadata={"help": "Prompts that the density-ratio classifier is fitted on, of each label."}
+        default=1024,
+        metadata={"help": "Prompts of each label that the density-ratio classifier is fitted on."},
     )
-    min_density_ratio: float = field(default=0.5, metadata={"help": "Least weight of a bad completion's prompt."})
-    max_density_ratio: float = field(default=10.0, metadata={"help": "Greatest weight of a bad completion's prompt."})
+    min_density_ratio: float = field(default=0.5, metadata={"help": "Minimum weight of a bad completion's prompt."})
+    max_density_ratio: float = field(default=10.0, metadata={"help": "Maximum weight of a bad completion's prompt."})
 
 
 class BCOTrainer(UnpairedTrainer):
@@ -143,7 +144,7 @@ class BCOTrainer(UnpairedTrainer):
         }
 
     def further_metrics(self, step: Step) -> dict[str, Metric]:
-        return {"delta": mean(step.shared["delta"].to(self.args.device))}
+        return {"delta": mean_metric(step.shared["delta"].to(self.args.device))}
 
     def method_state(self) -> dict[str, Any]:
         return {**super().method_state(), "seen": self.seen, "mean_reward": self.mean_reward}

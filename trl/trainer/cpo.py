@@ -12,7 +12,7 @@ from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.call import call_with_available, loss_functions
 from trl.losses.reference_free import LOSSES, MEAN_LOGP, alpha_reward
-from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_mean, seq_sum
+from trl.losses.tokens import Metric, masked_mean_metric, mean_metric, seq_mean, seq_sum
 from trl.notices import notify_once
 
 from .attributes import shows
@@ -29,7 +29,7 @@ class CPOConfig(PreferenceFields, RouterFields, BaseConfig):
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
     beta: float = field(default=0.1, metadata={"help": "Scale of the log-probs."})
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of pairs whose preference is taken to be the other way round."}
+        default=0.0, metadata={"help": "Assumed share of pairs with the wrong preference label."}
     )
     loss_type: str = field(
         default="sigmoid",
@@ -38,9 +38,9 @@ class CPOConfig(PreferenceFields, RouterFields, BaseConfig):
     cpo_alpha: float = field(
         default=1.0, metadata={"help": "Weight of the chosen completion's negative log-likelihood."}
     )
-    simpo_gamma: float = field(default=0.5, metadata={"help": "Margin that simpo wants between the rewards."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target reward margin of simpo."})
     alpha: float = field(
-        default=0.0, metadata={"help": "Shape of AlphaPO's reward (1 - p^-alpha) / alpha; 0: the log-prob."}
+        default=0.0, metadata={"help": "Alpha of AlphaPO's reward, (1 - p^-alpha) / alpha; 0: the log-prob."}
     )
 
     def __post_init__(self) -> None:
@@ -101,12 +101,12 @@ class CPOTrainer(ReferenceFreeTrainer):
         chosen_N = stats.seq_N % 2 == 0
         margin_P = args.beta * (chosen_reward_P - rejected_reward_P).detach()
         metrics = {
-            "rewards/chosen": mean(args.beta * chosen_reward_P),
-            "rewards/rejected": mean(args.beta * rejected_reward_P),
-            "rewards/accuracies": mean((margin_P > 0).float()),
-            "rewards/margins": mean(margin_P),
-            "logps/chosen": mean(chosen_P),
-            "logps/rejected": mean(rejected_P),
+            "rewards/chosen": mean_metric(args.beta * chosen_reward_P),
+            "rewards/rejected": mean_metric(args.beta * rejected_reward_P),
+            "rewards/accuracies": mean_metric((margin_P > 0).float()),
+            "rewards/margins": mean_metric(margin_P),
+            "logps/chosen": mean_metric(chosen_P),
+            "logps/rejected": mean_metric(rejected_P),
             "logits/chosen": masked_mean_metric(stats.mean_logit_N, chosen_N),
             "logits/rejected": masked_mean_metric(stats.mean_logit_N, ~chosen_N),
             "nll_loss": Metric(nll.detach(), float(batch["chosen_tokens"])),
@@ -114,5 +114,5 @@ class CPOTrainer(ReferenceFreeTrainer):
         pairs = loss_P.sum()
         if stats.aux is not None:
             pairs = pairs + balance * stats.aux * chosen_P.shape[0]
-            metrics["aux_loss"] = mean(stats.aux)
+            metrics["aux_loss"] = mean_metric(stats.aux)
         return {"pairs": pairs, "chosen_tokens": args.cpo_alpha * nll}, metrics

@@ -15,7 +15,7 @@ from trl.engine.head import TokenStats
 from trl.engine.score import score
 from trl.losses.call import call_with_available, loss_functions
 from trl.losses.preference import DIVERGENCES, DIVERGING, LOSSES, NEED_STEP, PER_TOKEN, StepPairs, ld, wpo_weight
-from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_sum
+from trl.losses.tokens import Metric, masked_mean_metric, mean_metric, seq_sum
 from trl.models.unwrap import evaluating
 from trl.trainer.preference import ReferencedTrainer
 
@@ -30,21 +30,21 @@ class DPOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
     beta: float = field(
-        default=0.1, metadata={"help": "Scale of the log-ratios: the larger, the closer the policy stays."}
+        default=0.1, metadata={"help": "Scale of the log-ratios; larger keeps the policy closer to the reference."}
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss of each pair; several are added.", "choices": sorted(LOSSES)},
+        metadata={"help": "Loss of each pair; several losses are added up.", "choices": sorted(LOSSES)},
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each loss, in their order. Default: 1 each."}
+        default=None, metadata={"help": "Weight of each loss in loss_type, in order. Default: 1 each."}
     )
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of pairs whose preference is taken to be the other way round."}
+        default=0.0, metadata={"help": "Assumed share of pairs with the wrong preference label."}
     )
     ld_alpha: float | None = field(
         default=None,
-        metadata={"help": "Weight of the tokens by which one completion is longer than the other (LD-DPO), 0 to 1."},
+        metadata={"help": "Weight, 0 to 1, of the tokens beyond the length of the shorter completion (LD-DPO)."},
     )
     f_divergence_type: str = field(
         default="reverse_kl",
@@ -52,16 +52,14 @@ class DPOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
     )
     f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Alpha of alpha_divergence."})
     use_weighting: bool = field(
-        default=False, metadata={"help": "Weigh pairs by how likely the policy is to write them (WPO)."}
+        default=False, metadata={"help": "Weigh pairs by their likelihood under the policy (WPO)."}
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
     rpo_alpha: float | None = field(
-        default=None, metadata={"help": "Weight of the chosen completion's negative log-likelihood (RPO): adds `sft`."}
+        default=None, metadata={"help": "Weight of the chosen completion's negative log-likelihood (RPO); adds `sft`."}
     )
-    reference_free: bool = field(
-        default=False, metadata={"help": "Take a reference that gives every completion the same log-prob, 0."}
-    )
-    padding_free: bool = field(default=False, metadata={"help": "Has no effect: flat rows are never padded."})
+    reference_free: bool = field(default=False, metadata={"help": "Use no reference model: its log-probs are 0."})
+    padding_free: bool = field(default=False, metadata={"help": "No effect: flat rows are never padded."})
 
     def __post_init__(self) -> None:
         given: Any = self.loss_type
@@ -227,7 +225,7 @@ class DPOTrainer(ReferencedTrainer):
         metrics = pair_metrics(stats, chosen_P, rejected_P, args.beta * (policy_S - ref_S))
         if stats.aux is not None:
             pair_loss = pair_loss + balance * stats.aux * chosen_P.shape[0]
-            metrics["aux_loss"] = mean(stats.aux)
+            metrics["aux_loss"] = mean_metric(stats.aux)
         return {"pairs": pair_loss, "chosen_tokens": token_loss}, metrics
 
     def _reference_logp(self, model: nn.Module, batch: Batch, policy_S: Tensor) -> Tensor:
@@ -266,15 +264,15 @@ def pair_metrics(stats: TokenStats, chosen_P: Tensor, rejected_P: Tensor, reward
     chosen_reward_P, rejected_reward_P = reward_S.detach().view(-1, 2).unbind(1)
     chosen_N = stats.seq_N % 2 == 0
     metrics = {
-        "rewards/chosen": mean(chosen_reward_P),
-        "rewards/rejected": mean(rejected_reward_P),
-        "rewards/accuracies": mean((chosen_reward_P > rejected_reward_P).float()),
-        "rewards/margins": mean(chosen_reward_P - rejected_reward_P),
-        "logps/chosen": mean(chosen_P),
-        "logps/rejected": mean(rejected_P),
+        "rewards/chosen": mean_metric(chosen_reward_P),
+        "rewards/rejected": mean_metric(rejected_reward_P),
+        "rewards/accuracies": mean_metric((chosen_reward_P > rejected_reward_P).float()),
+        "rewards/margins": mean_metric(chosen_reward_P - rejected_reward_P),
+        "logps/chosen": mean_metric(chosen_P),
+        "logps/rejected": mean_metric(rejected_P),
     }
     if stats.entropy_N is not None:
-        metrics["entropy"] = mean(stats.entropy_N)
+        metrics["entropy"] = mean_metric(stats.entropy_N)
     for which, place_N in (("chosen", chosen_N), ("rejected", ~chosen_N)):
         if stats.mean_logit_N is not None:
             metrics[f"logits/{which}"] = masked_mean_metric(stats.mean_logit_N, place_N)

@@ -24,7 +24,7 @@ from trl.losses.policy import (
     quantile,
     ratio,
 )
-from trl.losses.tokens import Metric, largest, mean, seq_mean, smallest
+from trl.losses.tokens import Metric, largest, mean_metric, seq_mean, smallest
 from trl.models.unwrap import evaluating
 from trl.rollout.traces import ScoredTrace, TrainingTrace
 from trl.rollout.types import Environment, Sampler
@@ -44,7 +44,7 @@ class GRPOConfig(OnlineConfig):
     least_generations = 2
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
-    beta: float = field(default=0.0, metadata={"help": "Weight of the divergence from the reference; 0: no reference."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference; 0: no reference model."})
     loss_type: str = field(
         default="dapo",
         metadata={
@@ -53,58 +53,67 @@ class GRPOConfig(OnlineConfig):
         },
     )
     epsilon: float = field(
-        default=0.2, metadata={"help": "Ratios below 1 - epsilon are clipped; GMPO's paper has 0.4."}
+        default=0.2, metadata={"help": "Lower clipping range: clip ratios below 1 - epsilon (GMPO's paper: 0.4)."}
     )
     epsilon_high: float | None = field(
-        default=None, metadata={"help": "Ratios above 1 + epsilon_high are clipped. Default: epsilon."}
+        default=None, metadata={"help": "Upper clipping range: clip ratios above 1 + epsilon_high. Default: epsilon."}
     )
     delta: float | None = field(
-        default=None, metadata={"help": "Largest ratio also where clipping would let it grow (above 1 + epsilon)."}
+        default=None,
+        metadata={"help": "Hard upper bound on the ratio, including negative advantages (two-sided clipping)."},
     )
     importance_sampling_level: str = field(
-        default="token", metadata={"help": "Over what ratios are averaged (GSPO: sequence).", "choices": list(LEVELS)}
+        default="token",
+        metadata={"help": "Importance ratio per token or per sequence (GSPO: sequence).", "choices": list(LEVELS)},
     )
     scale_rewards: str = field(
         default="group",
-        metadata={"help": "Whose deviation rewards are divided by.", "choices": ["group", "batch", "none"]},
+        metadata={
+            "help": "Standard deviation used to scale rewards: per group, per batch, or none.",
+            "choices": ["group", "batch", "none"],
+        },
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
-        metadata={"help": "How rewards become an advantage.", "choices": sorted(ADVANTAGES)},
+        metadata={"help": "How several rewards are combined into an advantage.", "choices": sorted(ADVANTAGES)},
     )
-    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "Temperature of sapo where A > 0."})
-    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Temperature of sapo where A <= 0."})
-    vespo_k_pos: float = field(default=2.0, metadata={"help": "Power of vespo's weight where A >= 0."})
-    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "Rate of vespo's weight where A >= 0."})
-    vespo_k_neg: float = field(default=3.0, metadata={"help": "Power of vespo's weight where A < 0."})
-    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "Rate of vespo's weight where A < 0."})
+    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "Temperature of sapo for positive advantages."})
+    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Temperature of sapo for advantages <= 0."})
+    vespo_k_pos: float = field(default=2.0, metadata={"help": "Exponent k of vespo's weight for advantages >= 0."})
+    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "Lambda of vespo's weight for advantages >= 0."})
+    vespo_k_neg: float = field(default=3.0, metadata={"help": "Exponent k of vespo's weight for negative advantages."})
+    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "Lambda of vespo's weight for negative advantages."})
     top_entropy_quantile: float = field(
-        default=1.0, metadata={"help": "Train on this share of the tokens, those of the highest entropy."}
+        default=1.0, metadata={"help": "Share of the tokens trained on: those with the highest entropy."}
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     use_adaptive_entropy: bool = field(
         default=False,
-        metadata={"help": "Raise the weight of the bonus while entropy is below its target, else lower it."},
+        metadata={"help": "Raise the entropy bonus while entropy is below entropy_target, else lower it."},
     )
-    entropy_coef_min: float = field(default=0.0, metadata={"help": "Least weight of the adaptive bonus."})
-    entropy_coef_max: float = field(default=1.0, metadata={"help": "Greatest weight of the adaptive bonus."})
-    entropy_coef_delta: float = field(default=0.005, metadata={"help": "Change of that weight in a step."})
-    entropy_target: float = field(default=0.2, metadata={"help": "Entropy, in nats, below which the bonus acts."})
+    entropy_coef_min: float = field(default=0.0, metadata={"help": "Minimum weight of the adaptive entropy bonus."})
+    entropy_coef_max: float = field(default=1.0, metadata={"help": "Maximum weight of the adaptive entropy bonus."})
+    entropy_coef_delta: float = field(default=0.005, metadata={"help": "Change of the adaptive weight per step."})
+    entropy_target: float = field(default=0.2, metadata={"help": "Target entropy in nats of the adaptive bonus."})
     off_policy_mask_threshold: float | None = field(
-        default=None, metadata={"help": "Leave out completions of negative advantage that drifted further than this."}
+        default=None, metadata={"help": "Maximum drift (mean log-ratio) of completions with a negative advantage."}
     )
     use_bias_correction_kl: bool = field(
-        default=True, metadata={"help": "Weigh the divergence by the ratio, so that its gradient has no bias."}
+        default=True, metadata={"help": "Weigh the KL by the importance ratio, so that its gradient is unbiased."}
     )
     rollout_correction: bool = field(
         default=False,
-        metadata={"help": "Weigh tokens by their probability under the trainer's policy over that of the sampler."},
+        metadata={"help": "Weigh tokens by the trainer's over the sampler's probability (importance sampling)."},
     )
     vllm_importance_sampling_mode: str = field(
-        default="sequence_mask", metadata={"help": "Level and kind of that weight.", "choices": list(CORRECTIONS)}
+        default="sequence_mask", metadata={"help": "Kind of rollout correction.", "choices": list(CORRECTIONS)}
     )
-    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Greatest such weight."})
-    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Least such weight."})
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Maximum correction weight."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Minimum correction weight."}
+    )
 
     def __post_init__(self) -> None:
         if self.scale_rewards in (True, False):
@@ -200,6 +209,11 @@ class GRPOTrainer(OnlineTrainer):
     def on_ready(self) -> None:
         super().on_ready()
         self.bonus = EntropyBonus(self.args)
+
+    @property
+    def entropy_coef(self) -> float:
+        """The present weight of the entropy bonus."""
+        return self.bonus.coef
 
     def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
         return ADVANTAGES[self.args.multi_objective_aggregation](
@@ -298,9 +312,9 @@ class GRPOTrainer(OnlineTrainer):
         loss_N = loss_N * token_weight_N
         if weight_N is not None and not chosen.corrects_itself:
             loss_N = loss_N * weight_N
-        metrics = {"entropy": mean(stats.entropy_N)}
+        metrics = {"entropy": mean_metric(stats.entropy_N)}
         for name, function in chosen.metrics:
-            metrics[name] = mean(seq_mean(call_with_available(function, available), seq_N, sequences))
+            metrics[name] = mean_metric(seq_mean(call_with_available(function, available), seq_N, sequences))
         if weight_N is not None:
             metrics.update(self._sampler_gap(old_logp_N - batch["sampler_logp_N"], weight_N, seq_N, sequences))
         if args.beta != 0.0:
@@ -308,7 +322,7 @@ class GRPOTrainer(OnlineTrainer):
             if args.use_bias_correction_kl:
                 kl_N = kl_N * ratio_N
             loss_N = loss_N + args.beta * kl_N
-            metrics["kl"] = mean(kl_N)
+            metrics["kl"] = mean_metric(kl_N)
         sums = {chosen.divide_by: chosen.add_up(loss_N, seq_N, sequences)}
         if bonus.is_used:
             if step.training:
@@ -320,7 +334,7 @@ class GRPOTrainer(OnlineTrainer):
             sums[ENTROPY] = total
         if stats.aux is not None:
             sums[TOKENS] = sums.get(TOKENS, 0.0) + balance * stats.aux * len(logp_N)
-            metrics["aux_loss"] = mean(stats.aux)
+            metrics["aux_loss"] = mean_metric(stats.aux)
         read_N = log_ratio_N if chosen.reads_tokens else pooled_N
         metrics.update(self._clipping(chosen, ratio(read_N.detach()), advantage_N, seq_N, sequences))
         return sums, metrics
@@ -354,11 +368,11 @@ class GRPOTrainer(OnlineTrainer):
         low_N = ((ratio_N < low) & (advantage_N < 0)).float()
         high_N = ((ratio_N > high) & (advantage_N > 0)).float()
         if not low:
-            return {f"{args.loss_type}_clip_ratio": mean(high_N)}
+            return {f"{args.loss_type}_clip_ratio": mean_metric(high_N)}
         found = {
-            "clip_ratio/low_mean": mean(low_N),
-            "clip_ratio/high_mean": mean(high_N),
-            "clip_ratio/region_mean": mean(torch.maximum(low_N, high_N)),
+            "clip_ratio/low_mean": mean_metric(low_N),
+            "clip_ratio/high_mean": mean_metric(high_N),
+            "clip_ratio/region_mean": mean_metric(torch.maximum(low_N, high_N)),
         }
         if len(ratio_N):
             found["clip_ratio/low_min"] = smallest(seq_mean(low_N, seq_N, sequences))
@@ -373,7 +387,7 @@ class GRPOTrainer(OnlineTrainer):
         found = {}
         for name, values in (("sampling_logp_difference", far_N), ("importance_sampling_ratio", weight)):
             if len(values):
-                found[f"sampling/{name}/mean"] = mean(values)
+                found[f"sampling/{name}/mean"] = mean_metric(values)
                 found[f"sampling/{name}/max"] = largest(values)
         if len(weight):
             found["sampling/importance_sampling_ratio/min"] = smallest(weight)

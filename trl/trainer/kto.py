@@ -16,7 +16,7 @@ from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
 from trl.engine.score import score
 from trl.losses.call import call_with_available, loss_functions
-from trl.losses.tokens import Metric, masked_mean_metric, mean
+from trl.losses.tokens import Metric, masked_mean_metric, mean_metric
 from trl.losses.unpaired import LOSSES, kl_estimate
 from trl.models.unwrap import evaluating
 from trl.trainer.preference import ReferencedTrainer
@@ -35,13 +35,13 @@ class KTOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
     beta: float = field(
-        default=0.1, metadata={"help": "Scale of the log-ratios: the larger, the closer the policy stays."}
+        default=0.1, metadata={"help": "Scale of the log-ratios; larger keeps the policy closer to the reference."}
     )
     loss_type: str = field(
         default="kto", metadata={"help": "Loss of each completion.", "choices": ["kto", "apo_zero_unpaired"]}
     )
     desirable_weight: float = field(
-        default=1.0, metadata={"help": "Weight of good completions: keeps the balance where they are fewer."}
+        default=1.0, metadata={"help": "Weight of good completions; raise it if they are fewer than the bad ones."}
     )
     undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of bad completions."})
 
@@ -84,14 +84,14 @@ class UnpairedTrainer(ReferencedTrainer):
         )
         total = loss_S.sum()
         reward_S = self.args.beta * ratio_S.detach()
-        metrics = {"entropy": mean(stats.entropy_N)}
+        metrics = {"entropy": mean_metric(stats.entropy_N)}
         for which, place_S in (("chosen", label_S), ("rejected", ~label_S)):
             metrics[f"rewards/{which}"] = masked_mean_metric(reward_S, place_S)
             metrics[f"logps/{which}"] = masked_mean_metric(policy_S, place_S)
             metrics[f"logits/{which}"] = masked_mean_metric(stats.mean_logit_N, place_S[stats.seq_N])
         if stats.aux is not None:
             total = total + balance * stats.aux * len(policy_S)
-            metrics["aux_loss"] = mean(stats.aux)
+            metrics["aux_loss"] = mean_metric(stats.aux)
         return {"rows": total}, {**metrics, **self.further_metrics(step)}
 
     def settings(self, batch: Batch, policy_S: Tensor, step: Step) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class KTOTrainer(UnpairedTrainer):
         }
 
     def further_metrics(self, step: Step) -> dict[str, Metric]:
-        return {"kl": mean(step.shared["kl"])} if self.needs_kl() else {}
+        return {"kl": mean_metric(step.shared["kl"])} if self.needs_kl() else {}
 
 
 def unpaired_batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:

@@ -40,7 +40,7 @@ from trl.losses.advantages import total_reward
 from trl.losses.tokens import Metric, largest, smallest
 from trl.models import offload
 from trl.models.shards import without_ddp
-from trl.models.unwrap import causal_lm, evaluating
+from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rewards.functions import RewardFunctions
 from trl.rewards.functions import check as check_rewards
@@ -195,7 +195,7 @@ class OnlineTrainer(BaseTrainer):
         half = (torch.float16, torch.bfloat16)
         return (
             self.accelerator.mixed_precision != "no"
-            or getattr(causal_lm(self.model), "is_quantized", False)
+            or getattr(unwrap(self.model), "is_quantized", False)
             or any(parameter.dtype in half for parameter in self.model.parameters())
         )
 

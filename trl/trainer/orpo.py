@@ -13,7 +13,7 @@ from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.reference_free import log_odds, orpo
-from trl.losses.tokens import Metric, masked_mean_metric, mean, seq_mean, seq_sum
+from trl.losses.tokens import Metric, masked_mean_metric, mean_metric, seq_mean, seq_sum
 
 from .attributes import shows
 from .preference import ReferenceFreeTrainer
@@ -83,13 +83,13 @@ class ORPOTrainer(ReferenceFreeTrainer):
             "logits/chosen": masked_mean_metric(stats.mean_logit_N, kind_N == 1),
             "logits/rejected": masked_mean_metric(stats.mean_logit_N, kind_N == 2),
             "nll_loss": Metric(nll.detach(), float(batch["nll_tokens"])),
-            "log_odds_ratio": mean(torch.nn.functional.logsigmoid(log_odds_P)),
-            "log_odds_chosen": mean(log_odds_P),
+            "log_odds_ratio": mean_metric(torch.nn.functional.logsigmoid(log_odds_P)),
+            "log_odds_chosen": mean_metric(log_odds_P),
         }
         pairs = odds_P.sum()
         if stats.aux is not None:
             pairs = pairs + balance * stats.aux * chosen_P.shape[0]
-            metrics["aux_loss"] = mean(stats.aux)
+            metrics["aux_loss"] = mean_metric(stats.aux)
         return {"pairs": pairs, "nll_tokens": nll}, metrics
 
 
@@ -97,10 +97,10 @@ def mean_logp_metrics(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> dict
     """What is logged of pairs whose reward is beta times a log-prob, under upstream's names."""
     chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
     return {
-        "rewards/chosen": mean(beta * chosen_P),
-        "rewards/rejected": mean(beta * rejected_P),
-        "rewards/accuracies": mean((chosen_P > rejected_P).float()),
-        "rewards/margins": mean(beta * (chosen_P - rejected_P)),
-        "logps/chosen": mean(chosen_P),
-        "logps/rejected": mean(rejected_P),
+        "rewards/chosen": mean_metric(beta * chosen_P),
+        "rewards/rejected": mean_metric(beta * rejected_P),
+        "rewards/accuracies": mean_metric((chosen_P > rejected_P).float()),
+        "rewards/margins": mean_metric(beta * (chosen_P - rejected_P)),
+        "logps/chosen": mean_metric(chosen_P),
+        "logps/rejected": mean_metric(rejected_P),
     }

@@ -13,7 +13,7 @@ from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import Batch, trained
 from trl.engine.scalar import scalars
 from trl.losses.reward import step_cross_entropy
-from trl.losses.tokens import Metric, mean
+from trl.losses.tokens import Metric, mean_metric
 
 from .reward import ScalarTrainer
 from .step import Step
@@ -25,9 +25,9 @@ class PRMConfig(PreferenceFields, BaseConfig):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
-    step_separator: str = field(default="\n", metadata={"help": "What ends each step; its last token is classified."})
+    step_separator: str = field(default="\n", metadata={"help": "Separator of steps; its last token is classified."})
     train_on_last_step_only: bool = field(
-        default=False, metadata={"help": "Train on the label of the last step alone (evaluation takes all steps)."}
+        default=False, metadata={"help": "Train only on the label of the last step (evaluation uses all steps)."}
     )
 
 
@@ -105,4 +105,4 @@ class PRMTrainer(ScalarTrainer):
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         logits_NC, label_N = scalars(model, batch), batch["label_N"]
         loss_N = step_cross_entropy(logits_NC=logits_NC, label_N=label_N)
-        return {"steps": loss_N.sum()}, {"accuracy": mean((logits_NC.argmax(-1) == label_N).float())}
+        return {"steps": loss_N.sum()}, {"accuracy": mean_metric((logits_NC.argmax(-1) == label_N).float())}

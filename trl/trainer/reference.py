@@ -22,7 +22,7 @@ from trl.engine.head import TokenStats
 from trl.engine.reference import Frozen, Itself, Reference, choose, frozen
 from trl.models import load, shards
 from trl.models.shards import is_sharded
-from trl.models.unwrap import causal_lm
+from trl.models.unwrap import unwrap
 from trl.trainer.base import BaseTrainer, Component
 from trl.trainer.metrics import sums_device
 
@@ -112,7 +112,7 @@ class ReferencePolicy(Component):
             if explicit is None:
                 self.policy = Itself()
             else:
-                self.policy = Frozen(frozen(explicit), f"the model given ({type(causal_lm(explicit)).__name__})")
+                self.policy = Frozen(frozen(explicit), f"the model given ({type(unwrap(explicit)).__name__})")
         else:
             self.policy = choose(trainer.model, explicit, follows=args.sync_ref_model)
             if isinstance(self.policy, Frozen):
@@ -209,7 +209,7 @@ class ReferencePolicy(Component):
         assert self.policy is not None
         model = self.policy.model if isinstance(self.policy, Frozen) else trainer.model
         digest = hashlib.sha256()
-        base = causal_lm(model)
+        base = unwrap(model)
         precision = trainer.args.bf16, trainer.args.fp16
         about = (type(base).__name__, base.config.to_json_string(), precision, transformers.__version__, type(trainer))
         digest.update(repr((*about, self.columns(), self.options())).encode())
@@ -268,7 +268,7 @@ class ReferencePolicy(Component):
 
 def placed(trainer: BaseTrainer, model: Any) -> Any:
     """The model on this process's device. FSDP places what it shards; before, a whole model might not fit there."""
-    quantised = getattr(causal_lm(model), "is_quantized", False)
+    quantised = getattr(unwrap(model), "is_quantized", False)
     sharded = trainer.is_fsdp_enabled or shards.zero_3_is_planned()
     stays = quantised or sharded or getattr(model, "hf_device_map", None)
     return model if stays else model.to(trainer.args.device)

@@ -13,9 +13,9 @@ from trl.data.batching.collate import Tree
 from trl.engine.forest import Batch
 from trl.engine.scalar import scalars
 from trl.losses.reward import bradley_terry, centring
-from trl.losses.tokens import Metric, largest, mean, smallest
+from trl.losses.tokens import Metric, largest, mean_metric, smallest
 from trl.models import load, vocabulary
-from trl.models.unwrap import causal_lm
+from trl.models.unwrap import unwrap
 from trl.notices import notify_once
 
 from .dpo import pair_batch
@@ -32,10 +32,10 @@ class RewardConfig(PreferenceFields, BaseConfig):
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})
     chat_template_path: str | None = field(
-        default=None, metadata={"help": "Chat template: a file, or the name or folder of a tokenizer that has it."}
+        default=None, metadata={"help": "Chat template: a file, or a tokenizer's name or folder."}
     )
     center_rewards_coefficient: float | None = field(
-        default=None, metadata={"help": "Weight of a penalty on rewards whose sum over a pair is not zero; try 0.01."}
+        default=None, metadata={"help": "Weight of the squared sum of a pair's rewards (centres them); try 0.01."}
     )
 
 
@@ -115,12 +115,12 @@ class RewardTrainer(ScalarTrainer):
     def on_ready(self) -> None:
         self._pad_apart()
         # Code that scores with this model later reads the end of turn too, even where it serves as padding.
-        causal_lm(self.model).config.scores_end_of_turn = True
+        unwrap(self.model).config.scores_end_of_turn = True
 
     def _pad_apart(self) -> None:
         """Pad with a token that ends no text. transformers scores a text at its last token that is not padding; if the
         end of text were padding, it would read the token before the one that is trained."""
-        tokenizer, base = self.processing_class, causal_lm(self.model)
+        tokenizer, base = self.processing_class, unwrap(self.model)
         ends = {tokenizer.eos_token_id}
         if isinstance(self.train_dataset, Dataset):
             some = self.train_dataset[:ENDS_READ]
@@ -162,9 +162,9 @@ class RewardTrainer(ScalarTrainer):
             )
         rewards = reward_S.detach()
         metrics = {
-            "accuracy": mean((chosen_P > rejected_P).float()),
-            "margin": mean(chosen_P - rejected_P),
-            "mean_reward": mean(rewards),
+            "accuracy": mean_metric((chosen_P > rejected_P).float()),
+            "margin": mean_metric(chosen_P - rejected_P),
+            "mean_reward": mean_metric(rewards),
             "min_reward": smallest(rewards),
             "max_reward": largest(rewards),
         }

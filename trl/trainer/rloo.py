@@ -10,7 +10,7 @@ from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.advantages import leave_one_out, total_reward
 from trl.losses.policy import SEQUENCES, clip, ratio
-from trl.losses.tokens import Metric, largest, mean, seq_sum, smallest
+from trl.losses.tokens import Metric, largest, mean_metric, seq_sum, smallest
 from trl.rollout.traces import ScoredTrace, TrainingTrace
 
 from .attributes import shows
@@ -25,19 +25,19 @@ class RLOOConfig(OnlineConfig):
     least_generations = 2
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
-    num_generations: int = field(default=2, metadata={"help": "Completions of each prompt: a group."})
+    num_generations: int = field(default=2, metadata={"help": "Number of completions of each prompt: a group."})
     beta: float = field(
-        default=0.05, metadata={"help": "Weight of the divergence from the reference in the reward; 0: no reference."}
+        default=0.05, metadata={"help": "Weight of the KL to the reference in the reward; 0: no reference model."}
     )
-    epsilon: float = field(default=0.2, metadata={"help": "Ratios below 1 - epsilon are clipped."})
+    epsilon: float = field(default=0.2, metadata={"help": "Lower clipping range: clip ratios below 1 - epsilon."})
     epsilon_high: float | None = field(
-        default=None, metadata={"help": "Ratios above 1 + epsilon_high are clipped. Default: epsilon."}
+        default=None, metadata={"help": "Upper clipping range: clip ratios above 1 + epsilon_high. Default: epsilon."}
     )
     normalize_advantages: bool = field(
-        default=False, metadata={"help": "Give advantages mean 0 and deviation 1 over all completions drawn at once."}
+        default=False, metadata={"help": "Normalise advantages to mean 0 and standard deviation 1 over the round."}
     )
     reward_clip_range: tuple[float, float] | None = field(
-        default=None, metadata={"help": "Rewards are cut to this range, before the divergence is taken off."}
+        default=None, metadata={"help": "Range to clip rewards to, before the KL is subtracted."}
     )
 
     def __post_init__(self) -> None:
@@ -88,14 +88,14 @@ class RLOOTrainer(OnlineTrainer):
         low_S = ((ratio_S < 1 - args.epsilon) & (advantage_S < 0)).float()
         high_S = ((ratio_S > 1 + args.epsilon_high) & (advantage_S > 0)).float()
         metrics = {
-            "entropy": mean(stats.entropy_N),
-            "clip_ratio/low_mean": mean(low_S),
-            "clip_ratio/high_mean": mean(high_S),
-            "clip_ratio/region_mean": mean(torch.maximum(low_S, high_S)),
+            "entropy": mean_metric(stats.entropy_N),
+            "clip_ratio/low_mean": mean_metric(low_S),
+            "clip_ratio/high_mean": mean_metric(high_S),
+            "clip_ratio/region_mean": mean_metric(torch.maximum(low_S, high_S)),
             "clip_ratio/low_min": smallest(low_S),
             "clip_ratio/high_max": largest(high_S),
         }
         if stats.aux is not None:
             total = total + balance * stats.aux * stats.sequences
-            metrics["aux_loss"] = mean(stats.aux)
+            metrics["aux_loss"] = mean_metric(stats.aux)
         return {SEQUENCES: total}, metrics

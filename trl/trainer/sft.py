@@ -18,7 +18,7 @@ from trl.data.tokenizing.sequences import Sequences
 from trl.engine.forest import Batch, trained
 from trl.engine.score import score
 from trl.losses.sft import LOSSES, label_smoothing
-from trl.losses.tokens import Metric, mean
+from trl.losses.tokens import Metric, mean_metric
 
 from .attributes import shows
 from .base import BaseTrainer
@@ -32,36 +32,34 @@ class SFTConfig(SequenceFields, RouterFields, BaseConfig):
     learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate of AdamW."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the text or the messages."})
     completion_only_loss: bool | None = field(
-        default=None, metadata={"help": "Train on the completion alone. Default: where rows have a prompt."}
+        default=None, metadata={"help": "Train only on the completion. Default: if rows have a prompt."}
     )
     assistant_only_loss: bool = field(
-        default=False, metadata={"help": "Train on the assistant's turns alone, whatever the chat template."}
+        default=False, metadata={"help": "Train only on the assistant's turns; works with any chat template."}
     )
     loss_type: str = field(default="nll", metadata={"help": "Loss of each token.", "choices": sorted(LOSSES)})
     shuffle_dataset: bool = field(
-        default=False, metadata={"help": "Shuffle the rows once, before anything else (epochs are shuffled anyway)."}
+        default=False, metadata={"help": "Shuffle the rows once before preprocessing (epochs are shuffled anyway)."}
     )
     packing: bool = field(
-        default=False, metadata={"help": "Put several rows into one of max_length tokens; they never see each other."}
+        default=False, metadata={"help": "Pack several rows into one of max_length tokens, with separate attention."}
     )
     packing_strategy: str = field(
         default="bfd",
-        metadata={"help": "Which rows go together, and what becomes of longer ones.", "choices": list(STRATEGIES)},
+        metadata={"help": "How rows are grouped, and what happens to longer ones.", "choices": list(STRATEGIES)},
     )
-    eval_packing: bool | None = field(default=None, metadata={"help": "Pack evaluation rows too. Default: as packing."})
-    padding_free: bool = field(default=False, metadata={"help": "Has no effect: flat rows are never padded."})
+    eval_packing: bool | None = field(default=None, metadata={"help": "Pack evaluation rows too. Default: packing."})
+    padding_free: bool = field(default=False, metadata={"help": "No effect: flat rows are never padded."})
     pad_to_multiple_of: int | str | None = field(
-        default="auto", metadata={"help": "Has no effect on flat rows; padded rows are as wide as their longest."}
+        default="auto", metadata={"help": "No effect: flat rows are not padded, others are as wide as the longest."}
     )
     chat_template_path: str | None = field(
         default=None,
-        metadata={"help": "Chat template: a file, or the name or folder of a tokenizer that has it."},
+        metadata={"help": "Chat template: a file, or a tokenizer's name or folder."},
     )
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": '{"skip_prepare_dataset": true} leaves the rows as they are for a data_collator of your own.'
-        },
+        metadata={"help": '{"skip_prepare_dataset": true} leaves rows unprepared, for your own data_collator.'},
     )
 
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
@@ -169,9 +167,9 @@ class SFTTrainer(BaseTrainer):
         if stats.mean_logp_N is not None:
             loss_N = label_smoothing(loss_N, mean_logp_N=stats.mean_logp_N, label_smoothing_factor=smoothing)
         total = loss_N.sum()
-        metrics = {"entropy": mean(stats.entropy_N), "mean_token_accuracy": mean(stats.top1_N)}
+        metrics = {"entropy": mean_metric(stats.entropy_N), "mean_token_accuracy": mean_metric(stats.top1_N)}
         if stats.aux is not None:
             # A mean over this batch's tokens, so it weighs by them in the step's mean.
             total = total + balance * stats.aux * trained(batch)
-            metrics["aux_loss"] = mean(stats.aux)
+            metrics["aux_loss"] = mean_metric(stats.aux)
         return {"tokens": total}, metrics
