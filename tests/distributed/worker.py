@@ -163,18 +163,18 @@ def sharded_preferences(out, tokenizer):
             torch.save(gradient, out / f"dpo-sharded-{adapter}.pt")
             (out / f"dpo-sharded-{adapter}.json").write_text(json.dumps(run.state.log_history[0]))
         # The reference moves by its shards, and so is kept in a checkpoint.
-        before = copied(run.reference.weights())
-        run.reference.follow(run.model, 0.25)
-        after = copied(run.reference.weights())
+        before = copied(run.reference.policy.weights())
+        run.reference.policy.follow(run.model, 0.25)
+        after = copied(run.reference.policy.weights())
         policy = local_weights(run.model)
         for name, weight in after.items():
             moved = before[name].lerp(policy[name.replace(TWIN, "default")], 0.25)
             torch.testing.assert_close(weight, moved)
         assert any((before[name] != weight).any() for name, weight in after.items())
         torch.save(run.method_state(), out / f"state-{dist.get_rank()}.pt")
-        run.reference.follow(run.model, 1.0)
+        run.reference.policy.follow(run.model, 1.0)
         run.load_method_state(torch.load(out / f"state-{dist.get_rank()}.pt", weights_only=True))
-        assert all(torch.equal(weight, after[name]) for name, weight in run.reference.weights().items())
+        assert all(torch.equal(weight, after[name]) for name, weight in run.reference.policy.weights().items())
         try:
             run.load_method_state({"reference": {name: each.new_zeros(99) for name, each in after.items()}})
         except ValueError as error:
@@ -524,7 +524,7 @@ def predictions(out, tokenizer):
     run.train()
     resumed = predicting(out / "again", tokenizer, 3)
     resumed.train(resume_from_checkpoint=str(out / "run" / "checkpoint-1"))
-    ours, theirs = resumed.reference.weights(), run.reference.weights()
+    ours, theirs = resumed.reference.policy.weights(), run.reference.policy.weights()
     found.append(all(torch.equal(ours[name], weight) for name, weight in theirs.items()))
     state = torch.load(out / "run" / "checkpoint-1" / f"trl_state_{rank}.pt", weights_only=True)
     found.append(sorted(state["method"]))

@@ -114,11 +114,11 @@ def losses(out):
 
 
 @pytest.mark.slow
-def test_sft_train_runs_as_written_resumes_and_merges(tmp_path, smol2_path):
+def test_sft_train_runs_as_written_resumes_and_merges(tmp_path, tiny_path):
     """4-bit on a CPU, old argument names, a `prompt` column beside `messages`; then the guide's command to resume."""
     rows = [{"prompt": "x", "prompt_id": str(number), **row} for number, row in enumerate(chat_rows(24))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"model": smol2_path, "data": "rows.jsonl", "logging": 1, "saving": 3}
+    settings = {"model": tiny_path, "data": "rows.jsonl", "logging": 1, "saving": 3}
     (tmp_path / "sft_train.py").write_text(SCRIPT.format(**settings))
     out = run(tmp_path, "sft_train.py")
     whole = losses(out)
@@ -137,6 +137,6 @@ def test_sft_train_runs_as_written_resumes_and_merges(tmp_path, smol2_path):
     assert "resume_from_checkpoint" in out
     assert losses(out) == whole[6:]
 
-    (tmp_path / "merge.py").write_text(MERGE.format(model=smol2_path))
+    (tmp_path / "merge.py").write_text(MERGE.format(model=tiny_path))
     assert "merged" in run(tmp_path, "merge.py")
     assert (tmp_path / "merged_model" / "model.safetensors").exists()

@@ -23,7 +23,7 @@ from .step import Statistics, Step
 
 @dataclass
 class BCOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
-    """What can be set for `BCOTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `BCOTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})

@@ -23,7 +23,7 @@ from .step import Step
 
 @dataclass
 class CPOConfig(PreferenceFields, RouterFields, BaseConfig):
-    """What can be set for `CPOTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `CPOTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})

@@ -25,7 +25,7 @@ from .step import Statistics, Step
 
 @dataclass
 class DPOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
-    """What can be set for `DPOTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `DPOTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})

@@ -39,7 +39,7 @@ CORRECTIONS = tuple(f"{level}_{what}" for level in ("token", "sequence", "geomet
 
 @dataclass
 class GRPOConfig(OnlineConfig):
-    """What can be set for `GRPOTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `GRPOTrainer`, in addition to `transformers.TrainingArguments`."""
 
     least_generations = 2
 

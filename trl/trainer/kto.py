@@ -30,7 +30,7 @@ WITHOUT_KL = ("apo_zero_unpaired",)
 
 @dataclass
 class KTOConfig(PreferenceFields, ReferenceFields, RouterFields, BaseConfig):
-    """What can be set for `KTOTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `KTOTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})

@@ -216,6 +216,10 @@ class OnlineTrainer(BaseTrainer):
     def sampling(self) -> Sampling:
         return self.collector.sampling
 
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self.collector.sampling = sampling
+
     @property
     def sampler(self) -> Sampler:
         return self.collector.sampler

@@ -24,7 +24,7 @@ COMPLETIONS = ("chosen_ids", "rejected_ids")
 
 @dataclass
 class ORPOConfig(PreferenceFields, RouterFields, BaseConfig):
-    """What can be set for `ORPOTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `ORPOTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})

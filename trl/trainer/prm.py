@@ -21,7 +21,7 @@ from .step import Step
 
 @dataclass
 class PRMConfig(PreferenceFields, BaseConfig):
-    """What can be set for `PRMTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `PRMTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})

@@ -27,7 +27,7 @@ ENDS_READ = 256  # rows that tell what texts end in
 
 @dataclass
 class RewardConfig(PreferenceFields, BaseConfig):
-    """What can be set for `RewardTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `RewardTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to zero."})

@@ -20,7 +20,7 @@ from .step import Step
 
 @dataclass
 class RLOOConfig(OnlineConfig):
-    """What can be set for `RLOOTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `RLOOTrainer`, in addition to `transformers.TrainingArguments`."""
 
     least_generations = 2
 

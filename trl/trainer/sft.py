@@ -27,7 +27,7 @@ from .step import Step
 
 @dataclass
 class SFTConfig(SequenceFields, RouterFields, BaseConfig):
-    """What can be set for `SFTTrainer`, beside all of `transformers.TrainingArguments`."""
+    """Options of `SFTTrainer`, in addition to `transformers.TrainingArguments`."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate of AdamW."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the text or the messages."})
