@@ -72,7 +72,7 @@ def test_a_whole_model_is_copied_as_it_is_at_the_start(tmp_path, tokenizer):
     batch, start_S = first_logps(trainer)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(np.log(2), abs=1e-5) and losses(trainer)[-1] < 0.69
-    stats = trainer.reference.policy.score(trainer.model, batch)
+    stats = trainer.reference.score(trainer.model, batch)
     assert torch.equal(seq_sum(stats.logp_N, stats.seq_N, stats.sequences), start_S)
     assert not any(parameter.requires_grad for parameter in trainer.reference.model.parameters())
 
@@ -83,7 +83,7 @@ def test_a_new_adapter_is_switched_off(tmp_path, tokenizer, folders):
     assert "reference: the model with its adapter off" in trainer.report()
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-    ours = trainer.reference.policy.score(trainer.model, batch).logp_N
+    ours = trainer.reference.score(trainer.model, batch).logp_N
     plain = tiny(tokenizer)
     engine_reference.frozen(plain)
     torch.testing.assert_close(ours, score(plain, batch).logp_N, atol=1e-5, rtol=1e-5)
@@ -108,7 +108,7 @@ def test_a_trained_adapter_gets_a_frozen_twin(tmp_path, tokenizer, folders, open
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(np.log(2), abs=1e-5) and losses(trainer)[-1] < 0.69
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
-    stats = trainer.reference.policy.score(trainer.model, batch)
+    stats = trainer.reference.score(trainer.model, batch)
     assert torch.equal(seq_sum(stats.logp_N, stats.seq_N, stats.sequences), start_S)
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == before.keys()
 
@@ -149,7 +149,7 @@ def test_the_reference_stays_whatever_the_adapter_trains(tmp_path, tokenizer, ki
     assert copied == (kind not in ("tokens", "ia3", "dora"))
     batch, start_S = first_logps(trainer)
     trainer.train()
-    stats = trainer.reference.policy.score(trainer.model, batch)
+    stats = trainer.reference.score(trainer.model, batch)
     ours_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
     torch.testing.assert_close(ours_S, start_S, atol=1e-4, rtol=1e-5)  # DoRA's new adapter rounds
     _, moved_S = first_logps(trainer)
@@ -181,7 +181,7 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path, tokenizer, folder
     assert "moved 100% of the way to the policy every 2 steps" in trainer.report()[-1]
     batch, start_S = first_logps(trainer)
     trainer.train()
-    stats = trainer.reference.policy.score(trainer.model, batch)
+    stats = trainer.reference.score(trainer.model, batch)
     ref_S = seq_sum(stats.logp_N, stats.seq_N, stats.sequences)
     torch.testing.assert_close(ref_S, first_logps(trainer)[1], atol=1e-4, rtol=1e-5)
     assert not torch.allclose(ref_S, start_S, atol=1e-2)

@@ -1,5 +1,6 @@
 """A frozen policy to compare with: how it is chosen, its log-probs beforehand, and how it follows."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -65,14 +66,17 @@ class ReferencePolicy(Component):
         frozen copy of it, and where its log-probs are columns of the data."""
         return self.policy.model if isinstance(self.policy, Frozen) else None
 
-    def ask(self, model: nn.Module) -> Callable[..., TokenStats]:
-        """What scores a batch by the reference; `model` is the policy."""
-        policy = self.policy
-        if policy is None:
+    def score(self, model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+        """A batch scored by the reference; `model` is the policy, `asked` is for `engine.score.score`."""
+        if self.policy is None:
             raise ValueError(
                 "there is no reference to ask: its log-probs are columns of the data, or these settings need none"
             )
-        return lambda batch, **asked: policy.score(model, batch, **asked)
+        return self.policy.score(model, batch, **asked)
+
+    def ask(self, model: nn.Module) -> Callable[..., TokenStats]:
+        """`score` for this policy."""
+        return functools.partial(self.score, model)
 
     def log_probs(self, trainer: BaseTrainer, inputs: Batch) -> tuple[Tensor, ...]:
         """The reference's log-probs of the rows of a batch, a tensor for each of the columns."""
