@@ -59,7 +59,7 @@ def trainer_of(options: argparse.Namespace, rows: list[Any], dtype: torch.dtype,
         gradient_checkpointing=False, use_cpu=options.device == "cpu",
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model_of(options))
-    return kind(start_of(options).to(dtype), config, train_dataset=rows, processing_class=tokenizer)
+    return kind(start_of(options).to(dtype), args=config, train_dataset=rows, processing_class=tokenizer)
 
 
 def run(options: argparse.Namespace, rows: list[Any], dtype: torch.dtype, seed: int, plain: bool) -> dict[str, Any]:
