@@ -19,6 +19,7 @@ from trl.cli.main import main
 from trl.losses.policy import SEQUENCES, PolicyLoss, by_sequence, clip, ratio_bounds
 from trl.methods import METHODS, Method
 from trl.rollout.types import Completion
+from trl.trainer.online import kl_of_trace
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +251,12 @@ def test_the_own_sampler_goes_on_after_an_answer(tmp_path, tokenizer):
         assert (~mask).sum() == 3 and (ours[~mask] == 0).all()
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_the_divergence_is_that_of_the_policys_own_tokens():
+    columns = {
+        "logps": np.array([-1.0, 0.0, -2.0], dtype=np.float32),
+        "ref_logps": np.array([-1.5, -9.0, -2.25], dtype=np.float32),
+    }
+    assert kl_of_trace(columns) == 9.75
+    assert kl_of_trace({**columns, "mask": np.array([True, False, True])}) == 0.75

@@ -732,9 +732,9 @@ LONGEST = 512  # tokens of a completion where nobody says
 
 
 def kl_of_trace(columns: Columns) -> float:
-    """The divergence of a trace from the reference, as its own tokens estimate it."""
-    logps = columns.get("old_logps", columns["logps"])
-    return float(logps.sum(dtype=np.float64) - columns["ref_logps"].sum(dtype=np.float64))
+    """The divergence of a trace from the reference, as the policy's own tokens estimate it."""
+    logps, own = columns.get("old_logps", columns["logps"]), columns.get("mask", slice(None))
+    return float(logps[own].sum(dtype=np.float64) - columns["ref_logps"][own].sum(dtype=np.float64))
 
 
 def _by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
