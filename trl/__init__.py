@@ -70,6 +70,12 @@ if TYPE_CHECKING:
     from .models.vocabulary import (
         clone_chat_template as clone_chat_template,
     )
+    from .models.with_value_head import (
+        AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead,
+    )
+    from .models.with_value_head import (
+        AutoModelForSeq2SeqLMWithValueHead as AutoModelForSeq2SeqLMWithValueHead,
+    )
     from .trainer.bco import (
         BCOConfig as BCOConfig,
     )
@@ -94,6 +100,12 @@ if TYPE_CHECKING:
     from .trainer.grpo import (
         GRPOTrainer as GRPOTrainer,
     )
+    from .trainer.kl_control import (
+        AdaptiveKLController as AdaptiveKLController,
+    )
+    from .trainer.kl_control import (
+        FixedKLController as FixedKLController,
+    )
     from .trainer.kto import (
         KTOConfig as KTOConfig,
     )
@@ -105,6 +117,12 @@ if TYPE_CHECKING:
     )
     from .trainer.orpo import (
         ORPOTrainer as ORPOTrainer,
+    )
+    from .trainer.ppo import (
+        PPOConfig as PPOConfig,
+    )
+    from .trainer.ppo import (
+        PPOTrainer as PPOTrainer,
     )
     from .trainer.prm import (
         PRMConfig as PRMConfig,
@@ -138,9 +156,13 @@ def _of_methods() -> dict[str, str]:
 
 _HOMES = {
     **_of_methods(),
+    "AdaptiveKLController": "trl.trainer.kl_control",
+    "AutoModelForCausalLMWithValueHead": "trl.models.with_value_head",
+    "AutoModelForSeq2SeqLMWithValueHead": "trl.models.with_value_head",
     "DataCollatorForCompletionOnlyLM": "trl.data.batching.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",
+    "FixedKLController": "trl.trainer.kl_control",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
