@@ -70,6 +70,36 @@ if TYPE_CHECKING:
     from .models.vocabulary import (
         clone_chat_template as clone_chat_template,
     )
+    from .rewards.pairwise import (
+        AllTrueJudge as AllTrueJudge,
+    )
+    from .rewards.pairwise import (
+        BaseBinaryJudge as BaseBinaryJudge,
+    )
+    from .rewards.pairwise import (
+        BaseJudge as BaseJudge,
+    )
+    from .rewards.pairwise import (
+        BasePairwiseJudge as BasePairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        BaseRankJudge as BaseRankJudge,
+    )
+    from .rewards.pairwise import (
+        FunctionJudge as FunctionJudge,
+    )
+    from .rewards.pairwise import (
+        HfPairwiseJudge as HfPairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        OpenAIPairwiseJudge as OpenAIPairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        PairRMJudge as PairRMJudge,
+    )
+    from .rewards.pairwise import (
+        RewardModelJudge as RewardModelJudge,
+    )
     from .trainer.bco import (
         BCOConfig as BCOConfig,
     )
@@ -99,6 +129,18 @@ if TYPE_CHECKING:
     )
     from .trainer.kto import (
         KTOTrainer as KTOTrainer,
+    )
+    from .trainer.nash_md import (
+        NashMDConfig as NashMDConfig,
+    )
+    from .trainer.nash_md import (
+        NashMDTrainer as NashMDTrainer,
+    )
+    from .trainer.online_dpo import (
+        OnlineDPOConfig as OnlineDPOConfig,
+    )
+    from .trainer.online_dpo import (
+        OnlineDPOTrainer as OnlineDPOTrainer,
     )
     from .trainer.orpo import (
         ORPOConfig as ORPOConfig,
@@ -130,14 +172,25 @@ if TYPE_CHECKING:
     from .trainer.sft import (
         SFTTrainer as SFTTrainer,
     )
+    from .trainer.xpo import (
+        XPOConfig as XPOConfig,
+    )
+    from .trainer.xpo import (
+        XPOTrainer as XPOTrainer,
+    )
 
 
 def _of_methods() -> dict[str, str]:
     return {f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")}
 
 
+_JUDGES = (
+    *("AllTrueJudge", "BaseBinaryJudge", "BaseJudge", "BasePairwiseJudge", "BaseRankJudge", "FunctionJudge"),
+    *("HfPairwiseJudge", "OpenAIPairwiseJudge", "PairRMJudge", "RewardModelJudge"),
+)
 _HOMES = {
     **_of_methods(),
+    **dict.fromkeys(_JUDGES, "trl.rewards.pairwise"),
     "DataCollatorForCompletionOnlyLM": "trl.data.batching.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",
