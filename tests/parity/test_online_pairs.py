@@ -1,4 +1,4 @@
-"""The first step of Online DPO, XPO and Nash-MD on fixed completions, beside those that `record_online_pairs.py` took."""
+"""The first step of Online DPO, XPO and Nash-MD on fixed pairs, beside those that `record_online_pairs.py` took."""
 
 import contextlib
 import json

@@ -41,16 +41,8 @@ def comparing(name, **fixed):
     def make(path, tokenizer, **settings):
         rows = [{"prompt": row["prompt"]} for row in pair_rows(16)]
         settings = {"max_completion_length": 9, "max_tokens_per_micro_batch": 200, **fixed, **settings}
-        return preference(
-            name,
-            path,
-            tiny(tokenizer),
-            tokenizer,
-            rows,
-            ref_model=tiny(tokenizer, seed=1),
-            reward_funcs=odd,
-            **settings,
-        )
+        models = {"ref_model": tiny(tokenizer, seed=1), "reward_funcs": odd}
+        return preference(name, path, tiny(tokenizer), tokenizer, rows, **models, **settings)
 
     return make
 
