@@ -76,6 +76,36 @@ if TYPE_CHECKING:
     from .models.with_value_head import (
         AutoModelForSeq2SeqLMWithValueHead as AutoModelForSeq2SeqLMWithValueHead,
     )
+    from .rewards.pairwise import (
+        AllTrueJudge as AllTrueJudge,
+    )
+    from .rewards.pairwise import (
+        BaseBinaryJudge as BaseBinaryJudge,
+    )
+    from .rewards.pairwise import (
+        BaseJudge as BaseJudge,
+    )
+    from .rewards.pairwise import (
+        BasePairwiseJudge as BasePairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        BaseRankJudge as BaseRankJudge,
+    )
+    from .rewards.pairwise import (
+        FunctionJudge as FunctionJudge,
+    )
+    from .rewards.pairwise import (
+        HfPairwiseJudge as HfPairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        OpenAIPairwiseJudge as OpenAIPairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        PairRMJudge as PairRMJudge,
+    )
+    from .rewards.pairwise import (
+        RewardModelJudge as RewardModelJudge,
+    )
     from .trainer.bco import (
         BCOConfig as BCOConfig,
     )
@@ -111,6 +141,18 @@ if TYPE_CHECKING:
     )
     from .trainer.kto import (
         KTOTrainer as KTOTrainer,
+    )
+    from .trainer.nash_md import (
+        NashMDConfig as NashMDConfig,
+    )
+    from .trainer.nash_md import (
+        NashMDTrainer as NashMDTrainer,
+    )
+    from .trainer.online_dpo import (
+        OnlineDPOConfig as OnlineDPOConfig,
+    )
+    from .trainer.online_dpo import (
+        OnlineDPOTrainer as OnlineDPOTrainer,
     )
     from .trainer.orpo import (
         ORPOConfig as ORPOConfig,
@@ -148,17 +190,28 @@ if TYPE_CHECKING:
     from .trainer.sft import (
         SFTTrainer as SFTTrainer,
     )
+    from .trainer.xpo import (
+        XPOConfig as XPOConfig,
+    )
+    from .trainer.xpo import (
+        XPOTrainer as XPOTrainer,
+    )
 
 
 def _of_methods() -> dict[str, str]:
     return {f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")}
 
 
+_JUDGES = (
+    *("AllTrueJudge", "BaseBinaryJudge", "BaseJudge", "BasePairwiseJudge", "BaseRankJudge", "FunctionJudge"),
+    *("HfPairwiseJudge", "OpenAIPairwiseJudge", "PairRMJudge", "RewardModelJudge"),
+)
 _HOMES = {
     **_of_methods(),
     "AdaptiveKLController": "trl.trainer.kl_control",
     "AutoModelForCausalLMWithValueHead": "trl.models.with_value_head",
     "AutoModelForSeq2SeqLMWithValueHead": "trl.models.with_value_head",
+    **dict.fromkeys(_JUDGES, "trl.rewards.pairwise"),
     "DataCollatorForCompletionOnlyLM": "trl.data.batching.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",

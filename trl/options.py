@@ -233,6 +233,8 @@ UNUSED: dict[str, dict[str, Row]] = {
         "log_unique_prompts": Needs("log_completions"),
         "transformers_continuous_batching_config": Needs("use_transformers_continuous_batching"),
     },
+    "OnlinePairsConfig": {"max_length": None, "sync_ref_model": None},
+    "NashMDConfig": {"loss_type": Never("the loss is the paper's")},
     "GRPOConfig": {
         "epsilon": Needs("loss_type", (*CLIP, "gmpo", "cispo")),
         "epsilon_high": Where(

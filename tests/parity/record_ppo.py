@@ -48,6 +48,8 @@ TRAINER = {
     "penalty": {"missing_eos_penalty": 1.0},
     "twice": {"num_ppo_epochs": 2, "cliprange": 0.01, "cliprange_value": 0.01},
 }
+QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no",
+         "num_sample_generations": 0, "logging_steps": 1}  # fmt: skip
 LOGGED = (
     *("objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores"),
     *("policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg"),
@@ -94,11 +96,17 @@ def of_the_trainer(settings):
 
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
-            output_dir=folder, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
-            per_device_train_batch_size=4, total_episodes=4, response_length=4, temperature=1.0, learning_rate=RATE,
-            save_strategy="no", num_sample_generations=0, logging_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant",
+            output_dir=folder,
+            per_device_train_batch_size=4,
+            total_episodes=4,
+            response_length=4,
+            temperature=1.0,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            **QUIET,
             **{"num_ppo_epochs": 1, **settings},
-        )  # fmt: skip
+        )
         policy, critic, judge = tiny.policy(), tiny.scorer(), nn.Linear(1, 1)
         whole = torch.tensor([query + answer for query, answer in zip(EVEN, ANSWERS, strict=True)])
         theirs = ppo_trainer.get_reward

@@ -136,11 +136,13 @@ def preference(
     ref_model: Any = None,
     peft_config: Any = None,
     eval_rows: Any = None,
+    reward_funcs: Any = None,
     **settings: Any,
 ) -> Any:
     """A trainer of judged completions: `method` is the beginning of its name, as in DPO."""
     config = getattr(trl, f"{method}Config")(**{**DEFAULTS, "output_dir": str(tmp_path), **settings})
     further = {} if ref_model is None else {"ref_model": ref_model}
+    further |= {} if reward_funcs is None else {"reward_funcs": reward_funcs}
     if method == "Reward":
         tokenizer = copy.deepcopy(tokenizer)  # its padding may change, and with it the next tiny model
     return getattr(trl, f"{method}Trainer")(

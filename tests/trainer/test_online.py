@@ -62,7 +62,9 @@ def reward(completion_ids, **_):
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def make(path, tokenizer, method="GRPO", reward_funcs=reward, rows=None, eval_rows=None, model=None, **settings):
+def make(
+    path, tokenizer, method="GRPO", reward_funcs=reward, rows=None, eval_rows=None, model=None, canned=True, **settings
+):
     settings = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4,
         "max_completion_length": 8, "max_steps": 1, "output_dir": str(path), **settings,
@@ -75,7 +77,8 @@ def make(path, tokenizer, method="GRPO", reward_funcs=reward, rows=None, eval_ro
         eval_dataset=eval_rows,
         processing_class=tokenizer,
     )
-    trainer.sampler = Canned()
+    if canned:
+        trainer.sampler = Canned()
     return trainer
 
 

@@ -458,6 +458,16 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "ref_policy": Now("ref_model", "trl 0.9 – 0.21"),
         "data_collator": Refused("prompts are read from the column `prompt`, and nothing is padded", "trl 0.9 – 0.21"),
     },
+    "OnlinePairsConfig": {
+        "max_new_tokens": Now("max_completion_length", "trl 0.9 – 1.16"),
+        "gpu_memory_utilization": Gone(_OTHER_SAMPLER, "trl 0.20 – 0.23"),
+    },
+    "OnlinePairsTrainer": {
+        "data_collator": Refused("prompts are read from the column `prompt`, and nothing is padded", "trl 0.9 – 1.16"),
+        "compute_metrics": Refused("no logits are kept; a reward function may log with log_metric", "trl 0.9 – 1.16"),
+        "preprocess_logits_for_metrics": Refused("no logits are kept", "trl 0.9 – 1.16"),
+        "reward_processing_class": Now("reward_processing_classes", "trl 0.12 – 0.23"),
+    },
     "KTOConfig": {
         old: Gone("it belonged to the loss bco, which is BCOTrainer's today", "trl 0.9")
         for old in ("prompt_sample_size", "min_density_ratio", "max_density_ratio")
@@ -550,10 +560,6 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
         "models with a value head are AutoModelForCausalLMWithValueHead",
     ),
     (
-        ("OnlineDPO*", "online_dpo*", "XPO*", "xpo*", "NashMD*", "nash_md*"),
-        f"{_RELEASE} online preference optimisation; GRPOTrainer and RLOOTrainer train on completions that they sample",
-    ),
-    (
         (
             *("GKD*", "gkd*", "*Distillation*", "*distillation*", "GOLD*", "gold*", "MiniLLM*", "minillm*"),
             *("SDFT*", "sdft*", "SDPO*", "sdpo*", "IWOPD*", "iw_opd*", "teacher_sync", "loss_utils"),
@@ -565,8 +571,12 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
         f"{_RELEASE} such trainer; GRPOTrainer is the nearest",
     ),
     (("GMPO*", "gmpo*"), 'it is GRPOTrainer with loss_type="gmpo"'),
-    (("Judge", "*Judge", "judges"), f"{_RELEASE} judges; a reward function may ask a model"),
-    (("WinRateCallback",), f"{_RELEASE} judges; the win rate of two sets of answers is a reward function's mean"),
+    (
+        ("Judge", "*Judge"),
+        "FunctionJudge makes a judge of a function; derive others from BasePairwiseJudge",
+    ),
+    (("GeometricMixtureWrapper",), "NashMDTrainer mixes logits in its sampler, trl.rollout.two_models.MixtureSampler"),
+    (("WinRateCallback",), f"{_RELEASE} such callback; a judge's `judge` compares two sets of answers"),
     (("IterativeSFT*", "iterative_sft*"), "it is gone upstream too: SFTTrainer trains on tokenised rows as they come"),
     (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
     (
@@ -711,20 +721,24 @@ HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     },
 }
 
+_FILES = {command.replace("-", "_"): row for command, row in METHODS.items()}
 # Modules of upstream that are elsewhere here, with a remark if upstream has dropped the path too. Each has the public
 # names of `trl`; modules of `trl.rewards` have the public names of `trl.rewards`.
 PATHS = {
     "trl.trainer": "",
-    **{f"trl.trainer.{method}_{part}": "" for method in METHODS for part in ("trainer", "config")},
+    **{f"trl.trainer.{method}_{part}": "" for method in _FILES for part in ("trainer", "config")},
     "trl.trainer.model_config": "",
     **{f"trl.trainer.{part}": "" for part in ("utils", "callbacks", "base_config", "base_trainer")},
     **{f"trl.{part}": "" for part in ("data_utils", "chat_template_utils", "models", "models.utils", "import_utils")},
+    "trl.trainer.judges": "",
     "trl.experimental": "",
+    "trl.experimental.judges": "",
+    "trl.experimental.judges.judges": "",
     "trl.experimental.utils": "",
-    **{f"trl.experimental.{method}": "" for method, row in METHODS.items() if row.experimental},
+    **{f"trl.experimental.{method}": "" for method, row in _FILES.items() if row.experimental},
     **{
         f"trl.experimental.{method}.{method}_{part}": ""
-        for method, row in METHODS.items()
+        for method, row in _FILES.items()
         if row.experimental
         for part in ("trainer", "config")
     },

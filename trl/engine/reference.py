@@ -36,9 +36,15 @@ class Reference(ABC):
     def model_of(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """The model to score with."""
 
+    @contextlib.contextmanager
+    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """A model to call as the reference within the context, without gradients and dropout."""
+        with torch.no_grad(), self.model_of(policy) as model, evaluating(model):
+            yield model
+
     def score(self, policy: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
         """The reference's log-probs of a batch laid out for the policy; `asked` are options of `engine.score.score`."""
-        with torch.no_grad(), self.model_of(policy) as model, evaluating(model):
+        with self.standing_in(policy) as model:
             return score(model, batch, **asked)
 
     def follow(self, policy: nn.Module, share: float) -> None:

@@ -66,7 +66,8 @@ class Collector:
     """Samples traces and scores them.
 
     `environment` is None for single turns. `decode` turns token ids of several completions into their texts.
-    `own_columns` are those of a row that reward functions do not get. `mask_truncated` leaves traces that were cut
+    `own_columns` are those of a row that reward functions do not get. With `whole_groups` a group is sampled and judged
+    on one rank. `mask_truncated` leaves traces that were cut
     untrained. `divergence` estimates a trace's divergence from its columns. With `keeps_texts` traces carry what the
     table of completions shows.
     """
@@ -81,6 +82,7 @@ class Collector:
     mask_truncated: bool = False
     divergence: Callable[[Columns], float] | None = None
     keeps_texts: bool = False
+    whole_groups: bool = False
 
     def collect(
         self,
@@ -102,6 +104,9 @@ class Collector:
         """
         self.sampler.sync(model, version)
         parts = np.array_split(np.arange(len(rows) * generations), place.ranks)
+        if self.whole_groups:
+            of_rows = np.array_split(np.arange(len(rows)), place.ranks)
+            parts = [(each[:, None] * generations + np.arange(generations)).ravel() for each in of_rows]
         mine = parts[place.rank].tolist()
         columns, finished = self._sampled(rows, mine, generations, number, place.device)
         of_row = [rows[each // generations] for each in mine]

@@ -44,7 +44,7 @@ from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rewards.functions import RewardFunctions
 from trl.rewards.functions import check as check_rewards
-from trl.rollout.collect import Collected, Collector, Place, Scorer, refilled
+from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, refilled
 from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
@@ -132,9 +132,11 @@ class OnlineTrainer(BaseTrainer):
         ref_model: Any = None,
         sampler: Sampler | None = None,
         environment: Environment | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
+        if judge is None and (reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs)):
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
+        reward_funcs = [] if judge is not None else reward_funcs
         check_rewards(reward_funcs)
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
@@ -148,6 +150,7 @@ class OnlineTrainer(BaseTrainer):
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
         self.round_sizes = self.sizes_of_rounds(args, self.accumulation)
         self._given = reward_funcs, reward_processing_classes, sampler, environment
+        self._judge = judge
         self.round: list[list[TrainingTrace]] = []  # the steps of the round that are still to be taken
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
@@ -168,6 +171,9 @@ class OnlineTrainer(BaseTrainer):
     # --- what a method supplies -----------------------------------------------------------------------------------
 
     least_generations = 1  # completions of each prompt that `credit` needs at least
+    completions_of_a_row = 1  # that a row of the batch size stands for
+    whole_groups = False  # whether a group is sampled and judged on one rank, and no step cuts it
+    together = 1  # traces in turn that the loss reads in one forward pass
 
     def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
         """The advantage of each trace, [S], fp32. Traces come in groups of `generations` of one prompt.
@@ -181,9 +187,12 @@ class OnlineTrainer(BaseTrainer):
         """Whether every coefficient of the trace is zero, so that it need not be forwarded."""
         return not trace.trained
 
-    @staticmethod
-    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
-        return round_sizes(args, accumulation)
+    def sizes_of_rounds(self, args: Any, accumulation: int) -> RoundSizes:
+        return round_sizes(args, accumulation, self.completions_of_a_row)
+
+    def trains(self, place: int) -> bool:
+        """Whether the trace at this place of its group is trained on."""
+        return True
 
     def kl_in_reward(self) -> bool:
         return False
@@ -191,6 +200,11 @@ class OnlineTrainer(BaseTrainer):
     def divergence_of(self, columns: Columns) -> float:
         """The divergence of a trace from the reference, where it is a part of the reward."""
         return kl_of_trace(columns)
+
+    @property
+    def scoring_temperature(self) -> float:
+        """What logits are divided by for the log-probs that the loss reads."""
+        return self.args.temperature
 
     def needs_reference(self) -> bool:
         return self.args.beta != 0.0
@@ -314,7 +328,8 @@ class OnlineTrainer(BaseTrainer):
         sampling = self._sampling()
         self.collector = Collector(
             sampler=sampler or self._sampler(sampling),
-            judge=RewardFunctions(
+            judge=self._judge
+            or RewardFunctions(
                 reward_funcs,
                 weights=args.reward_weights,
                 processing_classes=processing_classes,
@@ -330,6 +345,7 @@ class OnlineTrainer(BaseTrainer):
             mask_truncated=args.mask_truncated_completions,
             divergence=self.divergence_of if self.kl_in_reward() and self.needs_reference() else None,
             keeps_texts=bool(args.log_completions),
+            whole_groups=self.whole_groups,
         )
         if hasattr(self.train_dataset, "__len__"):
             self.refills.rows = len(self.train_dataset)
@@ -429,9 +445,11 @@ class OnlineTrainer(BaseTrainer):
             self._show(mode, found.traces, advantages)
         traces = [
             TrainingTrace(
-                each.row, each.prompt_ids, each.length, advantage, each.trained, each.columns, each.holder, each.version
+                *(each.row, each.prompt_ids, each.length, advantage),
+                each.trained if self.trains(place % generations) else 0,
+                *(each.columns, each.holder, each.version),
             )
-            for each, advantage in zip(found.traces, advantages, strict=True)
+            for place, (each, advantage) in enumerate(zip(found.traces, advantages, strict=True))
         ]
         if not training or self.replay is None:
             return traces
@@ -510,7 +528,7 @@ class OnlineTrainer(BaseTrainer):
         for group in self._micro_batches(blank):
             batch = self._prepare_inputs(self._collate.to_batch(trees(group)))
             with torch.no_grad(), self.compute_loss_context_manager():
-                stats = ask(batch, temperature=self.args.temperature)
+                stats = ask(batch, temperature=self.scoring_temperature)
             lengths = [each.length for each in group]
             parts = {name: getattr(stats, of).float().cpu().split(lengths) for name, of in names.items()}
             found += [{name: part[place].numpy().copy() for name, part in parts.items()} for place in range(len(group))]
@@ -586,7 +604,9 @@ class OnlineTrainer(BaseTrainer):
         if inputs["rows"]:
             traces = self.collect(inputs["rows"], self.args.num_generations, training=True)
             self.rounds_sampled += 1
-            self.round = self._dealt(split_into_steps(traces, self.round_sizes.parts)) * self.args.num_iterations
+            group = self.args.num_generations if self.whole_groups else 1
+            steps = split_into_steps(traces, self.round_sizes.parts, group)
+            self.round = self._dealt(steps) * self.args.num_iterations
         traces, self.round = self.round[0], self.round[1:]
         loss = self.train_on(model, traces)
         seconds = torch.tensor(time.perf_counter() - started, device=self.args.device)
@@ -611,7 +631,8 @@ class OnlineTrainer(BaseTrainer):
     def _holders(self, step: Sequence[TrainingTrace]) -> list[int]:
         """The rank that trains on each trace of a step; -1 for those of weight zero, whose columns nobody reads."""
         active = [place for place, each in enumerate(step) if not self.has_no_gradient(each)]
-        dealt = zip(active, deal([step[place] for place in active], self.args.world_size), strict=True)
+        holders = deal([step[place] for place in active], self.args.world_size, self.together)
+        dealt = zip(active, holders, strict=True)
         found = [-1] * len(step)
         for place, rank in dealt:
             found[place] = rank
@@ -664,7 +685,7 @@ class OnlineTrainer(BaseTrainer):
     def _micro_batches(self, traces: Sequence[TrainingTrace]) -> list[list[TrainingTrace]]:
         """Traces of one forward pass each; as many groups on every rank, empty ones among them."""
         args = self.args
-        groups = micro_batches(traces, args.max_tokens_per_micro_batch, args.share_prompt, args.device)
+        groups = micro_batches(traces, args.max_tokens_per_micro_batch, args.share_prompt, args.device, self.together)
         return equally_many(groups, args.world_size, args.device)
 
     def to_batch(self, traces: Sequence[TrainingTrace]) -> Batch:
@@ -738,7 +759,7 @@ class OnlineTrainer(BaseTrainer):
         self.round = self._resumed("round", state, self._holders)
         if self.replay is not None:
             ranks = self.args.world_size
-            self.replay.groups.extend(self._resumed("replay", state, lambda group: deal(group, ranks)))
+            self.replay.groups.extend(self._resumed("replay", state, lambda group: deal(group, ranks, self.together)))
 
     def _resumed(
         self, name: str, state: dict[str, Any], holders: Callable[[Sequence[TrainingTrace]], list[int]]
