@@ -79,8 +79,8 @@ def test_sentences_of_names_that_are_not_there():
     for older in ("XPOConfig", "AutoModelForCausalLMWithValueHead", "setup_chat_format", "HfPairwiseJudge"):
         with pytest.raises(ImportError, match=f"no attribute '{older}': "):
             __import__("trl", fromlist=[older])
-    with pytest.raises(ModuleNotFoundError, match="this release has no distillation"):
-        import_module("trl.experimental.gkd")
+    with pytest.raises(ModuleNotFoundError, match="in this process and with the student's tokenizer"):
+        import_module("trl.experimental.gold")
     assert not hasattr(trl, "PPOTrainer") and getattr(trl, "PPOTrainer", None) is None
 
 

@@ -44,7 +44,7 @@ from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rewards.functions import RewardFunctions
 from trl.rewards.functions import check as check_rewards
-from trl.rollout.collect import Collected, Collector, Place, Scorer, refilled
+from trl.rollout.collect import Collected, Collector, Place, Scorer, Unjudged, refilled
 from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
@@ -132,8 +132,10 @@ class OnlineTrainer(BaseTrainer):
         sampler: Sampler | None = None,
         environment: Environment | None = None,
     ) -> None:
-        if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
+        is_judged = reward_funcs is not None and not (isinstance(reward_funcs, list | tuple) and not reward_funcs)
+        if self.needs_rewards and not is_judged:
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
+        reward_funcs = reward_funcs if is_judged else []
         check_rewards(reward_funcs)
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
@@ -151,7 +153,7 @@ class OnlineTrainer(BaseTrainer):
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
         self.reference = ReferencePolicy(ref_model, model, is_needed=self.needs_reference)
-        self.components = (self.reference,)
+        self.components = self.parts_of()
         super().__init__(
             model,
             args,
@@ -167,6 +169,7 @@ class OnlineTrainer(BaseTrainer):
     # --- what a method supplies -----------------------------------------------------------------------------------
 
     least_generations = 1  # completions of each prompt that `credit` needs at least
+    needs_rewards = True  # whether the method learns nothing without reward functions
 
     def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
         """The advantage of each trace, [S], fp32. Traces come in groups of `generations` of one prompt.
@@ -179,6 +182,10 @@ class OnlineTrainer(BaseTrainer):
     def has_no_gradient(self, trace: TrainingTrace) -> bool:
         """Whether every coefficient of the trace is zero, so that it need not be forwarded."""
         return not trace.trained
+
+    def parts_of(self) -> tuple[Any, ...]:
+        """The parts of the trainer that have a state of their own."""
+        return (self.reference,)
 
     def kl_in_reward(self) -> bool:
         return False
@@ -305,14 +312,7 @@ class OnlineTrainer(BaseTrainer):
         sampling = self._sampling()
         self.collector = Collector(
             sampler=sampler or self._sampler(sampling),
-            judge=RewardFunctions(
-                reward_funcs,
-                weights=args.reward_weights,
-                processing_classes=processing_classes,
-                tokenizer=self.processing_class,
-                chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
-                timeout=args.reward_timeout,
-            ),
+            judge=self._judge(reward_funcs, processing_classes),
             sampling=sampling,
             decode=functools.partial(self.processing_class.batch_decode, skip_special_tokens=True),
             seed=args.seed,
@@ -327,6 +327,21 @@ class OnlineTrainer(BaseTrainer):
         self.completions = Table(Path(args.output_dir) / "completions")
         self._evaluated: list[tuple[float, list[float]]] = []  # for each prompt its mean reward and its rewards
         self.replay = Replay(args.replay_buffer_size, args.seed) if args.replay_buffer_size else None
+
+    def _judge(self, reward_funcs: Any, processing_classes: Any) -> Any:
+        if isinstance(reward_funcs, list) and not reward_funcs:
+            for name in ("dynamic_sampling", "replay_buffer_size"):
+                if getattr(self.args, name):
+                    raise ValueError(f"{name} compares rewards, and there are no reward_funcs: leave it out")
+            return Unjudged()
+        return RewardFunctions(
+            reward_funcs,
+            weights=self.args.reward_weights,
+            processing_classes=processing_classes,
+            tokenizer=self.processing_class,
+            chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
+            timeout=self.args.reward_timeout,
+        )
 
     def _sampler(self, sampling: Sampling) -> Sampler:
         args = self.args
@@ -370,7 +385,8 @@ class OnlineTrainer(BaseTrainer):
             lines.append(f"prompts whose completions are all worth the same: others instead, {args.max_refills} times")
         if args.replay_buffer_size:
             lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
-        lines.append(f"rewards: {', '.join(self.rewards.names)}")
+        if self.rewards.names:
+            lines.append(f"rewards: {', '.join(self.rewards.names)}")
         by = "; by transformers' continuous batching" if args.use_transformers_continuous_batching else ""
         return [*lines, f"sampling: {describe(self.sampling)}{by}"]
 
@@ -412,7 +428,7 @@ class OnlineTrainer(BaseTrainer):
         advantages = self.credit(found.traces, generations).tolist() if found.traces else []
         if found.sampled:
             self._log_round(mode, found.sampled, generations)
-        if not training and found.traces:
+        if not training and found.traces and self.rewards.names:
             totals = total_reward(self.rewards_of(found.traces), self.rewards.weights).view(-1, generations)
             self._evaluated += [(float(each.nanmean()), each.tolist()) for each in totals]
         if self.args.log_completions:
@@ -494,7 +510,7 @@ class OnlineTrainer(BaseTrainer):
 
     def rewards_of(self, traces: Sequence[ScoredTrace]) -> Tensor:
         """The reward of each trace by each function, [S, F]; NaN where one does not apply."""
-        return torch.tensor([each.rewards for each in traces]).view(-1, len(self.rewards.names))
+        return torch.tensor([each.rewards for each in traces]).view(len(traces), len(self.rewards.names))
 
     def kl_of(self, traces: Sequence[ScoredTrace]) -> Tensor | None:
         """The divergence of each trace from the reference, [S], where rewards take it off; 0 of what does not train."""
