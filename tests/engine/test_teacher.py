@@ -13,12 +13,12 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 from tests.trainer.helpers import tiny, tiny_config
 from trl.data.batching.collate import Branch, Tree
 from trl.engine import head
+from trl.engine.divergence import divergence, divergence_slope
 from trl.engine.head import Readout, token_stats
 from trl.engine.measures import Comparison
 from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.engine.teacher import predictions
-from trl.losses.distillation import divergence, divergence_slope
 
 BETAS = (0.0, 0.1, 0.5, 1.0)
 MEASURES = ("divergence", "other_logp")

@@ -232,10 +232,9 @@ def test_the_report_names_the_teacher(tmp_path, tokenizer):
     assert any(line.startswith("teacher: LlamaForCausalLM, ") and line.endswith("MiB), frozen") for line in lines)
     assert not any(line.startswith(("rewards:", "reference:")) for line in lines)
     lines = make(tmp_path, tokenizer, "GKD", seq_kd=True, lmbda=0.25).report()
-    assert (
-        "answers: by the student in 25% of the steps, by the teacher in the others; sampled at temperature 0.9, at most "
-        "8 tokens" in lines
-    )
+    [line] = [line for line in lines if line.startswith("answers: ")]
+    assert line.startswith("answers: by the student in 25% of the steps, by the teacher in the others; sampled at ")
+    assert line.endswith("temperature 0.9, at most 8 tokens")
 
 
 def test_a_teacher_on_padded_rows_has_its_student_follow(tmp_path, tokenizer):

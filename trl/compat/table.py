@@ -504,6 +504,7 @@ NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptA
 # Names of upstream that this library lacks, by pattern, and their replacements. The first match counts.
 _RELEASE = "this release has no"
 ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("distillation",), "the command `trl` runs it, as in `trl distillation --help`"),
     (
         ("PPO*", "ppo*", "*ValueHead", "modeling_*", "PreTrainedModelWrapper", "AdaptiveKLController"),
         f"{_RELEASE} PPO and no value heads; GRPOTrainer and RLOOTrainer learn from rewards without a value model",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trl.losses.distillation import divergence, divergence_slope
+from .divergence import divergence, divergence_slope
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Comparison:
     """Another model's predictions of the same tokens, and the divergence that compares a distribution with them.
 
     `logits` gives those of a span of the trained tokens, [C, V], as they enter its softmax. `beta`, `top_k` and
-    `add_tail` are those of `losses.distillation.divergence`.
+    `add_tail` are those of `engine.divergence.divergence`.
     """
 
     logits: Callable[[slice], Tensor]

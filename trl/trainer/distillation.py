@@ -55,7 +55,7 @@ class DistillationTrainer(OnlineTrainer):
 
     `teacher_model` is a model, a name or a path; it has the student's vocabulary. Rows have a `prompt` (a string or
     messages). The loss is the mean over tokens of the generalised Jensen-Shannon divergence between the two
-    distributions, both at `temperature` (see `losses.distillation.divergence`). Agarwal et al. 2023, arXiv:2306.13649.
+    distributions, both at `temperature` (see `engine.divergence.divergence`). Agarwal et al. 2023, arXiv:2306.13649.
     """
 
     config_class = DistillationConfig

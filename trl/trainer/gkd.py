@@ -72,7 +72,7 @@ class GKDTrainer(SFTTrainer):
 
     In a share `lmbda` of the optimizer steps the student writes the last answer of each row; in the others the data's
     answers stay, or with `seq_kd` the teacher writes them. The loss is the mean over tokens of the generalised
-    Jensen-Shannon divergence between the two distributions (see `losses.distillation.divergence`), at temperature 1.
+    Jensen-Shannon divergence between the two distributions (see `engine.divergence.divergence`), at temperature 1.
     Rows are those of `SFTTrainer`; of a conversation the assistant's turns are trained. An evaluation reads the data's
     answers. `teacher_model` is a model, a name or a path; it has the student's vocabulary. Agarwal et al. 2023,
     arXiv:2306.13649, algorithm 1.
