@@ -93,9 +93,7 @@ def prompted(pairs):
 
 
 def made(kind, config, settings, **more):
-    rows = Dataset.from_list(
-        [{"prompt": "w5", "completion": " w6", "messages": [{"role": "user", "content": "w5"}]}] * 4
-    )
+    row = {"prompt": "w5", "completion": " w6", "messages": [{"role": "user", "content": "w5"}]}
     trainer = kind(
         model=tiny.policy(),
         teacher_model=tiny.reference(),

@@ -25,8 +25,9 @@ def tokenizer(small_path):
     return AutoTokenizer.from_pretrained(small_path)
 
 
-def make(path, tokenizer, method="GKD", rows=None, model=None, teacher=None, peft_config=None, eval_rows=None, **more):
-    """A trainer with a teacher that is larger than the student."""
+def make(path, tokenizer, method="GKD", rows=None, model=None, teacher=None, peft_config=None, eval_rows=None,
+         canned=True, **more):  # fmt: skip
+    """A trainer with a teacher that is larger than the student. `canned`: tokens are drawn by the seed alone."""
     own = {"max_new_tokens": 8} if method == "GKD" else {"max_completion_length": 8}
     settings = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1, "output_dir": str(path),
@@ -42,6 +43,8 @@ def make(path, tokenizer, method="GKD", rows=None, model=None, teacher=None, pef
             processing_class=tokenizer,
             peft_config=peft_config,
         )
+    if not canned:
+        return trainer
     if method == "GKD":
         trainer.samplers = dict.fromkeys(trainer.samplers, Canned())
     else:
