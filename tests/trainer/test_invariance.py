@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 import trl.engine.probe as engine_probe
+from tests.trainer import test_distillation
 from tests.trainer.helpers import (
     chat_rows,
     first_gradient,
@@ -47,6 +48,9 @@ METHODS = {
     "simpo": preferring("CPO", pair_rows, loss_type="simpo", alpha=0.25),
     "reward": preferring("Reward", pair_rows, center_rewards_coefficient=0.1),
     "prm": preferring("PRM", step_rows),
+    "gkd": lambda path, tokenizer, **settings: test_distillation.make(
+        path, tokenizer, "GKD", chat_rows(16), **{"lmbda": 0.0, **settings}
+    ),
 }
 
 SPLITS = {"1x16": (1, 16), "2x8": (2, 8), "16x1": (16, 1), "3x6": (3, 6)}
