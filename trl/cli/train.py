@@ -45,7 +45,7 @@ COMMON = {
         "desirable_weight": "",
         "undesirable_weight": "",
         "center_rewards_coefficient": "",
-        "precompute_ref_log_probs": "",
+        "precompute_ref_log_probs": "Compute the reference's log-probs once, before step 1.",
     },
     "Completions": {
         "reward_funcs": "",

@@ -6,7 +6,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Comparison:
     span: slice | None = None  # all of them
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         return {"beta": self.beta, "top_k": self.top_k, "add_tail": self.add_tail}
 
 
