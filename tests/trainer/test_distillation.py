@@ -257,3 +257,26 @@ def test_a_teacher_on_padded_rows_has_its_student_follow(tmp_path, tokenizer):
     ours = first_gradient(trainer)
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_a_teacher_in_four_bits_or_with_a_device_map(tmp_path, tokenizer):
+    """It is loaded by its name; its gradient is near that of the whole teacher."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "teacher"
+    tiny(tokenizer, seed=1, hidden_size=64, head_dim=16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    expected, line = run(tmp_path, tokenizer, teacher=str(folder), lmbda=0.0)
+    mapped, again = run(
+        tmp_path, tokenizer, teacher=str(folder), lmbda=0.0, teacher_model_init_kwargs={"device_map": {"": "cpu"}}
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(mapped[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+    assert again["loss"] == pytest.approx(line["loss"], rel=1e-6)
+    trainer = make(
+        tmp_path, tokenizer, teacher=str(folder), lmbda=0.5, seq_kd=True, canned=False,
+        teacher_model_init_kwargs={"load_in_4bit": True}, max_steps=3,
+    )  # fmt: skip
+    assert trainer.teacher_model.is_loaded_in_4bit
+    quantised = first_gradient(trainer)
+    assert all(np.isfinite(each["loss"]) for each in trainer.state.log_history if "loss" in each)
+    assert all(torch.isfinite(gradient).all() for gradient in quantised.values())

@@ -61,6 +61,7 @@ class DistillationTrainer(OnlineTrainer):
     config_class = DistillationConfig
     method = "distillation"
     needs_rewards = False
+    tools = ()  # read by upstream's callers; there are none yet
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from trl.config import TeacherFields
 from trl.data.batching import collate
@@ -18,9 +19,10 @@ from trl.engine.score import score
 from trl.losses.policy import TOKENS
 from trl.losses.tokens import Metric, mean_metric
 from trl.models.shards import without_ddp
-from trl.rollout.generate import InProcessSampler, stop_ids
+from trl.rollout.generate import InProcessSampler, as_generation_config, stop_ids
 from trl.rollout.types import Request, Sampling
 
+from .attributes import shows
 from .sft import SFTConfig, SFTTrainer
 from .step import Step
 from .teacher import Teacher
@@ -67,6 +69,7 @@ class Answers(Sequences):
         return SequenceEncoder(tokenizer, shape, replace(self, assistant_only_loss=turns), first_row)
 
 
+@shows("beta", "lmbda", "seq_kd", fixed=("temperature", "max_new_tokens"))
 class GKDTrainer(SFTTrainer):
     """Trains a causal language model to predict what a teacher would, on the data and on completions of its own.
 
@@ -121,6 +124,15 @@ class GKDTrainer(SFTTrainer):
     @property
     def teacher_model(self) -> nn.Module:
         return self.teacher.model
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What the sampler is asked for, as transformers writes it."""
+        return as_generation_config(self.sampling, self.processing_class)
+
+    @property
+    def generation_kwargs(self) -> dict[str, Any]:
+        return self.generation_config.to_diff_dict()
 
     def on_ready(self) -> None:
         args, tokenizer = self.args, self.processing_class

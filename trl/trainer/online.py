@@ -49,7 +49,7 @@ from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
 from trl.rollout.filters import describe
-from trl.rollout.generate import InProcessSampler, stop_ids
+from trl.rollout.generate import InProcessSampler, as_generation_config, stop_ids
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import (
     RefillPrompts,
@@ -262,21 +262,7 @@ class OnlineTrainer(BaseTrainer):
     @property
     def generation_config(self) -> GenerationConfig:
         """What the sampler is asked for, as transformers writes it."""
-        asked, tokenizer = self.sampling, self.processing_class
-        return GenerationConfig(
-            max_new_tokens=asked.max_new_tokens,
-            do_sample=asked.temperature > 0,
-            temperature=asked.temperature if asked.temperature > 0 else None,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            min_p=asked.min_p,
-            repetition_penalty=asked.repetition_penalty,
-            eos_token_id=self.eos_token_ids,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            stop_strings=list(asked.stop_strings) or None,
-            **asked.further,
-        )
+        return as_generation_config(self.sampling, self.processing_class)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
