@@ -118,11 +118,23 @@ if TYPE_CHECKING:
     from .trainer.cpo import (
         CPOTrainer as CPOTrainer,
     )
+    from .trainer.distillation import (
+        DistillationConfig as DistillationConfig,
+    )
+    from .trainer.distillation import (
+        DistillationTrainer as DistillationTrainer,
+    )
     from .trainer.dpo import (
         DPOConfig as DPOConfig,
     )
     from .trainer.dpo import (
         DPOTrainer as DPOTrainer,
+    )
+    from .trainer.gkd import (
+        GKDConfig as GKDConfig,
+    )
+    from .trainer.gkd import (
+        GKDTrainer as GKDTrainer,
     )
     from .trainer.grpo import (
         GRPOConfig as GRPOConfig,
@@ -141,6 +153,12 @@ if TYPE_CHECKING:
     )
     from .trainer.kto import (
         KTOTrainer as KTOTrainer,
+    )
+    from .trainer.minillm import (
+        MiniLLMConfig as MiniLLMConfig,
+    )
+    from .trainer.minillm import (
+        MiniLLMTrainer as MiniLLMTrainer,
     )
     from .trainer.nash_md import (
         NashMDConfig as NashMDConfig,

@@ -181,4 +181,38 @@ METHODS = {
         head="TokenClassification",
         experimental=True,
     ),
+    "gkd": Method(
+        "GKD",
+        "generalised knowledge distillation",
+        "texts, chats, prompts with completions, and completions of the model; a teacher judges each token",
+        "trl.trainer.gkd",
+        Paper(
+            "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+            "Agarwal, Rishabh",
+            2023,
+            "2306.13649",
+        ),
+        experimental=True,
+    ),
+    "distillation": Method(
+        "Distillation",
+        "on-policy distillation",
+        "prompts; a teacher judges each token of the model's completions",
+        "trl.trainer.distillation",
+        Paper(
+            "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+            "Agarwal, Rishabh",
+            2023,
+            "2306.13649",
+        ),
+        experimental=True,
+    ),
+    "minillm": Method(
+        "MiniLLM",
+        "distillation by the reverse KL as a reward",
+        "prompts; a teacher rewards each token of the model's completions",
+        "trl.trainer.minillm",
+        Paper("MiniLLM: Knowledge Distillation of Large Language Models", "Gu, Yuxian", 2023, "2306.08543"),
+        experimental=True,
+    ),
 }

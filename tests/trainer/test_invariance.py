@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 import trl.engine.probe as engine_probe
+from tests.trainer import test_distillation
 from tests.trainer.helpers import (
     chat_rows,
     first_gradient,
@@ -65,6 +66,9 @@ METHODS = {
     "online-dpo": comparing("OnlineDPO", loss_type="ipo"),
     "xpo": comparing("XPO", alpha=0.01, missing_eos_penalty=0.1),
     "nash-md": comparing("NashMD"),
+    "gkd": lambda path, tokenizer, **settings: test_distillation.make(
+        path, tokenizer, "GKD", chat_rows(16), **{"lmbda": 0.0, **settings}
+    ),
 }
 
 SPLITS = {"1x16": (1, 16), "2x8": (2, 8), "16x1": (16, 1), "3x6": (3, 6)}

@@ -312,6 +312,28 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
             nothing=(None, False),
         ),
     },
+    "DistillationConfig": {
+        "lmbda": Refused(
+            "the student writes every completion; GKDTrainer trains on the data's completions too",
+            "trl 1.0 – 1.5",
+            nothing=(None, 1.0, 1),
+        ),
+        "use_teacher_server": Refused(
+            "the teacher runs in this process: pass teacher_model", "trl 1.0 – 1.5", nothing=(None, False)
+        ),
+        "teacher_model_server_url": Refused("the teacher runs in this process: pass teacher_model", "trl 1.0 – 1.5"),
+        "reverse_kl_top_1_mode": Refused(
+            "with beta > 0 the student's most likely tokens are compared, and no sampled one",
+            "trl 1.0 – 1.5",
+            nothing=(None, "argmax"),
+        ),
+        "log_completions_steps": Gone("completions are printed in every round", "trl 1.0 – 1.9"),
+        "vllm_sync_frequency": Gone(_OTHER_SAMPLER, "trl 1.0 – 1.9"),
+        **{
+            name: Gone("the tracker's own environment variables set it", "trl 1.0 – 1.5")
+            for name in ("wandb_entity", "wandb_project", "wandb_run_group")
+        },
+    },
     # The trainer of 0.9 to 0.21 had names of its own, some of them PPO's.
     "RLOOConfig": {
         "kl_coef": Now("beta", "trl 0.9 – 0.21"),
@@ -546,6 +568,7 @@ VALUES: dict[str, dict[str, dict[Any, Any]]] = {
 # Keys of arguments that are mappings.
 KEYS: dict[str, dict[str, dict[str, str]]] = {
     "BaseConfig": {"model_init_kwargs": {"torch_dtype": "dtype", "use_auth_token": "token"}},
+    "TeacherFields": {"teacher_model_init_kwargs": {"torch_dtype": "dtype", "use_auth_token": "token"}},
 }
 
 # Public names that have another name today.
@@ -555,16 +578,18 @@ NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptA
 # Names of upstream that this library lacks, by pattern, and their replacements. The first match counts.
 _RELEASE = "this release has no"
 ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("distillation",), "the command `trl` runs it, as in `trl distillation --help`"),
     (
         ("modeling_*", "PreTrainedModelWrapper"),
         "models with a value head are AutoModelForCausalLMWithValueHead",
     ),
     (
         (
-            *("GKD*", "gkd*", "*Distillation*", "*distillation*", "GOLD*", "gold*", "MiniLLM*", "minillm*"),
-            *("SDFT*", "sdft*", "SDPO*", "sdpo*", "IWOPD*", "iw_opd*", "teacher_sync", "loss_utils"),
+            *("*Distillation*", "*distillation*", "GOLD*", "gold*", "SDFT*", "sdft*", "SDPO*", "sdpo*"),
+            *("IWOPD*", "iw_opd*", "teacher_sync", "loss_utils"),
         ),
-        f"{_RELEASE} distillation",
+        "the teachers of GKDTrainer, DistillationTrainer and MiniLLMTrainer are other models, in this process and with "
+        "the student's tokenizer",
     ),
     (
         ("A2PO*", "a2po*", "TPO*", "tpo*", "AsyncGRPO*", "async_grpo*", "async_rollout*", "vllm_client"),
@@ -620,7 +645,10 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("prepare_peft_model", "prepare_model_for_kbit*", "peft_module_casting*"), "peft_config= of a trainer does it"),
     (("prepare_deepspeed", "prepare_fsdp"), "trainers prepare their reference; accelerator.prepare_model does yours"),
     (("unwrap_model_for_generation",), "accelerator.unwrap_model gives the model that generates"),
-    (("sft", "dpo", "kto", "reward", "grpo", "rloo", "env"), "the command `trl` runs it, as in `trl sft --help`"),
+    (
+        ("sft", "dpo", "kto", "reward", "grpo", "rloo", "distillation", "env"),
+        "the command `trl` runs it, as in `trl sft --help`",
+    ),
     (("disable_dropout_in_model",), "disable_dropout=True in a trainer's config does it"),
     (("generate_model_card",), "a trainer's create_model_card writes the card"),
     (("chat",), "`transformers chat` talks with a model"),
@@ -704,6 +732,11 @@ HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     },
     "CPOTrainer": {**_JUDGED_LOSS, "cpo_loss": _LOSS},
     "ORPOTrainer": {**_JUDGED_LOSS, "odds_ratio_loss": _LOSS},
+    "GKDTrainer": {
+        "generalized_jsd_loss": _LOSS,
+        "generate_on_policy_outputs": (("rewritten",), "`rewritten`, which puts other answers in the rows' place"),
+    },
+    "MiniLLMTrainer": dict.fromkeys(("_single_step_decomposition_loss", "_compute_advantage"), _LOSS),
     "RewardTrainer": {"_prepare_dataset": _ROWS},
     "PRMTrainer": {"tokenize_row": _ROWS},
     "OnlineTrainer": {

@@ -7,7 +7,7 @@ of their gradient. Peak memory does not depend on the number of tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trl.models.shards import gathered_by_its_call
 
-from .measures import MEASURES, Chunk, logp_slope
+from .measures import MEASURES, Chunk, Comparison, logp_slope
 
 # Logits computed at once: enough to keep a matrix product busy, without more memory than that.
 CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
@@ -34,6 +34,8 @@ class TokenStats(NamedTuple):
     top1_N: Tensor | None = None  # 1.0 where the trained token is the most likely one
     mean_logit_N: Tensor | None = None  # mean over the vocabulary of the (scaled) logits
     sum_sq_N: Tensor | None = None  # sum over the vocabulary of squared probabilities
+    divergence_N: Tensor | None = None  # divergence from another model's distribution
+    other_logp_N: Tensor | None = None  # log-prob of the trained token under that model
     aux: Tensor | None = None  # load-balancing term of a mixture of experts
     value_N: Tensor | None = None  # value of the state before the token
 
@@ -43,7 +45,8 @@ class Readout:
     """How raw head outputs become logits, and which measures are taken.
 
     logits = scale * raw, bounded to softcap * tanh(logits / softcap) if there is a softcap, divided by temperature.
-    `extras` are names in `MEASURES`, returned in this order; the first ones, `grads`, carry a gradient.
+    `extras` are names in `MEASURES`, returned in this order; the first ones, `grads`, carry a gradient. `comparison`
+    is what some of them compare with.
     """
 
     scale: float = 1.0
@@ -51,10 +54,15 @@ class Readout:
     temperature: float = 1.0
     extras: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
+    comparison: Comparison | None = None
 
     def __post_init__(self) -> None:
         if self.extras[: len(self.grads)] != self.grads:
             raise ValueError(f"extras {self.extras} must begin with those that carry a gradient, {self.grads}")
+
+    def at(self, span: slice) -> "Readout":
+        """The readout of a chunk: what it compares with is of these trained tokens."""
+        return self if self.comparison is None else replace(self, comparison=replace(self.comparison, span=span))
 
     def logits(self, raw_CV: Tensor) -> Tensor:
         logits_CV = raw_CV.float()
@@ -97,7 +105,7 @@ def _logits_grad(raw_CV: Tensor, target_C: Tensor, readout: Readout, grads: Sequ
     """Gradient with respect to the raw outputs, [C, V], from the gradients of the differentiable columns, each [C]."""
     logits_CV = readout.logits(raw_CV)
     grad_CV = torch.zeros_like(logits_CV)
-    for slope_CV, grad_C in zip(_slopes(Chunk(logits_CV, target_C), readout), grads, strict=False):
+    for slope_CV, grad_C in zip(_slopes(Chunk(logits_CV, target_C, readout.comparison), readout), grads, strict=False):
         if grad_C is not None:
             grad_CV += slope_CV.mul_(grad_C[:, None])
     return readout.through(grad_CV, logits_CV)
@@ -134,7 +142,7 @@ class _LinearHead(torch.autograd.Function):
         with _full_precision(hidden_NH.device):
             for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
                 logits_CV = readout.logits(F.linear(hidden_NH[span].to(dtype), weight, bias))
-                chunk = Chunk(logits_CV, target_N[span])
+                chunk = Chunk(logits_CV, target_N[span], readout.at(span).comparison)
                 for output_N, column_C in zip(outputs, _measured(chunk, readout), strict=True):
                     output_N[span] = column_C
                 if slopes:
@@ -165,7 +173,7 @@ class _LinearHead(torch.autograd.Function):
         for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
             hidden_CH = hidden_NH[span].to(dtype)
             chunk_grads = [None if grad_N is None else grad_N[span] for grad_N in grads_N]
-            grad_CV = _logits_grad(F.linear(hidden_CH, weight, bias), target_N[span], readout, chunk_grads)
+            grad_CV = _logits_grad(F.linear(hidden_CH, weight, bias), target_N[span], readout.at(span), chunk_grads)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(dtype)
@@ -193,7 +201,8 @@ class _Logits(torch.autograd.Function):
         ctx.readout = readout
         ctx.save_for_backward(raw_CV, target_C)
         with _full_precision(raw_CV.device):
-            return _mark(ctx, readout, _measured(Chunk(readout.logits(raw_CV), target_C), readout))
+            chunk = Chunk(readout.logits(raw_CV), target_C, readout.comparison)
+            return _mark(ctx, readout, _measured(chunk, readout))
 
     @staticmethod
     def backward(ctx: Any, *grads_C: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -275,7 +284,7 @@ def _token_stats(head: Callable[[Tensor], Tensor], linear: nn.Linear | None, hid
         dtype = compute_dtype(linear, hidden_NH)
         return list(_LinearHead.apply(hidden_NH, weight_VH, linear.bias, target_N, readout, dtype))
 
-    def chunk(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
+    def chunk(hidden_CH: Tensor, target_C: Tensor, readout: Readout) -> tuple[Tensor, ...]:
         raw_CV = head(hidden_CH)
         return _Logits.apply(raw_CV, target_C.to(raw_CV.device), readout)
 
@@ -284,7 +293,7 @@ def _token_stats(head: Callable[[Tensor], Tensor], linear: nn.Linear | None, hid
     parts = []
     for span in spans:
         if torch.is_grad_enabled():
-            parts.append(checkpoint(chunk, hidden_NH[span], target_N[span], use_reentrant=False))
+            parts.append(checkpoint(chunk, hidden_NH[span], target_N[span], readout.at(span), use_reentrant=False))
         else:
-            parts.append(chunk(hidden_NH[span], target_N[span]))
+            parts.append(chunk(hidden_NH[span], target_N[span], readout.at(span)))
     return [torch.cat(column) for column in zip(*parts, strict=True)]

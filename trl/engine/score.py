@@ -24,7 +24,7 @@ from trl.models.value_head import critic, value_head
 
 from .forest import Batch, flat, padded
 from .head import Readout, TokenStats, _Logits, token_stats
-from .measures import MEASURES
+from .measures import MEASURES, Comparison
 
 _REQUEST = "trl_request"
 _LAYOUT_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
@@ -56,6 +56,7 @@ def score(
     top1: bool = False,
     mean_logit: bool = False,
     sum_sq: bool = False,
+    comparison: Comparison | None = None,
     temperature: float = 1.0,
     embedding_noise: float | None = None,
     router: bool = False,
@@ -65,6 +66,7 @@ def score(
 
     The model must be attached, and the batch laid out by its `Attachment.batch`. Gradients flow through the log-probs,
     through `mean_logp`, and through the entropy if `entropy_grad` is set. `temperature` divides the logits.
+    `comparison` adds the divergence from another model's predictions, which carries a gradient, and its log-probs.
     `embedding_noise` is NEFTune's alpha: uniform noise of size alpha / sqrt(length * H) on the embeddings of each
     sequence (Jain et al. 2023, arXiv:2310.05914). `router` adds a mixture of experts' load-balancing loss, as `aux`.
     `values` adds what the model's value function (`models.value_head`) expects before each trained token, `value_N`.
@@ -76,8 +78,9 @@ def score(
         "top1": top1,
         "mean_logit": mean_logit,
         "sum_sq": sum_sq,
+        **dict.fromkeys(("divergence", "other_logp"), comparison is not None),
     }
-    with_gradient = {"entropy": entropy_grad, "mean_logp": mean_logp}
+    with_gradient = {"entropy": entropy_grad, "mean_logp": mean_logp, "divergence": comparison is not None}
     grads = tuple(name for name in MEASURES if with_gradient.get(name))
     extras = (*grads, *(name for name in MEASURES if wanted[name] and name not in grads))
     request = {
@@ -86,6 +89,7 @@ def score(
         "columns": batch["input_ids"].shape[1],
         "extras": extras,
         "grads": grads,
+        "comparison": comparison,
         "temperature": temperature,
         "embedding_noise": embedding_noise,
         "router": router,
@@ -157,6 +161,7 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         temperature=request["temperature"],
         extras=tuple(request["extras"]),
         grads=tuple(request["grads"]),
+        comparison=request.get("comparison"),
     )
     if request.get("router"):
         kwargs["output_router_logits"] = True
@@ -171,6 +176,8 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         if attachment.kept is not None:
             attachment.kept.append(outputs)
         raw_NV = _predicting(outputs.logits, request)
+        if request.get("hidden"):
+            return {"logits": raw_NV}
         target_N = request["target_N"].to(raw_NV.device)
         columns = _Logits.apply(raw_NV, target_N, replace(readout, scale=1.0, softcap=None))
     else:

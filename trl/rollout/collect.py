@@ -41,6 +41,19 @@ class Judge(Protocol):
         ...
 
 
+class Unjudged:
+    """The judge of a method without rewards: none of its functions, so no rewards."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.weights = torch.zeros(0)
+        self.functions: list[Any] = []
+        self.judges: list[Any] = []
+
+    def score(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(len(prompts), 0)
+
+
 class Collected(NamedTuple):
     """What a round is made of: whole groups of traces in the order of their prompts."""
 

@@ -147,6 +147,11 @@ class BaseTrainer(Adoptable, Trainer):
         """Prepared rows -> a batch: their trees as `to_batch` lays them out, and what else the loss reads of a row."""
         raise NotImplementedError
 
+    def rewritten(self, batches: list[Batch], training: bool) -> list[Batch]:
+        """The micro-batches of an optimizer step, or the batch of an evaluation, as the method trains on them: those of
+        the data, unless it puts others in their place. Every rank calls it, also without rows."""
+        return batches
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many items of each kind that the loss is averaged over this batch has: its trained tokens, unless a
         method differs."""
@@ -516,6 +521,7 @@ class BaseTrainer(Adoptable, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         samples = [self._taken(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        samples = self.rewritten(samples, training=True)
         found = [{**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]} for batch in samples]
         kinds = list(found[0]) if found else []
         totals = torch.tensor([float(sum(counts[kind] for counts in found)) for kind in kinds], device=device)
@@ -626,7 +632,7 @@ class BaseTrainer(Adoptable, Trainer):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Any, Any]:
         logits = labels = None
-        inputs = self._taken(inputs)
+        [inputs] = self.rewritten([self._taken(inputs)], training=False)
         with torch.no_grad(), self.compute_loss_context_manager():
             found = self.before_step(model, [inputs], training=False)
             batch = self._prepare_inputs(*found.beside([inputs]))

@@ -44,12 +44,12 @@ from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rewards.functions import RewardFunctions
 from trl.rewards.functions import check as check_rewards
-from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, refilled
+from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, Unjudged, refilled
 from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
 from trl.rollout.filters import describe
-from trl.rollout.generate import InProcessSampler, stop_ids
+from trl.rollout.generate import InProcessSampler, as_generation_config, stop_ids
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import (
     RefillPrompts,
@@ -134,9 +134,10 @@ class OnlineTrainer(BaseTrainer):
         environment: Environment | None = None,
         judge: Judge | None = None,
     ) -> None:
-        if judge is None and (reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs)):
+        is_judged = reward_funcs is not None and not (isinstance(reward_funcs, list | tuple) and not reward_funcs)
+        if judge is None and self.needs_rewards and not is_judged:
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
-        reward_funcs = [] if judge is not None else reward_funcs
+        reward_funcs = reward_funcs if is_judged and judge is None else []
         check_rewards(reward_funcs)
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
@@ -155,7 +156,7 @@ class OnlineTrainer(BaseTrainer):
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
         self.reference = ReferencePolicy(ref_model, model, is_needed=self.needs_reference)
-        self.components = (self.reference, *self.components)
+        self.components = self.parts_of()
         super().__init__(
             model,
             args,
@@ -174,6 +175,7 @@ class OnlineTrainer(BaseTrainer):
     completions_of_a_row = 1  # that a row of the batch size stands for
     whole_groups = False  # whether a group is sampled and judged on one rank, and no step cuts it
     together = 1  # traces in turn that the loss reads in one forward pass
+    needs_rewards = True  # whether the method learns nothing without reward functions
 
     def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
         """The advantage of each trace, [S], fp32. Traces come in groups of `generations` of one prompt.
@@ -278,21 +280,7 @@ class OnlineTrainer(BaseTrainer):
     @property
     def generation_config(self) -> GenerationConfig:
         """What the sampler is asked for, as transformers writes it."""
-        asked, tokenizer = self.sampling, self.processing_class
-        return GenerationConfig(
-            max_new_tokens=asked.max_new_tokens,
-            do_sample=asked.temperature > 0,
-            temperature=asked.temperature if asked.temperature > 0 else None,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            min_p=asked.min_p,
-            repetition_penalty=asked.repetition_penalty,
-            eos_token_id=self.eos_token_ids,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            stop_strings=list(asked.stop_strings) or None,
-            **asked.further,
-        )
+        return as_generation_config(self.sampling, self.processing_class)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -328,15 +316,7 @@ class OnlineTrainer(BaseTrainer):
         sampling = self._sampling()
         self.collector = Collector(
             sampler=sampler or self._sampler(sampling),
-            judge=self._judge
-            or RewardFunctions(
-                reward_funcs,
-                weights=args.reward_weights,
-                processing_classes=processing_classes,
-                tokenizer=self.processing_class,
-                chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
-                timeout=args.reward_timeout,
-            ),
+            judge=self._judge or self._judge_of(reward_funcs, processing_classes),
             sampling=sampling,
             decode=functools.partial(self.processing_class.batch_decode, skip_special_tokens=True),
             seed=args.seed,
@@ -352,6 +332,21 @@ class OnlineTrainer(BaseTrainer):
         self.completions = Table(Path(args.output_dir) / "completions")
         self._evaluated: list[tuple[float, list[float]]] = []  # for each prompt its mean reward and its rewards
         self.replay = Replay(args.replay_buffer_size, args.seed) if args.replay_buffer_size else None
+
+    def _judge_of(self, reward_funcs: Any, processing_classes: Any) -> Any:
+        if isinstance(reward_funcs, list) and not reward_funcs:
+            for name in ("dynamic_sampling", "replay_buffer_size"):
+                if getattr(self.args, name):
+                    raise ValueError(f"{name} compares rewards, and there are no reward_funcs: leave it out")
+            return Unjudged()
+        return RewardFunctions(
+            reward_funcs,
+            weights=self.args.reward_weights,
+            processing_classes=processing_classes,
+            tokenizer=self.processing_class,
+            chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
+            timeout=self.args.reward_timeout,
+        )
 
     def _sampler(self, sampling: Sampling) -> Sampler:
         args = self.args
@@ -396,7 +391,8 @@ class OnlineTrainer(BaseTrainer):
             lines.append(f"prompts whose completions are all worth the same: others instead, {args.max_refills} times")
         if args.replay_buffer_size:
             lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
-        lines.append(f"rewards: {', '.join(self.rewards.names)}")
+        if self.rewards.names:
+            lines.append(f"rewards: {', '.join(self.rewards.names)}")
         by = "; by transformers' continuous batching" if args.use_transformers_continuous_batching else ""
         return [*lines, f"sampling: {describe(self.sampling)}{by}"]
 
@@ -438,7 +434,7 @@ class OnlineTrainer(BaseTrainer):
         advantages = self.credit(found.traces, generations).tolist() if found.traces else []
         if found.sampled:
             self._log_round(mode, found.sampled, generations)
-        if not training and found.traces:
+        if not training and found.traces and self.rewards.names:
             totals = total_reward(self.rewards_of(found.traces), self.rewards.weights).view(-1, generations)
             self._evaluated += [(float(each.nanmean()), each.tolist()) for each in totals]
         if self.args.log_completions:
@@ -536,7 +532,7 @@ class OnlineTrainer(BaseTrainer):
 
     def rewards_of(self, traces: Sequence[ScoredTrace]) -> Tensor:
         """The reward of each trace by each function, [S, F]; NaN where one does not apply."""
-        return torch.tensor([each.rewards for each in traces]).view(-1, len(self.rewards.names))
+        return torch.tensor([each.rewards for each in traces]).view(len(traces), len(self.rewards.names))
 
     def kl_of(self, traces: Sequence[ScoredTrace]) -> Tensor | None:
         """The divergence of each trace from the reference, [S], where rewards take it off; 0 of what does not train."""

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from trl.engine.forest import Batch
+from trl.engine.head import TokenStats, plain_linear
+from trl.engine.measures import Comparison
 from trl.engine.score import score
+from trl.engine.teacher import predictions
 from trl.losses import value
 from trl.losses.advantages import total_reward
 from trl.losses.policy import TOKENS, clip, ratio
 from trl.losses.tokens import Metric, mean_metric
+from trl.models.unwrap import unwrap
 from trl.rollout.collect import Scorer
 from trl.rollout.returns import Judged, give_returns
 from trl.rollout.rounds import RoundSizes
@@ -75,7 +79,7 @@ class PPOTrainer(OnlineTrainer):
             raise ValueError("ref_model is the model itself, which moves: leave it out, and its start is the reference")
         judges = [*_listed(reward_model), *_listed(reward_funcs)]
         args = (args if args is not None else PPOConfig(output_dir="PPO")).resolved(self.in_steps)
-        self.components = (ValueFunction(value_model),)
+        self.value_function = ValueFunction(value_model)
         self.kl_ctl: Any = (
             AdaptiveKLController(args.kl_coef, args.target, args.horizon)
             if args.adap_kl_ctrl
@@ -115,6 +119,9 @@ class PPOTrainer(OnlineTrainer):
         parts = args.num_mini_batches
         return RoundSizes(together // parts, together, together // args.num_generations, parts)
 
+    def parts_of(self) -> tuple[Any, ...]:
+        return (*super().parts_of(), self.value_function)
+
     def _sampling(self, **asked: Any) -> Sampling:
         found, args = super()._sampling(**asked), self.args
         end = self.processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
@@ -133,11 +140,22 @@ class PPOTrainer(OnlineTrainer):
         return False
 
     def scorers(self, model: nn.Module) -> list[Scorer]:
-        found = []
-        if self.needs_reference():
-            found.append(self.scorer(self.reference.ask(model), {"ref_logps": "logp_N"}))
-        ask = functools.partial(by_policy, model, values=True)
-        return [*found, self.scorer(ask, {"old_logps": "logp_N", "values": "value_N"})]
+        own = {"old_logps": "logp_N", "values": "value_N"}
+        if not self.needs_reference():
+            return [self.scorer(functools.partial(by_policy, model, values=True), own)]
+        if self.args.kl_penalty == "full":
+            both = {**own, "ref_logps": "other_logp_N", "divergences": "divergence_N"}
+            return [self.scorer(functools.partial(self._compared, model), both)]
+        reference = self.scorer(self.reference.ask(model), {"ref_logps": "logp_N"})
+        return [reference, self.scorer(functools.partial(by_policy, model, values=True), own)]
+
+    def _compared(self, model: nn.Module, batch: Batch, temperature: float) -> TokenStats:
+        """A batch scored by the policy, its distributions compared with the reference's."""
+        with self.reference.standing_in(model) as other:
+            if other is model and plain_linear(unwrap(model).get_output_embeddings()) is None:
+                raise ValueError("kl_penalty='full' cannot switch off an adapter on the head: choose another penalty")
+            comparison = Comparison(predictions(other, batch, temperature=temperature), beta=1.0)
+        return by_policy(model, batch, temperature=temperature, values=True, comparison=comparison)
 
     def _columns(self) -> list[str]:
         names = [name for name in super()._columns() if name != "ref_logps"]  # read when rewards are made
@@ -147,6 +165,8 @@ class PPOTrainer(OnlineTrainer):
         """The divergence of each token of a trace from the reference, [T]."""
         if "ref_logps" not in columns:
             return np.zeros_like(columns["old_logps"])
+        if self.args.kl_penalty == "full":
+            return columns["divergences"]
         logp, ref_logp = torch.from_numpy(columns["old_logps"]), torch.from_numpy(columns["ref_logps"])
         return value.KL_PENALTIES[self.args.kl_penalty](logp, ref_logp).numpy()
 
