@@ -74,9 +74,11 @@ def of_a_step(settings):
     )
     model = valued(tiny.policy())
     trainer = trl.PPOTrainer(config, model, valued(tiny.reference()), tiny.tokenizer())
+    # Whitened rewards beyond the end of a response are not set back to 0 there: here no response ends before another.
+    queries, responses = (EVEN, ANSWERS) if "whiten_rewards" in settings else (QUERIES, RESPONSES)
     stats = trainer.step(
-        [torch.tensor(ids) for ids in QUERIES],
-        [torch.tensor(ids) for ids in RESPONSES],
+        [torch.tensor(ids) for ids in queries],
+        [torch.tensor(ids) for ids in responses],
         [torch.tensor(score) for score in SCORES],
     )
     weights = {name: each for name, each in model.pretrained_model.named_parameters() if name in KEPT}

@@ -31,20 +31,17 @@ def valued(model):
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_of_a_loop_of_ones_own(name, tmp_path):
     case = STEPS[name]
-    config = trl.PPOConfig(
-        **{**DEFAULTS, "output_dir": str(tmp_path), "learning_rate": RATE, "ppo_epochs": 2, "max_grad_norm": None},
-        batch_size=4,
-        mini_batch_size=4,
-        **case["settings"],
-    )  # fmt: skip
+    settings = {"ppo_epochs": 2, "batch_size": 4, "mini_batch_size": 4, "max_grad_norm": None, **case["settings"]}
+    config = trl.PPOConfig(**{**DEFAULTS, "output_dir": str(tmp_path), "learning_rate": RATE, **settings})
     with contextlib.redirect_stdout(None):
         model = valued(tiny.policy())
         trainer = trl.PPOTrainer(
             config=config, model=model, ref_model=valued(tiny.reference()), tokenizer=tiny.tokenizer()
         )
+        queries, responses = (EVEN, ANSWERS) if "whiten_rewards" in case["settings"] else (QUERIES, RESPONSES)
         stats = trainer.step(
-            [torch.tensor(ids) for ids in QUERIES],
-            [torch.tensor(ids) for ids in RESPONSES],
+            [torch.tensor(ids) for ids in queries],
+            [torch.tensor(ids) for ids in responses],
             [torch.tensor(score) for score in SCORES],
         )
     for key, value in case["numbers"].items():

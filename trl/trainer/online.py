@@ -189,6 +189,10 @@ class OnlineTrainer(BaseTrainer):
         """Whether every coefficient of the trace is zero, so that it need not be forwarded."""
         return not trace.trained
 
+    def parts_of(self) -> tuple[Any, ...]:
+        """The parts of the trainer that have a state of their own."""
+        return (self.reference,)
+
     def sizes_of_rounds(self, args: Any, accumulation: int) -> RoundSizes:
         return round_sizes(args, accumulation, self.completions_of_a_row)
 

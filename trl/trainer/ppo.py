@@ -87,7 +87,8 @@ class PPOTrainer(OnlineTrainer):
         )
         self.running, self.guards = RunningMoments(), Guards(args)
         self.learns = True  # whether the round under way is one of training
-        self.divergence = self.mean_score = 0.0  # means of its completions
+        self.divergence = 0.0  # the mean of its completions', in nats
+        self.round_scores = torch.zeros(0)
         super().__init__(
             without_wrapper(model),
             judges or None,
@@ -151,7 +152,8 @@ class PPOTrainer(OnlineTrainer):
 
     def _compared(self, model: nn.Module, batch: Batch, temperature: float) -> TokenStats:
         """A batch scored by the policy, its distributions compared with the reference's."""
-        with self.reference.standing_in(model) as other:
+        assert self.reference.policy is not None
+        with self.reference.policy.standing_in(model) as other:
             if other is model and plain_linear(unwrap(model).get_output_embeddings()) is None:
                 raise ValueError("kl_penalty='full' cannot switch off an adapter on the head: choose another penalty")
             comparison = Comparison(predictions(other, batch, temperature=temperature), beta=1.0)
@@ -190,7 +192,7 @@ class PPOTrainer(OnlineTrainer):
         score_S = self.scores(traces)
         kl_S = self.kl_of(traces)
         self.divergence = 0.0 if kl_S is None or not len(kl_S) else float(kl_S.mean())
-        self.mean_score = float(score_S.mean()) if len(score_S) else 0.0
+        self.round_scores = score_S
         several = len({each.holder for each in traces}) > 1
         give_returns(
             [
@@ -225,7 +227,7 @@ class PPOTrainer(OnlineTrainer):
 
     def _log_round(self, mode: str, traces: Sequence[ScoredTrace], generations: int) -> None:
         super()._log_round(mode, traces, generations)
-        score, kl, count = self.mean_score, self.divergence, float(len(traces))
+        score, kl, count = float(self.round_scores.mean()), self.divergence, float(len(traces))
         means = {
             "objective/kl": kl,
             "objective/kl_coef": self.kl_ctl.value,

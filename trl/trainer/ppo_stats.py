@@ -33,10 +33,10 @@ def step_stats(
     token_kl: Callable[[Columns], np.ndarray],
     prompts: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-    """Numbers of a step, and arrays of what this rank holds: `traces` are those of all ranks, `means` those of the log,
-    `score_S` and `prompts` this rank's."""
+    """Numbers of a step, and arrays of what this rank holds: `traces` and `score_S`, scaled and clipped, are those of
+    all ranks, `means` those of the log, `prompts` this rank's."""
     own = [each.columns for each in traces if each.columns is not None]
-    scores = np.array([each.rewards[0] for each in traces])
+    scores = score_S.double().numpy()
     kls = np.array([each.kl for each in traces])
     found: dict[str, Any] = {
         "objective/kl": float(kls.mean()),

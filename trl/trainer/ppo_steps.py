@@ -210,8 +210,8 @@ class PPOStepTrainer(PPOTrainer):
         credited = time.perf_counter()
         self._optimise([TrainingTrace(*each[:3], 1.0, each.trained, each.columns, each.holder) for each in traces])
         trained = time.perf_counter()
-        stats = step_stats(traces, self._reduced("train"), score_S=score_S, kl_coef=kl_coef, token_kl=self.token_kl,
-                           vf_coef=self.args.vf_coef, prompts=prompts)  # fmt: skip
+        stats = step_stats(traces, self._reduced("train"), score_S=self.round_scores, kl_coef=kl_coef,
+                           token_kl=self.token_kl, vf_coef=self.args.vf_coef, prompts=prompts)  # fmt: skip
         self.end_round(len(traces))
         self.steps_taken += 1
         return {
