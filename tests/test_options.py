@@ -12,7 +12,10 @@ from tests.trainer.helpers import chat_rows
 from trl import ModelConfig, notices, options
 from trl.losses import policy, preference, reference_free
 
-METHODS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "BCO", "Reward", "PRM", "GRPO", "RLOO")
+METHODS = (
+    *("SFT", "DPO", "KTO", "ORPO", "CPO", "BCO", "Reward", "PRM", "GRPO", "RLOO"),
+    *("OnlineDPO", "XPO", "NashMD"),
+)
 CONFIGS = [getattr(trl, f"{name}Config") for name in METHODS]
 
 

@@ -50,7 +50,6 @@ COMMON = {
         "reward_funcs": "",
         "reward_model_name_or_path": "",
         "judge": "",
-        "missing_eos_penalty": "",
         "num_generations": "",
         "temperature": "",
         "num_iterations": "",

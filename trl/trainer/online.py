@@ -48,7 +48,7 @@ from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, refi
 from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
-from trl.rollout.filters import describe
+from trl.rollout.filters import as_generation_config, describe
 from trl.rollout.generate import InProcessSampler, stop_ids
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import (
@@ -148,8 +148,7 @@ class OnlineTrainer(BaseTrainer):
         args = copy.copy(args)
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
         self.round_sizes = round_sizes(args, self.accumulation, self.completions_of_a_row)
-        self._given = reward_funcs, reward_processing_classes, sampler, environment
-        self._judge = judge
+        self._given = reward_funcs, reward_processing_classes, sampler, environment, judge
         self.round: list[list[TrainingTrace]] = []  # the steps of the round that are still to be taken
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
@@ -270,21 +269,7 @@ class OnlineTrainer(BaseTrainer):
     @property
     def generation_config(self) -> GenerationConfig:
         """What the sampler is asked for, as transformers writes it."""
-        asked, tokenizer = self.sampling, self.processing_class
-        return GenerationConfig(
-            max_new_tokens=asked.max_new_tokens,
-            do_sample=asked.temperature > 0,
-            temperature=asked.temperature if asked.temperature > 0 else None,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            min_p=asked.min_p,
-            repetition_penalty=asked.repetition_penalty,
-            eos_token_id=self.eos_token_ids,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            stop_strings=list(asked.stop_strings) or None,
-            **asked.further,
-        )
+        return as_generation_config(self.sampling, self.processing_class)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -314,13 +299,13 @@ class OnlineTrainer(BaseTrainer):
         args = self.args
         if args.precompute_ref_log_probs:
             raise ValueError("precompute_ref_log_probs is for completions that are known beforehand; leave it out here")
-        reward_funcs, processing_classes, sampler, environment = self._given
+        reward_funcs, processing_classes, sampler, environment, judge = self._given
         if environment is not None and args.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching has single turns alone: leave it out")
         sampling = self._sampling()
         self.collector = Collector(
             sampler=sampler or self._sampler(sampling),
-            judge=self._judge
+            judge=judge
             or RewardFunctions(
                 reward_funcs,
                 weights=args.reward_weights,
@@ -609,9 +594,8 @@ class OnlineTrainer(BaseTrainer):
         """The rank that trains on each trace of a step; -1 for those of weight zero, whose columns nobody reads."""
         active = [place for place, each in enumerate(step) if not self.has_no_gradient(each)]
         holders = deal([step[place] for place in active], self.args.world_size, self.together)
-        dealt = zip(active, holders, strict=True)
         found = [-1] * len(step)
-        for place, rank in dealt:
+        for place, rank in zip(active, holders, strict=True):
             found[place] = rank
         return found
 

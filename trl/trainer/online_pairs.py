@@ -35,17 +35,15 @@ class OnlinePairsConfig(OnlineConfig):
     max_completion_length: int | None = field(default=64, metadata={"help": "Maximum completion length in tokens."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Maximum tokens of prompt and completion; longer prompts are cut at the beginning."},
+        metadata={"help": "Maximum tokens of prompt and completion; the prompt is cut."},
     )
     beta: list[float] | float = field(
         default=0.1,
-        metadata={"help": "Strength of the pull towards the reference; a list: one for each epoch, the last stays."},
+        metadata={"help": "Weight of the reference; a list has one for each epoch."},
     )
     loss_type: str = field(
         default="sigmoid",
-        metadata={
-            "help": f"Loss of a pair: {', '.join(ONLINE_LOSSES)}, or your own as package.module:function or function."
-        },
+        metadata={"help": f"Loss of a pair: {', '.join(ONLINE_LOSSES)}, or package.module:function."},
     )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtracted from the reward of a completion that does not end by itself."}
@@ -56,9 +54,7 @@ class OnlinePairsConfig(OnlineConfig):
     )
     judge: str | None = field(
         default=None,
-        metadata={
-            "help": "Judge of pairs in place of rewards: pair_rm, openai, hf, package.module:name, file.py:name."
-        },
+        metadata={"help": "Judge in place of rewards: pair_rm, openai, hf, file.py:name."},
     )
 
     scheduled = ("beta",)  # fields that may have one value for each epoch
