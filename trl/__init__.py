@@ -70,6 +70,12 @@ if TYPE_CHECKING:
     from .models.vocabulary import (
         clone_chat_template as clone_chat_template,
     )
+    from .models.with_value_head import (
+        AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead,
+    )
+    from .models.with_value_head import (
+        AutoModelForSeq2SeqLMWithValueHead as AutoModelForSeq2SeqLMWithValueHead,
+    )
     from .rewards.pairwise import (
         AllTrueJudge as AllTrueJudge,
     )
@@ -124,6 +130,12 @@ if TYPE_CHECKING:
     from .trainer.grpo import (
         GRPOTrainer as GRPOTrainer,
     )
+    from .trainer.kl_control import (
+        AdaptiveKLController as AdaptiveKLController,
+    )
+    from .trainer.kl_control import (
+        FixedKLController as FixedKLController,
+    )
     from .trainer.kto import (
         KTOConfig as KTOConfig,
     )
@@ -147,6 +159,12 @@ if TYPE_CHECKING:
     )
     from .trainer.orpo import (
         ORPOTrainer as ORPOTrainer,
+    )
+    from .trainer.ppo import (
+        PPOConfig as PPOConfig,
+    )
+    from .trainer.ppo import (
+        PPOTrainer as PPOTrainer,
     )
     from .trainer.prm import (
         PRMConfig as PRMConfig,
@@ -191,9 +209,13 @@ _JUDGES = (
 _HOMES = {
     **_of_methods(),
     **dict.fromkeys(_JUDGES, "trl.rewards.pairwise"),
+    "AdaptiveKLController": "trl.trainer.kl_control",
+    "AutoModelForCausalLMWithValueHead": "trl.models.with_value_head",
+    "AutoModelForSeq2SeqLMWithValueHead": "trl.models.with_value_head",
     "DataCollatorForCompletionOnlyLM": "trl.data.batching.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",
+    "FixedKLController": "trl.trainer.kl_control",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",

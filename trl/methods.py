@@ -152,6 +152,15 @@ METHODS = {
         judged=True,
         experimental=True,
     ),
+    "ppo": Method(
+        "PPO",
+        "proximal policy optimisation",
+        "prompts; the model's completions are judged, and a value function says which tokens were worth it",
+        "trl.trainer.ppo",
+        Paper("Proximal Policy Optimization Algorithms", "Schulman, John", 2017, "1707.06347"),
+        judged=True,
+        experimental=True,
+    ),
     "reward": Method(
         "Reward",
         "reward modelling",

@@ -85,7 +85,7 @@ def test_the_first_step_is_upstreams(kind, name, budget, tmp_path):
     assert len(expected["metrics"]) > 5
     for metric, value in expected["metrics"].items():
         assert logged[metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric
-    assert len(trainer.step.batches) == (len(ROWS) if budget else 1)
+    assert len(trainer.under_way.batches) == (len(ROWS) if budget else 1)
 
 
 def test_what_the_cases_are_about():

@@ -383,11 +383,74 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         ),
         **{name: Gone(_NO_VALUES, "trl 0.9") for name in ("cliprange_value", "vf_coef", "gamma", "lam")},
     },
+    "PPOConfig": {
+        "response_length": Now("max_completion_length", "trl 0.9 – 1.12"),
+        "num_ppo_epochs": Now("num_iterations", "trl 0.9 – 1.12"),
+        "ppo_epochs": Now("num_iterations", "trl ≤ 0.11"),
+        "init_kl_coef": Now("kl_coef", "trl ≤ 0.11"),
+        "kl_estimator": Now("kl_penalty", "trl 0.17 – 1.12", nothing=(None, "k1")),
+        "forward_batch_size": Now("mini_batch_size", "trl ≤ 0.11"),
+        "log_with": Now("report_to", "trl ≤ 0.11"),
+        "tracker_project_name": Now("project", "trl ≤ 0.11", nothing=(None, "trl")),
+        "steps": Gone("a loop of your own ends where it ends, and max_steps ends train()", "trl ≤ 0.11"),
+        "local_rollout_forward_batch_size": Gone(
+            "the sampler sizes its batches by max_cache_tokens", "trl 0.9 – 1.12", nothing=(None, 64)
+        ),
+        "num_sample_generations": Gone(
+            "log_completions=True prints completions and keeps them", "trl 0.9 – 1.12", nothing=(None, 0, 10)
+        ),
+        "exp_name": Gone("run_name names the run for trackers", "trl ≤ 0.27"),
+        "task_name": Gone("run_name names the run for trackers", "trl ≤ 0.11"),
+        "tracker_kwargs": Gone("trackers read their settings from the environment", "trl ≤ 0.11", nothing=(None, {})),
+        "project_kwargs": Gone("output_dir and logging_dir say where things go", "trl ≤ 0.11", nothing=(None, {})),
+        "accelerator_kwargs": Refused("accelerator_config takes them", "trl ≤ 0.11", nothing=(None, {})),
+        **{
+            name: Gone("it was read by trackers alone", "trl ≤ 0.11", nothing=(None, usual))
+            for name, usual in (
+                ("model_name", "gpt2"),
+                ("reward_model", "sentiment-analysis:lvwerra/distilbert-imdb"),
+            )
+        },
+        **{
+            name: Gone("it follows from the other sizes", "trl ≤ 1.12")
+            for name in (
+                *("local_batch_size", "micro_batch_size", "local_mini_batch_size", "num_total_batches"),
+                *("backward_batch_size", "global_backward_batch_size", "global_batch_size"),
+            )
+        },
+        **{
+            name: Gone(
+                "nothing is kept on the device between steps that could be freed", "trl ≤ 0.11", nothing=(None, False)
+            )
+            for name in ("optimize_cuda_cache", "optimize_device_cache")
+        },
+        "compare_steps": Gone("it was read with push_to_hub_if_best_kwargs alone", "trl ≤ 0.11", nothing=(None, 1)),
+        "push_to_hub_if_best_kwargs": Refused(
+            "call push_to_hub where the loop sees its best reward", "trl ≤ 0.11", nothing=(None, {})
+        ),
+        "is_encoder_decoder": Refused(
+            "train a causal language model; encoder-decoders are not supported", "trl ≤ 0.11", nothing=(None, False)
+        ),
+        "is_peft_model": Gone("the model says whether it has an adapter", "trl ≤ 0.11", nothing=(None, False)),
+        "use_text_environment": Refused("pass environment= to the trainer", "trl ≤ 0.11", nothing=(None, False)),
+        "sft_model_path": Refused(_POLICY, "trl 0.9 – 1.12", nothing=(None, "EleutherAI/pythia-160m")),
+        "reward_model_path": Refused(
+            "pass the reward model as reward_model (on the command line --reward_model_name_or_path)",
+            "trl 0.9 – 1.12",
+            nothing=(None, "EleutherAI/pythia-160m"),
+        ),
+    },
     "OnlineTrainer": {
         "tools": Refused("tools and environments are not there yet", "trl 0.26 – 1.16"),
         "rollout_func": Refused("tools and environments are not there yet", "trl 0.24 – 1.16"),
         "environment_factory": Refused("tools and environments are not there yet", "trl 1.0 – 1.16"),
         "reward_model": Now("reward_funcs", "trl ≤ 0.16"),
+    },
+    "PPOTrainer": {
+        "policy": Now("model", "trl 0.9 – 0.14"),
+        "ref_policy": Now("ref_model", "trl 0.9 – 0.14"),
+        "dataset": Now("train_dataset", "trl ≤ 0.11"),
+        "config": Now("args", "trl ≤ 0.11"),
     },
     "RLOOTrainer": {
         "config": Now("args", "trl 0.9 – 0.21"),
@@ -477,6 +540,7 @@ VALUES: dict[str, dict[str, dict[Any, Any]]] = {
     "DPOConfig": {"loss_type": {"aot_pair": "aot_unpaired", "kto_pair": _PAIRS_OF_KTO}},
     "CPOConfig": {"loss_type": {"kto_pair": _PAIRS_OF_KTO}},
     "KTOConfig": {"loss_type": {"bco": Refused("train with BCOTrainer", "trl 0.9")}},
+    "PPOConfig": {"kl_penalty": {"k1": "kl"}},
 }
 
 # Keys of arguments that are mappings.
@@ -492,8 +556,8 @@ NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptA
 _RELEASE = "this release has no"
 ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("PPO*", "ppo*", "*ValueHead", "modeling_*", "PreTrainedModelWrapper", "AdaptiveKLController"),
-        f"{_RELEASE} PPO and no value heads; GRPOTrainer and RLOOTrainer learn from rewards without a value model",
+        ("modeling_*", "PreTrainedModelWrapper"),
+        "models with a value head are AutoModelForCausalLMWithValueHead",
     ),
     (
         (

@@ -35,6 +35,7 @@ class TokenStats(NamedTuple):
     mean_logit_N: Tensor | None = None  # mean over the vocabulary of the (scaled) logits
     sum_sq_N: Tensor | None = None  # sum over the vocabulary of squared probabilities
     aux: Tensor | None = None  # load-balancing term of a mixture of experts
+    value_N: Tensor | None = None  # value of the state before the token
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class Place(NamedTuple):
     device: torch.device
 
 
-# A column of every trace by another model: rows and columns of their traces in, an array for each trace out.
-Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[Columns]], Sequence[np.ndarray]]
+# A forward pass over all traces: rows and columns of their traces in, further columns for each trace out.
+Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[Columns]], Sequence[Columns]]
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Collector:
         version: int,
         number: int,
         place: Place,
-        scorers: Mapping[str, Scorer],
+        scorers: Sequence[Scorer],
         context: Mapping[str, Any],
     ) -> Collected:
         """`generations` traces of every row. Every rank is given all rows, samples its part of the traces, and learns
@@ -112,9 +112,9 @@ class Collector:
         of_row = [rows[each // generations] for each in mine]
         texts = self.decode([each["ids"].tolist() for each in columns]) if columns else []
         rewards_SF, extra, logged = self._judged(of_row, columns, texts, context)
-        for name, scorer in scorers.items():
-            for own, values in zip(columns, scorer(of_row, columns), strict=True):
-                own[name] = values
+        for scorer in scorers:
+            for own, further in zip(columns, scorer(of_row, columns), strict=True):
+                own.update(further)
         shown: list[Any] = [None] * len(columns)
         if self.keeps_texts:
             shown = [(row["prompt"], *rest) for row, *rest in zip(of_row, texts, extra, strict=True)]

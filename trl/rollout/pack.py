@@ -129,6 +129,7 @@ _IN_A_BATCH = {
     "ref_logps": "ref_logp_N",
     "advantages": "advantage_N",
     "values": "old_value_N",
+    "returns": "return_N",
 }
 
 

@@ -103,8 +103,11 @@ class Component:
         """Its part of `method_state`."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, trainer: "BaseTrainer", state: dict[str, Any]) -> None:
         """Restore what `state` returned, out of the state of the whole method."""
+
+    def save(self, trainer: "BaseTrainer", folder: Path) -> None:
+        """Write into the model's folder what `save_pretrained` does not. All ranks call it."""
 
     def check_evaluation(self, trainer: "BaseTrainer", dataset: Any) -> None:
         """An error if this data set cannot be evaluated on now."""
@@ -182,7 +185,7 @@ class BaseTrainer(Adoptable, Trainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `method_state`."""
         for each in self.components:
-            each.load_state(state)
+            each.load_state(self, state)
 
     # --- construction ---------------------------------------------------------------------------------------------
 
@@ -259,7 +262,7 @@ class BaseTrainer(Adoptable, Trainer):
         self._sums = {"train": Totals(), "eval": Totals()}
         self._tokens_seen = 0  # of this rank, over the whole run
         self._distinct = self._positions = 0  # tokens and computed positions of this call of `train`, on this rank
-        self.step: Step | None = None  # the optimizer step under way, or the evaluation's batch
+        self.under_way: Step | None = None  # the optimizer step under way, or the evaluation's batch
         self._of_evaluation: dict[str, Any] = {}  # what `before_evaluation` found
         self._between_logs: dict[str, Any] | None = None
         self._run: dict[str, str | None] = {}  # what tells it from others, and when it was begun
@@ -523,8 +526,8 @@ class BaseTrainer(Adoptable, Trainer):
         for distinct, positions in map(computed, samples):
             self._distinct += distinct
             self._positions += positions
-        self.step = self.begin(samples, counts) if samples else None
-        return (list(self.step.batches), self.step.count(None)) if self.step else ([], None)  # type: ignore[return-value]
+        self.under_way = self.begin(samples, counts) if samples else None
+        return (list(self.under_way.batches), self.under_way.count(None)) if self.under_way else ([], None)  # type: ignore[return-value]
 
     def begin(self, batches: list[Batch], counts: dict[str, Tensor], **about: Any) -> Step:
         """An optimizer step on these micro-batches, with what `before_step` says of them."""
@@ -545,7 +548,7 @@ class BaseTrainer(Adoptable, Trainer):
 
     def step_for(self, batch: Batch) -> Step:
         """The optimizer step or the evaluation under way; outside of one, a step of this batch alone."""
-        return self.step or Step(self._counted(batch), [batch], training=self.mode == "train")
+        return self.under_way or Step(self._counted(batch), [batch], training=self.mode == "train")
 
     def _counted(self, batch: Batch) -> dict[str, Tensor]:
         found = {**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]}
@@ -650,13 +653,13 @@ class BaseTrainer(Adoptable, Trainer):
 
         `items` are those of the first kind in the batch.
         """
-        before, self.mode = self.step, "eval"
-        self.step = Step(counts, [batch], False, self._of_evaluation)
+        before, self.mode = self.under_way, "eval"
+        self.under_way = Step(counts, [batch], False, self._of_evaluation)
         try:
             with overrides.completed(self):
-                share = self.compute_loss(model, batch, num_items_in_batch=self.step.count(None))
+                share = self.compute_loss(model, batch, num_items_in_batch=self.under_way.count(None))
         finally:
-            self.step, self.mode = before, "train"
+            self.under_way, self.mode = before, "train"
         by_rows = self.own_weight == overrides.ROWS
         whole = counts[overrides.ROWS if by_rows else next(iter(counts))]
         self._add_own(share.detach() * whole, batch["row_S"].shape[0] if by_rows else items)
@@ -749,6 +752,8 @@ class BaseTrainer(Adoptable, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with adapters.twin_hidden(self.model):
             super().save_model(output_dir, _internal_call)
+        for each in self.components:
+            each.save(self, Path(output_dir or self.args.output_dir))
         if self.args.should_save:
             # Over PEFT's own; a push to the Hub writes it again by itself.
             takes = inspect.signature(self.create_model_card).parameters.values()

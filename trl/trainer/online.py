@@ -54,6 +54,7 @@ from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batche
 from trl.rollout.rounds import (
     RefillPrompts,
     Replay,
+    RoundSizes,
     StepSampler,
     evaluation_metrics,
     round_sizes,
@@ -147,13 +148,13 @@ class OnlineTrainer(BaseTrainer):
         # A placeholder is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
         args = copy.copy(args)
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
-        self.round_sizes = round_sizes(args, self.accumulation, self.completions_of_a_row)
+        self.round_sizes = self.sizes_of_rounds(args, self.accumulation)
         self._given = reward_funcs, reward_processing_classes, sampler, environment, judge
         self.round: list[list[TrainingTrace]] = []  # the steps of the round that are still to be taken
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
         self.reference = ReferencePolicy(ref_model, model, is_needed=self.needs_reference)
-        self.components = (self.reference,)
+        self.components = (self.reference, *self.components)
         super().__init__(
             model,
             args,
@@ -169,7 +170,6 @@ class OnlineTrainer(BaseTrainer):
     # --- what a method supplies -----------------------------------------------------------------------------------
 
     least_generations = 1  # completions of each prompt that `credit` needs at least
-    completions_of_a_row = 1  # that a row of the batch size stands for
     whole_groups = False  # whether a group is sampled and judged on one rank, and no step cuts it
     together = 1  # traces in turn that the loss reads in one forward pass
 
@@ -189,6 +189,10 @@ class OnlineTrainer(BaseTrainer):
         """Whether the trace at this place of its group is trained on."""
         return True
 
+    @staticmethod
+    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
+        return round_sizes(args, accumulation)
+
     def kl_in_reward(self) -> bool:
         return False
 
@@ -196,6 +200,10 @@ class OnlineTrainer(BaseTrainer):
     def scoring_temperature(self) -> float:
         """What logits are divided by for the log-probs that the loss reads."""
         return self.args.temperature
+
+    def divergence_of(self, columns: Columns) -> float:
+        """The divergence of a trace from the reference, where it is a part of the reward."""
+        return kl_of_trace(columns)
 
     def needs_reference(self) -> bool:
         return self.args.beta != 0.0
@@ -320,7 +328,7 @@ class OnlineTrainer(BaseTrainer):
             own_columns=self.prepared_columns,
             environment=environment,
             mask_truncated=args.mask_truncated_completions,
-            divergence=kl_of_trace if self.kl_in_reward() and self.needs_reference() else None,
+            divergence=self.divergence_of if self.kl_in_reward() and self.needs_reference() else None,
             keeps_texts=bool(args.log_completions),
             whole_groups=self.whole_groups,
         )
@@ -340,9 +348,10 @@ class OnlineTrainer(BaseTrainer):
         sampler.check(sampling)
         return sampler
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self, **asked: Any) -> Sampling:
+        """What the sampler is asked for by default; `asked` are further arguments of `generate`."""
         args, tokenizer = self.args, self.processing_class
-        further = dict(args.generation_kwargs or {})
+        further = {**(args.generation_kwargs or {}), **asked}
         fields = {
             "max_new_tokens": args.max_completion_length or LONGEST,
             "temperature": args.temperature,
@@ -440,11 +449,6 @@ class OnlineTrainer(BaseTrainer):
         # which sample other numbers of tokens, or none.
         model = without_ddp(self.model_wrapped) if training or self.is_fsdp_enabled else self.model
         ranks, rank = (args.world_size, args.process_index) if training else (1, 0)
-        scorers: dict[str, Scorer] = {}
-        if self.needs_reference():
-            scorers["ref_logps"] = functools.partial(self._log_probs, self.reference.ask(model))
-        if self.needs_old():
-            scorers["old_logps"] = functools.partial(self._log_probs, functools.partial(_by_policy, model))
         with self.compute_loss_context_manager():
             return self.collector.collect(
                 model,
@@ -453,7 +457,7 @@ class OnlineTrainer(BaseTrainer):
                 version=self.state.global_step,
                 number=self.rounds_sampled if training else -1,
                 place=Place(rank, ranks, args.device),
-                scorers=scorers,
+                scorers=self.scorers(model),
                 context={"trainer_state": self.state},
             )
 
@@ -479,21 +483,40 @@ class OnlineTrainer(BaseTrainer):
                             "groups/idle": self._known_to_all(idle)})  # fmt: skip
         return found
 
-    def _log_probs(
-        self, ask: Callable[..., TokenStats], rows: Sequence[Mapping[str, Any]], columns: Sequence[Columns]
-    ) -> list[np.ndarray]:
-        """Log-probs of every token of the traces under the model that `ask` calls, an array for each trace."""
+    def scorers(self, model: nn.Module) -> list[Scorer]:
+        """Forward passes that give every trace further columns: log-probs of the reference, and of the policy where
+        those of the sampler are not the engine's."""
+        found = []
+        if self.needs_reference():
+            found.append(self.scorer(self.reference.ask(model), {"ref_logps": "logp_N"}))
+        if self.needs_old():
+            found.append(self.scorer(functools.partial(by_policy, model), {"old_logps": "logp_N"}))
+        return found
+
+    def scorer(self, ask: Callable[..., TokenStats], columns: Mapping[str, str]) -> Scorer:
+        """A forward pass by `ask`; `columns` says which of its results becomes which column."""
+        return functools.partial(self._scored, ask, columns)
+
+    def _scored(
+        self,
+        ask: Callable[..., TokenStats],
+        names: Mapping[str, str],
+        rows: Sequence[Mapping[str, Any]],
+        columns: Sequence[Columns],
+    ) -> list[Columns]:
+        """Results of a forward pass for every token of the traces."""
         blank = []
         for row, own in zip(rows, columns, strict=True):
             length = len(own["ids"])
             blank.append(TrainingTrace(int(row["row"]), row["prompt_ids"], length, 0.0, length, {"ids": own["ids"]}))
-        found: list[np.ndarray] = []
+        found: list[Columns] = []
         for group in self._micro_batches(blank):
             batch = self._prepare_inputs(self._collate.to_batch(trees(group)))
             with torch.no_grad(), self.compute_loss_context_manager():
                 stats = ask(batch, temperature=self.scoring_temperature)
-            parts = stats.logp_N.float().cpu().split([each.length for each in group])
-            found += [part.numpy().copy() for part in parts]
+            lengths = [each.length for each in group]
+            parts = {name: getattr(stats, of).float().cpu().split(lengths) for name, of in names.items()}
+            found += [{name: part[place].numpy().copy() for name, part in parts.items()} for place in range(len(group))]
         return found
 
     def rewards_of(self, traces: Sequence[ScoredTrace]) -> Tensor:
@@ -618,13 +641,13 @@ class OnlineTrainer(BaseTrainer):
         for distinct, positions in map(computed, batches):
             self._distinct += distinct
             self._positions += positions
-        self.step = self.begin(batches, counts, on_policy=self.is_on_policy())
+        self.under_way = self.begin(batches, counts, on_policy=self.is_on_policy())
         total = torch.zeros((), device=self.args.device)
         # The loss is that of the whole step already; DeepSpeed would divide it by the accumulation it was set up for.
         unscaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         saved = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
         with self._half_products(), saved, overrides.completed(self):
-            for number, batch in enumerate(self.step.batches):
+            for number, batch in enumerate(self.under_way.batches):
                 last = number == len(batches) - 1
                 self.accelerator.sync_gradients = last  # DeepSpeed's engine steps where it is told so
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
@@ -743,7 +766,8 @@ def kl_of_trace(columns: Columns) -> float:
     return float(logps[own].sum(dtype=np.float64) - columns["ref_logps"][own].sum(dtype=np.float64))
 
 
-def _by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+def by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+    """A batch scored by the policy as it samples, without dropout."""
     with evaluating(model):
         return score(model, batch, **asked)
 

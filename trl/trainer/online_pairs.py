@@ -16,6 +16,7 @@ from trl.losses.online_preference import ONLINE_LOSSES, by_preference
 from trl.losses.tokens import Metric, masked_mean_metric, mean_metric, seq_sum
 from trl.notices import notify_once
 from trl.rewards.verdicts import Verdicts
+from trl.rollout.rounds import RoundSizes, round_sizes
 from trl.rollout.traces import ScoredTrace, TrainingTrace
 from trl.rollout.types import Environment, Sampler
 
@@ -113,7 +114,7 @@ class OnlinePairsTrainer(OnlineTrainer):
     """
 
     config_class: type[OnlinePairsConfig]
-    least_generations = completions_of_a_row = together = 2
+    least_generations = together = 2
     whole_groups = True
     asks_probabilities = False  # whether a judge is asked how sure it is
 
@@ -181,6 +182,10 @@ class OnlinePairsTrainer(OnlineTrainer):
         if not isinstance(values, list):
             return float(values)
         return float(values[min(int(self.state.epoch or 0), len(values) - 1)])
+
+    @staticmethod
+    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
+        return round_sizes(args, accumulation, completions=2)
 
     def needs_reference(self) -> bool:
         return True
