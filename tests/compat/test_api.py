@@ -79,7 +79,7 @@ def test_sentences_of_names_that_are_not_there():
         "model"
     )
     assert absence("trl", "SFTTrainr") == "module 'trl' has no attribute 'SFTTrainr'; did you mean `SFTTrainer`?"
-    for older in ("XPOConfig", "AutoModelForCausalLMWithValueHead", "setup_chat_format", "HfPairwiseJudge"):
+    for older in ("AutoModelForCausalLMWithValueHead", "setup_chat_format", "BestOfNSampler"):
         with pytest.raises(ImportError, match=f"no attribute '{older}': "):
             __import__("trl", fromlist=[older])
     with pytest.raises(ModuleNotFoundError, match="in this process and with the student's tokenizer"):

@@ -204,6 +204,28 @@ def test_mistakes_of_the_others(tmp_path, tokenizer):
     assert all(torch.equal(before[name], weight) for name, weight in trainer.model.named_parameters())
 
 
+# The fields of upstream's OnlineDPOConfig from 0.9 to 1.16, beside those of TrainingArguments.
+FIELDS = """
+    reward_model_path judge max_new_tokens max_length temperature top_p top_k min_p repetition_penalty generation_kwargs
+    use_transformers_paged cache_implementation missing_eos_penalty beta loss_type disable_dropout use_vllm
+    vllm_model_impl vllm_guided_decoding_regex vllm_structured_outputs_regex vllm_gpu_memory_utilization vllm_mode
+    vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
+    vllm_tensor_parallel_size vllm_enable_sleep_mode ds3_gather_for_generation model_init_kwargs trust_remote_code
+    reward_weights dataset_num_proc gpu_memory_utilization
+""".split()
+
+
+def test_every_field_of_upstream_is_known():
+    from dataclasses import fields
+
+    from trl.compat.arguments import rows_of
+
+    for kind in KINDS:
+        config = getattr(trl, f"{kind}Config")
+        known = {field.name for field in fields(config)} | set(rows_of(config))
+        assert [name for name in FIELDS if name not in known] == []
+
+
 def test_older_words(tmp_path, tokenizer):
     config = trl.OnlineDPOConfig(
         output_dir=str(tmp_path), max_new_tokens=7, ds3_gather_for_generation=True, use_vllm=False, beta=[0.3],

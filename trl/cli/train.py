@@ -53,7 +53,6 @@ COMMON = {
         "reward_funcs": "",
         "reward_model_name_or_path": "",
         "judge": "",
-        "missing_eos_penalty": "",
         "num_generations": "",
         "max_new_tokens": "",
         "temperature": "",

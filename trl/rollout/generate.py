@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import (
     Cache,
     DynamicCache,
-    GenerationConfig,
 )
 
 from trl.data.tokenizing.chat import end_tokens
@@ -47,24 +46,6 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     found = end_tokens(tokenizer) | set(ends if isinstance(ends, list | tuple) else [ends])
     # A tokenizer may know more tokens than the model does.
     return {each for each in found - {None} if each < base.get_input_embeddings().num_embeddings}
-
-
-def as_generation_config(asked: Sampling, tokenizer: Any) -> GenerationConfig:
-    """What a sampler is asked for, as transformers writes it."""
-    return GenerationConfig(
-        max_new_tokens=asked.max_new_tokens,
-        do_sample=asked.temperature > 0,
-        temperature=asked.temperature if asked.temperature > 0 else None,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        min_p=asked.min_p,
-        repetition_penalty=asked.repetition_penalty,
-        eos_token_id=list(asked.stop_ids),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        stop_strings=list(asked.stop_strings) or None,
-        **asked.further,
-    )
 
 
 class InProcessSampler:

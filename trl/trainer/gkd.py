@@ -19,7 +19,8 @@ from trl.engine.score import score
 from trl.losses.policy import TOKENS
 from trl.losses.tokens import Metric, mean_metric
 from trl.models.shards import without_ddp
-from trl.rollout.generate import InProcessSampler, as_generation_config, stop_ids
+from trl.rollout.filters import as_generation_config
+from trl.rollout.generate import InProcessSampler, stop_ids
 from trl.rollout.types import Request, Sampling
 
 from .attributes import shows

@@ -11,6 +11,7 @@ from trl.engine.forest import Batch
 from trl.engine.score import score
 from trl.losses.online_preference import nash_md
 from trl.losses.tokens import Metric, masked_mean_metric, seq_count, seq_sum
+from trl.rewards.verdicts import Verdicts
 from trl.rollout.generate import InProcessSampler
 from trl.rollout.traces import ScoredTrace, TrainingTrace
 from trl.rollout.two_models import InTurn, MixtureSampler
@@ -25,9 +26,7 @@ class NashMDConfig(OnlinePairsConfig):
 
     mixture_coef: list[float] | float = field(
         default=0.5,
-        metadata={
-            "help": "Share of the reference in the mixture's logits; a list: one for each epoch, the last stays."
-        },
+        metadata={"help": "Share of the reference in the mixture; a list has one for each epoch."},
     )
 
     scheduled = ("beta", "mixture_coef")
@@ -75,8 +74,7 @@ class NashMDTrainer(OnlinePairsTrainer):
     def probabilities(self, score_S: Tensor) -> Tensor:
         """The chance that the policy's completion is preferred, [S] -> [P]; 1/2 where nothing is known."""
         first_P, second_P = score_S.view(-1, 2).unbind(1)
-        judged = self._judge is not None
-        return (first_P if judged else torch.sigmoid(first_P - second_P)).nan_to_num(0.5)
+        return (first_P if isinstance(self.rewards, Verdicts) else torch.sigmoid(first_P - second_P)).nan_to_num(0.5)
 
     def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
         """How far the chance to be preferred is from 1/2, for the policy's completions; 0 for the mixture's."""

@@ -48,8 +48,8 @@ from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, Unju
 from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
-from trl.rollout.filters import describe
-from trl.rollout.generate import InProcessSampler, as_generation_config, stop_ids
+from trl.rollout.filters import as_generation_config, describe
+from trl.rollout.generate import InProcessSampler, stop_ids
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import (
     RefillPrompts,
@@ -150,8 +150,7 @@ class OnlineTrainer(BaseTrainer):
         args = copy.copy(args)
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
         self.round_sizes = self.sizes_of_rounds(args, self.accumulation)
-        self._given = reward_funcs, reward_processing_classes, sampler, environment
-        self._judge = judge
+        self._given = reward_funcs, reward_processing_classes, sampler, environment, judge
         self.round: list[list[TrainingTrace]] = []  # the steps of the round that are still to be taken
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
@@ -172,7 +171,6 @@ class OnlineTrainer(BaseTrainer):
     # --- what a method supplies -----------------------------------------------------------------------------------
 
     least_generations = 1  # completions of each prompt that `credit` needs at least
-    completions_of_a_row = 1  # that a row of the batch size stands for
     whole_groups = False  # whether a group is sampled and judged on one rank, and no step cuts it
     together = 1  # traces in turn that the loss reads in one forward pass
     needs_rewards = True  # whether the method learns nothing without reward functions
@@ -193,12 +191,13 @@ class OnlineTrainer(BaseTrainer):
         """The parts of the trainer that have a state of their own."""
         return (self.reference,)
 
-    def sizes_of_rounds(self, args: Any, accumulation: int) -> RoundSizes:
-        return round_sizes(args, accumulation, self.completions_of_a_row)
-
     def trains(self, place: int) -> bool:
         """Whether the trace at this place of its group is trained on."""
         return True
+
+    @staticmethod
+    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
+        return round_sizes(args, accumulation)
 
     def kl_in_reward(self) -> bool:
         return False
@@ -314,13 +313,13 @@ class OnlineTrainer(BaseTrainer):
         args = self.args
         if args.precompute_ref_log_probs:
             raise ValueError("precompute_ref_log_probs is for completions that are known beforehand; leave it out here")
-        reward_funcs, processing_classes, sampler, environment = self._given
+        reward_funcs, processing_classes, sampler, environment, judge = self._given
         if environment is not None and args.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching has single turns alone: leave it out")
         sampling = self._sampling()
         self.collector = Collector(
             sampler=sampler or self._sampler(sampling),
-            judge=self._judge or self._judge_of(reward_funcs, processing_classes),
+            judge=judge or self._judge_of(reward_funcs, processing_classes),
             sampling=sampling,
             decode=functools.partial(self.processing_class.batch_decode, skip_special_tokens=True),
             seed=args.seed,
@@ -632,9 +631,8 @@ class OnlineTrainer(BaseTrainer):
         """The rank that trains on each trace of a step; -1 for those of weight zero, whose columns nobody reads."""
         active = [place for place, each in enumerate(step) if not self.has_no_gradient(each)]
         holders = deal([step[place] for place in active], self.args.world_size, self.together)
-        dealt = zip(active, holders, strict=True)
         found = [-1] * len(step)
-        for place, rank in dealt:
+        for place, rank in zip(active, holders, strict=True):
             found[place] = rank
         return found
 

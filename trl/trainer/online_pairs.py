@@ -16,6 +16,7 @@ from trl.losses.online_preference import ONLINE_LOSSES, by_preference
 from trl.losses.tokens import Metric, masked_mean_metric, mean_metric, seq_sum
 from trl.notices import notify_once
 from trl.rewards.verdicts import Verdicts
+from trl.rollout.rounds import RoundSizes, round_sizes
 from trl.rollout.traces import ScoredTrace, TrainingTrace
 from trl.rollout.types import Environment, Sampler
 
@@ -35,17 +36,15 @@ class OnlinePairsConfig(OnlineConfig):
     max_completion_length: int | None = field(default=64, metadata={"help": "Maximum completion length in tokens."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Maximum tokens of prompt and completion; longer prompts are cut at the beginning."},
+        metadata={"help": "Maximum tokens of prompt and completion; the prompt is cut."},
     )
     beta: list[float] | float = field(
         default=0.1,
-        metadata={"help": "Strength of the pull towards the reference; a list: one for each epoch, the last stays."},
+        metadata={"help": "Weight of the reference; a list has one for each epoch."},
     )
     loss_type: str = field(
         default="sigmoid",
-        metadata={
-            "help": f"Loss of a pair: {', '.join(ONLINE_LOSSES)}, or your own as package.module:function or function."
-        },
+        metadata={"help": f"Loss of a pair: {', '.join(ONLINE_LOSSES)}, or package.module:function."},
     )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtracted from the reward of a completion that does not end by itself."}
@@ -56,9 +55,7 @@ class OnlinePairsConfig(OnlineConfig):
     )
     judge: str | None = field(
         default=None,
-        metadata={
-            "help": "Judge of pairs in place of rewards: pair_rm, openai, hf, package.module:name, file.py:name."
-        },
+        metadata={"help": "Judge in place of rewards: pair_rm, openai, hf, file.py:name."},
     )
 
     scheduled = ("beta",)  # fields that may have one value for each epoch
@@ -117,7 +114,7 @@ class OnlinePairsTrainer(OnlineTrainer):
     """
 
     config_class: type[OnlinePairsConfig]
-    least_generations = completions_of_a_row = together = 2
+    least_generations = together = 2
     whole_groups = True
     asks_probabilities = False  # whether a judge is asked how sure it is
 
@@ -185,6 +182,10 @@ class OnlinePairsTrainer(OnlineTrainer):
         if not isinstance(values, list):
             return float(values)
         return float(values[min(int(self.state.epoch or 0), len(values) - 1)])
+
+    @staticmethod
+    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
+        return round_sizes(args, accumulation, completions=2)
 
     def needs_reference(self) -> bool:
         return True

@@ -22,7 +22,7 @@ from trl.losses.tokens import Metric, mean_metric
 from trl.models.unwrap import unwrap
 from trl.rollout.collect import Scorer
 from trl.rollout.returns import Judged, give_returns
-from trl.rollout.rounds import RoundSizes
+from trl.rollout.rounds import RoundSizes, round_sizes
 from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace
 from trl.rollout.types import Sampling
 
@@ -112,9 +112,10 @@ class PPOTrainer(OnlineTrainer):
 
     # --- rounds ---------------------------------------------------------------------------------------------------
 
-    def sizes_of_rounds(self, args: Any, accumulation: int) -> RoundSizes:
+    @staticmethod
+    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
         if args.generation_batch_size is not None or args.steps_per_generation is not None:
-            return super().sizes_of_rounds(args, accumulation)
+            return round_sizes(args, accumulation)
         least = math.lcm(args.num_mini_batches, args.num_generations)
         together = math.ceil(args.train_batch_size * accumulation * args.world_size / least) * least
         parts = args.num_mini_batches

@@ -21,7 +21,7 @@ class XPOConfig(OnlinePairsConfig):
 
     alpha: list[float] | float = field(
         default=1e-5,
-        metadata={"help": "Weight of the exploration bonus; a list: one for each epoch, the last stays."},
+        metadata={"help": "Weight of the exploration bonus; a list has one for each epoch."},
     )
 
     scheduled = ("beta", "alpha")
