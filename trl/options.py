@@ -236,6 +236,14 @@ UNUSED: dict[str, dict[str, Row]] = {
         "log_unique_prompts": Needs("log_completions"),
         "transformers_continuous_batching_config": Needs("use_transformers_continuous_batching"),
     },
+    "PPOConfig": {
+        "sync_ref_model": None,
+        **dict.fromkeys(
+            ("target", "horizon"), Where(lambda config, value: config.adap_kl_ctrl is not False, "with a fixed kl_coef")
+        ),
+        "target_kl": Needs("early_stopping"),
+        "use_score_norm": Needs("use_score_scaling"),
+    },
     "OnlinePairsConfig": {"max_length": None, "sync_ref_model": None},
     "NashMDConfig": {"loss_type": Never("the loss is the paper's")},
     "GKDConfig": {

@@ -468,7 +468,7 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         "environment_factory": Refused("tools and environments are not there yet", "trl 1.0 – 1.16"),
         "reward_model": Now("reward_funcs", "trl ≤ 0.16"),
     },
-    "PPOTrainer": {
+    "PPORounds": {
         "policy": Now("model", "trl 0.9 – 0.14"),
         "ref_policy": Now("ref_model", "trl 0.9 – 0.14"),
         "dataset": Now("train_dataset", "trl ≤ 0.11"),

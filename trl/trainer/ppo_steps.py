@@ -20,7 +20,7 @@ from trl.rollout.types import Request, Sampling
 
 from . import queries as of_queries
 from .own_loop import OwnLoop
-from .ppo import PPOTrainer, without_wrapper
+from .ppo_rounds import PPORounds, without_wrapper
 from .ppo_stats import step_stats
 from .queries import Queries, numbers, token_rows
 
@@ -30,7 +30,7 @@ def given_to_step(**_: Any) -> list[float]:
     raise ValueError("scores are an argument of step(queries, responses, scores); train() asks reward_funcs")
 
 
-class PPOStepTrainer(PPOTrainer):
+class PPOStepTrainer(PPORounds):
     """`PPOTrainer` for a loop of one's own: what `PPOTrainer(config=..., model=...)` makes.
 
     `model` is a language model, with or without `AutoModelForCausalLMWithValueHead` around it. `ref_model=None`: its
