@@ -45,8 +45,8 @@ class Readout:
     """How raw head outputs become logits, and which measures are taken.
 
     logits = scale * raw, bounded to softcap * tanh(logits / softcap) if there is a softcap, divided by temperature.
-    `extras` are names in `MEASURES`, returned in this order; the first ones, `grads`, carry a gradient. `comparison`
-    is what some of them compare with.
+    `extras` are names in `MEASURES`, returned in this order; the first ones, `grads`, carry a gradient, and so does
+    the log-prob with `logp_grad`. `comparison` is what some measures compare with.
     """
 
     scale: float = 1.0
@@ -55,10 +55,16 @@ class Readout:
     extras: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
     comparison: Comparison | None = None
+    logp_grad: bool = True
 
     def __post_init__(self) -> None:
         if self.extras[: len(self.grads)] != self.grads:
             raise ValueError(f"extras {self.extras} must begin with those that carry a gradient, {self.grads}")
+
+    @property
+    def with_gradient(self) -> slice:
+        """The columns, the log-prob first, that carry a gradient."""
+        return slice(0 if self.logp_grad else 1, 1 + len(self.grads))
 
     def at(self, span: slice) -> "Readout":
         """The readout of a chunk: what it compares with is of these trained tokens."""
@@ -94,7 +100,8 @@ def _measured(chunk: Chunk, readout: Readout) -> list[Tensor]:
 
 def _slopes(chunk: Chunk, readout: Readout) -> Iterator[Tensor]:
     """The gradient of each differentiable column with respect to the logits, [C, V], in order, one at a time."""
-    yield logp_slope(chunk)
+    if readout.logp_grad:
+        yield logp_slope(chunk)
     for name in readout.grads:
         slope = MEASURES[name].slope
         assert slope is not None
@@ -116,7 +123,8 @@ def _outputs(readout: Readout, count: int, device: torch.device) -> list[Tensor]
 
 
 def _mark(ctx: Any, readout: Readout, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-    ctx.mark_non_differentiable(*outputs[1 + len(readout.grads) :])
+    differentiable = {id(each) for each in outputs[readout.with_gradient]}
+    ctx.mark_non_differentiable(*(each for each in outputs if id(each) not in differentiable))
     return tuple(outputs)
 
 
@@ -135,7 +143,7 @@ class _LinearHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor,
                 readout: Readout, dtype: torch.dtype) -> tuple[Tensor, ...]:  # fmt: skip
         head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        slopes = 0 if head_trains or not ctx.needs_input_grad[0] else 1 + len(readout.grads)
+        slopes = 0 if head_trains or not ctx.needs_input_grad[0] else readout.logp_grad + len(readout.grads)
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         outputs = _outputs(readout, hidden_NH.shape[0], hidden_NH.device)
         slopes_NH = [torch.empty_like(hidden_NH) for _ in range(slopes)]
@@ -158,6 +166,7 @@ class _LinearHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
         readout, dtype = ctx.readout, ctx.dtype
+        grads_N = grads_N[readout.with_gradient]
         if ctx.slopes:
             grad_NH = None
             for slope_NH, grad_N in zip(ctx.saved_tensors, grads_N, strict=False):
@@ -207,7 +216,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_C: Tensor | None) -> tuple[Tensor | None, ...]:
         raw_CV, target_C = ctx.saved_tensors
-        grad_CV = _logits_grad(raw_CV, target_C, ctx.readout, list(grads_C))
+        grad_CV = _logits_grad(raw_CV, target_C, ctx.readout, grads_C[ctx.readout.with_gradient])
         return grad_CV.to(raw_CV.dtype), None, None
 
 

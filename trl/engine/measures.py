@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence import divergence, divergence_slope
+from .divergence import Divergence
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Comparison:
     """Another model's predictions of the same tokens, and the divergence that compares a distribution with them.
 
     `logits` gives those of a span of the trained tokens, [C, V], as they enter its softmax. `beta`, `top_k` and
-    `add_tail` are those of `engine.divergence.divergence`.
+    `add_tail` are those of `engine.divergence.Divergence`.
     """
 
     logits: Callable[[slice], Tensor]
@@ -30,6 +30,7 @@ class Comparison:
 
     @property
     def options(self) -> dict[str, Any]:
+        """Those of the divergence."""
         return {"beta": self.beta, "top_k": self.top_k, "add_tail": self.add_tail}
 
 
@@ -51,6 +52,10 @@ class Chunk:
         with torch.no_grad():
             logits_CV = self.comparison.logits(self.comparison.span or slice(None))
             return logits_CV.to(self.logp_CV.device).float().log_softmax(-1)
+
+    @functools.cached_property
+    def divergence(self) -> Divergence:
+        return Divergence(self.logp_CV, self.other_logp_CV, q_CV=self.p_CV, **self.comparison.options)
 
     @functools.cached_property
     def p_CV(self) -> Tensor:  # noqa: N802 dimensions are in the names
@@ -103,10 +108,7 @@ MEASURES: dict[str, Measure] = {
     # mean over the vocabulary of log-probs (label smoothing)
     "mean_logp": Measure(lambda chunk: chunk.logp_CV.mean(-1), _mean_logp_slope),
     # divergence from another model's distribution
-    "divergence": Measure(
-        lambda chunk: divergence(chunk.logp_CV, chunk.other_logp_CV, **chunk.comparison.options),
-        lambda chunk: divergence_slope(chunk.logp_CV, chunk.other_logp_CV, **chunk.comparison.options),
-    ),
+    "divergence": Measure(lambda chunk: chunk.divergence.value(), lambda chunk: chunk.divergence.slope()),
     # log-prob of the trained token under the other model
     "other_logp": Measure(lambda chunk: chunk.other_logp_CV.gather(1, chunk.target_C[:, None])[:, 0]),
     # 1 where the trained token is the most likely one

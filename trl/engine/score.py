@@ -57,6 +57,7 @@ def score(
     mean_logit: bool = False,
     sum_sq: bool = False,
     comparison: Comparison | None = None,
+    logp_grad: bool = True,
     temperature: float = 1.0,
     embedding_noise: float | None = None,
     router: bool = False,
@@ -64,8 +65,9 @@ def score(
 ) -> TokenStats:
     """Log-probs of the trained tokens of a batch, and the extras that are set (see `TokenStats`).
 
-    The model must be attached, and the batch laid out by its `Attachment.batch`. Gradients flow through the log-probs,
-    through `mean_logp`, and through the entropy if `entropy_grad` is set. `temperature` divides the logits.
+    The model must be attached, and the batch laid out by its `Attachment.batch`. Gradients flow through the log-probs
+    (unless `logp_grad` is False), through `mean_logp`, and through the entropy if `entropy_grad` is set. `temperature`
+    divides the logits.
     `comparison` adds the divergence from another model's predictions, which carries a gradient, and its log-probs.
     `embedding_noise` is NEFTune's alpha: uniform noise of size alpha / sqrt(length * H) on the embeddings of each
     sequence (Jain et al. 2023, arXiv:2310.05914). `router` adds a mixture of experts' load-balancing loss, as `aux`.
@@ -90,6 +92,7 @@ def score(
         "extras": extras,
         "grads": grads,
         "comparison": comparison,
+        "logp_grad": logp_grad,
         "temperature": temperature,
         "embedding_noise": embedding_noise,
         "router": router,
@@ -162,6 +165,7 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         extras=tuple(request["extras"]),
         grads=tuple(request["grads"]),
         comparison=request.get("comparison"),
+        logp_grad=request.get("logp_grad", True),
     )
     if request.get("router"):
         kwargs["output_router_logits"] = True

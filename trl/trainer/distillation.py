@@ -55,7 +55,7 @@ class DistillationTrainer(OnlineTrainer):
 
     `teacher_model` is a model, a name or a path; it has the student's vocabulary. Rows have a `prompt` (a string or
     messages). The loss is the mean over tokens of the generalised Jensen-Shannon divergence between the two
-    distributions, both at `temperature` (see `engine.divergence.divergence`). Agarwal et al. 2023, arXiv:2306.13649.
+    distributions, both at `temperature` (see `engine.divergence.Divergence`). Agarwal et al. 2023, arXiv:2306.13649.
     """
 
     config_class = DistillationConfig
@@ -122,7 +122,13 @@ class DistillationTrainer(OnlineTrainer):
             add_tail=args.loss_add_tail,
         )
         stats = score(
-            model, batch, entropy=True, comparison=comparison, temperature=args.temperature, router=balance > 0
+            model,
+            batch,
+            entropy=True,
+            comparison=comparison,
+            logp_grad=False,
+            temperature=args.temperature,
+            router=balance > 0,
         )
         assert stats.divergence_N is not None and stats.entropy_N is not None
         total = stats.divergence_N.sum()

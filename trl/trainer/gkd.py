@@ -76,7 +76,7 @@ class GKDTrainer(SFTTrainer):
 
     In a share `lmbda` of the optimizer steps the student writes the last answer of each row; in the others the data's
     answers stay, or with `seq_kd` the teacher writes them. The loss is the mean over tokens of the generalised
-    Jensen-Shannon divergence between the two distributions (see `engine.divergence.divergence`), at temperature 1.
+    Jensen-Shannon divergence between the two distributions (see `engine.divergence.Divergence`), at temperature 1.
     Rows are those of `SFTTrainer`; of a conversation the assistant's turns are trained. An evaluation reads the data's
     answers. `teacher_model` is a model, a name or a path; it has the student's vocabulary. Agarwal et al. 2023,
     arXiv:2306.13649, algorithm 1.
@@ -204,7 +204,7 @@ class GKDTrainer(SFTTrainer):
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
         balance = self.router_aux_loss_coef
         comparison = self.teacher.comparison(batch, beta=self.args.beta)
-        stats = score(model, batch, entropy=True, top1=True, comparison=comparison, router=balance > 0)
+        stats = score(model, batch, entropy=True, top1=True, comparison=comparison, logp_grad=False, router=balance > 0)
         assert stats.divergence_N is not None and stats.entropy_N is not None and stats.top1_N is not None
         total = stats.divergence_N.sum()
         metrics = {"entropy": mean_metric(stats.entropy_N), "mean_token_accuracy": mean_metric(stats.top1_N)}
