@@ -63,6 +63,7 @@ METHODS = {
     "simpo": preferring("CPO", pair_rows, loss_type="simpo", alpha=0.25),
     "reward": preferring("Reward", pair_rows, center_rewards_coefficient=0.1),
     "prm": preferring("PRM", step_rows),
+    "ppo": comparing("PPO", max_steps=1, temperature=1.0),
     "online-dpo": comparing("OnlineDPO", loss_type="ipo"),
     "xpo": comparing("XPO", alpha=0.01, missing_eos_penalty=0.1),
     "nash-md": comparing("NashMD"),

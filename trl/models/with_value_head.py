@@ -78,9 +78,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def v_head(self) -> ValueHead:
         return value_head(unwrap(self.pretrained_model))
 
-    @v_head.setter
-    def v_head(self, head: ValueHead) -> None:
-        add_head(self.pretrained_model, head)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == VALUE_HEAD:
+            add_head(self.pretrained_model, value)  # torch would keep it here, beside the one that is used
+        else:
+            super().__setattr__(name, value)
 
     @property
     def is_peft_model(self) -> bool:
