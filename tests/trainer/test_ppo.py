@@ -191,7 +191,7 @@ def test_a_loop_of_ones_own(tmp_path, tokenizer, capsys):
         ([[5, 6], [], [7], [8]], [[8], [9], [9], [9]], [1.0] * 4, "query 1 has no tokens"),
         ([[5, 6], [4], [7], [8]], [[8], [], [9], [9]], [1.0] * 4, "response 1 has no tokens"),
         ([[5, 6], [4], [7], [8]], [[8], [9], [7], [9]], [1.0] * 4, "response 2 is its query and nothing more"),
-        ([[5, 6], [4], [7], [8]], [[8], [9], [9], [9]], [1.0] * 3, "not 3 scores"),
+        ([[5, 6], [4], [7], [8]], [[8], [9], [9], [9]], [1.0] * 3, "here are 3 scores"),
         ([[5, 6], [4], [7], [8]], [[8], [9], [9], [9]], [1.0, 1.0, float("nan"), 1.0], "score 2 is nan"),
         ([[5, 6], [4], [7], [8]], [[8], [9], [9], [9]], [1.0, [1.0, 2.0], 1.0, 1.0], "score 1 is"),
         ("what", [[8]], [1.0], "a list of 1-D tensors of token ids is wanted, not a str"),

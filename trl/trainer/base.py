@@ -621,7 +621,7 @@ class BaseTrainer(Adoptable, Trainer):
 
     def compute_loss_context_manager(self) -> Any:
         stack = super().compute_loss_context_manager()
-        # The policy's own forward is wrapped so; a reference, a teacher or a model that is not wrapped yet must be run in
+        # The policy's own forward is wrapped so. A reference, a teacher or a model that is not wrapped yet must run in
         # the same precision, or their log-probs differ from the start.
         stack.enter_context(self.accelerator.autocast())
         stack.enter_context(self._half_products())
