@@ -193,6 +193,7 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         vocabulary = base.config.get_text_config().vocab_size
         columns = token_stats(head, hidden_NH, request["target_N"], readout, vocabulary)
     if values:
+        assert hidden_NH is not None
         further["value"] = _values(base, hidden_NH, request, *args, **kwargs)
     if request.get("router"):
         further["aux"] = _load_balance(base, outputs, kwargs.get("attention_mask"))

@@ -41,7 +41,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         unknown = [name for name in options if name not in HEAD_OPTIONS]
         if unknown:
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}: {', '.join(HEAD_OPTIONS)}")
-        self.pretrained_model = pretrained_model
+        self.pretrained_model: Any = pretrained_model
         if value_head(unwrap(pretrained_model)) is None:
             add_head(pretrained_model, **options)
 

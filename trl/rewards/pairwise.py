@@ -69,7 +69,7 @@ class BaseBinaryJudge(BaseJudge):
     """A judge that says whether a completion meets a condition, as in CGPO (arXiv:2409.20370, section 4.1.4)."""
 
     @abstractmethod
-    def judge(
+    def judge(  # type: ignore[override]  # upstream's order of arguments
         self,
         prompts: list[str],
         completions: list[str],
@@ -86,7 +86,7 @@ class AllTrueJudge(BaseBinaryJudge):
     def __init__(self, judges: Sequence[BaseBinaryJudge]) -> None:
         self.judges = list(judges)
 
-    def judge(
+    def judge(  # type: ignore[override]  # upstream's order of arguments
         self,
         prompts: list[str],
         completions: list[str],

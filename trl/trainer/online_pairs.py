@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class OnlinePairsConfig(OnlineConfig):
         metadata={"help": "Judge in place of rewards: pair_rm, openai, hf, file.py:name."},
     )
 
-    scheduled = ("beta",)  # fields that may have one value for each epoch
+    scheduled: ClassVar[tuple[str, ...]] = ("beta",)  # fields that may have one value for each epoch
 
     def __post_init__(self) -> None:
         for name in ("num_generations", "num_generations_eval"):

@@ -25,7 +25,7 @@ class PPOConfig(OnlineConfig):
     each `mini_batch_size * gradient_accumulation_steps` of them.
     """
 
-    learning_rate: float | None = field(  # type: ignore[assignment]
+    learning_rate: float | None = field(
         default=None, metadata={"help": "Initial learning rate. Default: 3e-6; 1.41e-5 in a loop of one's own."}
     )
     temperature: float | None = field(  # type: ignore[assignment]
@@ -111,8 +111,7 @@ class PPOConfig(OnlineConfig):
             raise ValueError("stop_token and stop_token_id both say where completions end: give one of them")
         if self.mini_batch_size is not None:
             self.per_device_train_batch_size = self.mini_batch_size
-        if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0
+        self.max_grad_norm: float = 0.0 if self.max_grad_norm is None else self.max_grad_norm
         super().__post_init__()
         step = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.batch_size is not None:

@@ -59,7 +59,7 @@ def step_stats(
     if "ppo/loss/policy" in found:
         found["ppo/loss/total"] = found["ppo/loss/policy"] + vf_coef * found["ppo/loss/value"]
     found["ppo/policy/advantages_mean"] = float(found["ppo/policy/advantages"].mean())
-    returns, values = (_trained(own, lambda each, name=name: each[name]) for name in ("returns", "values"))
+    returns, values = _trained(own, lambda each: each["returns"]), _trained(own, lambda each: each["values"])
     found |= {"ppo/returns/mean": float(returns.mean()), "ppo/returns/var": float(returns.var())}
     found |= {"ppo/val/mean": float(values.mean()), "ppo/val/var": float(values.var())}
     if found["ppo/returns/var"] > 0 and "ppo/val/error" in found:

@@ -59,7 +59,8 @@ class ValueFunction(Component):
     def _add_critic(self, trainer: BaseTrainer) -> None:
         own = self.value_model
         if isinstance(own, str | Path):
-            own = load.load_scorer(own, **(trainer.args.model_init_kwargs or {}))
+            init_kwargs: Any = trainer.args.model_init_kwargs or {}
+            own = load.load_scorer(own, **init_kwargs)
         inside = getattr(own, "pretrained_model", None)
         if inside is not None:
             raise ValueError("value_model has a value head of its own: give a model that scores, or leave it out")
