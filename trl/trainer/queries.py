@@ -53,7 +53,11 @@ def of_texts(dataset: datasets.Dataset, tokenizer: Any, length: int, num_proc: i
     `input_ids` stays as it is."""
     if "input_ids" in dataset.column_names:
         return dataset
-    texts = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) == "string"]
+    texts = [
+        name
+        for name, feature in dataset.features.items()
+        if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     column = next((name for name in TEXTS if name in texts), next(iter(texts), None))
     if column is None:
         raise ValueError(
