@@ -260,8 +260,8 @@ def main(
     (folder / "data").mkdir(parents=True, exist_ok=True)
     prompts = size.steps * size.batch // generations
     parts = {"train": rows(prompts, WORDS, options.seed), "test": rows(size.held_out, NEW_WORDS, options.seed)}
-    for name, part in parts.items():
-        (folder / "data" / f"{name}.jsonl").write_text(
+    for split, part in parts.items():
+        (folder / "data" / f"{split}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in part), encoding="utf-8"
         )
 

@@ -79,11 +79,11 @@ class Verdicts:
 
     def _number(self, verdict: Any) -> float:
         if isinstance(verdict, numbers.Real):
-            verdict = float(verdict)
-            if verdict == -1 or verdict != verdict:
+            value = float(verdict)
+            if value == -1 or math.isnan(value):
                 return math.nan
-            if self.asked and 0 <= verdict <= 1 or verdict in (0, 1):
-                return verdict
+            if self.asked and 0 <= value <= 1 or value in (0, 1):
+                return value
         wanted = "a probability from 0 to 1" if self.asked else "0 or 1"
         raise RewardError(
             f"judge {self.names[0]!r} answered {verdict!r:.60}: a verdict is {wanted}, or -1 where there is none"
