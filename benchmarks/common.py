@@ -27,7 +27,8 @@ class Side:
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if ours:
-            environment["PYTHONPATH"] = str(HERE.parent)
+            further = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # packages that the environment lacks
+            environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *(each for each in further if each)])
         if settings["exact_memory"]:  # glibc: whatever is larger comes from the system and goes back to it
             environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
         self.log = folder / f"{name}.log"
