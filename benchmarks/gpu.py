@@ -193,8 +193,9 @@ def main() -> None:
     def wanted(step: Step) -> bool:
         return not options.only or step.name in options.only
 
-    command = [sys.executable, str(Path(__file__).resolve()), "--make", "--assets", str(options.assets.absolute()), "--out",
-               str(options.out.absolute()), "--work", str(work)] + (["--dry"] if options.dry else [])  # fmt: skip
+    assets, out = str(options.assets.absolute()), str(options.out.absolute())
+    command = [sys.executable, str(Path(__file__).resolve()), "--make", "--assets", assets, "--out", out]
+    command += ["--work", str(work), *(["--dry"] if options.dry else [])]
     made = Running(Step("models", command, 120), work, environment)
     few = {**environment, "OMP_NUM_THREADS": "1" if options.dry else "2"}
     if options.dry:  # two cores: one at a time
