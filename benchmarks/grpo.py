@@ -113,7 +113,9 @@ def draw_completions(rows: list[Row], model: Path, tokenizer: Any, options: argp
     prompts = list(dict.fromkeys(tuple(row["prompt_ids"]) for row in rows))
     requests = [Request(prompt, options.generations, (options.seed, at)) for at, prompt in enumerate(prompts)]
     sampling = Sampling(max_new_tokens=options.max_completion_length, stop_ids=(tokenizer.eos_token_id,))
-    drawn = InProcessSampler().generate(drawing, requests, sampling)
+    sampler = InProcessSampler()
+    sampler.sync(drawing, 0)
+    drawn = sampler.generate(requests, sampling)
     return [(list(prompt), [each.ids for each in group]) for prompt, group in zip(prompts, drawn, strict=True)]
 
 

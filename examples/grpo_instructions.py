@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,16 +230,26 @@ def svg(trained: Sequence[Point], held_out: Sequence[Point], title: str) -> str:
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    command: Callable[[str, Path, Size, int], list[str]] = command,
+    name: str = "GRPO",
+    full: Size = FULL,
+    quick: Size = QUICK,
+    generations: int = GENERATIONS,
+) -> int:
+    """The whole run; other methods on the same task give their command, name, sizes and completions of a prompt."""
     parser = argparse.ArgumentParser(
-        description="GRPO on instructions that can be checked; exits 1 if nothing is learned."
+        description=f"{name} on instructions that can be checked; exits 1 if nothing is learned."
     )
+    output = f"{name.lower().replace(' ', '-')}-instructions"
     parser.add_argument("--model_name_or_path", help="a folder or a name [SmolLM2-135M-Instruct, as `trl demo` has it]")
-    parser.add_argument("--output_dir", default="grpo-instructions", help="where everything is written")
+    parser.add_argument("--output_dir", default=output, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts, the adapter and what is drawn [0]")
     parser.add_argument("--quick", action="store_true", help="two small steps: whether it works, not whether it learns")
     options = parser.parse_args(argv)
-    size = QUICK if options.quick else FULL
+    size = quick if options.quick else full
     started = time.perf_counter()
     model = options.model_name_or_path
     if model is None:
@@ -248,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = str(demo_model())
     folder = Path(options.output_dir)
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    prompts = size.steps * size.batch // GENERATIONS
+    prompts = size.steps * size.batch // generations
     parts = {"train": rows(prompts, WORDS, options.seed), "test": rows(size.held_out, NEW_WORDS, options.seed)}
     for name, part in parts.items():
         (folder / "data" / f"{name}.jsonl").write_text(
@@ -263,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     trained, held_out, passed = curves(folder / "model")
     write_csv(folder / "curve.csv", trained, held_out)
-    title = "GRPO: one sentence, 5 to 12 words, two given words"
+    title = f"{name}: one sentence, 5 to 12 words, two given words"
     (folder / "curve.svg").write_text(svg(trained, held_out, title), encoding="utf-8")
     before, after = held_out[0], held_out[-1]
     rose = after.reward - after.half > before.reward + before.half

@@ -12,7 +12,10 @@ from tests.trainer.helpers import chat_rows
 from trl import ModelConfig, notices, options
 from trl.losses import policy, preference, reference_free
 
-METHODS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "BCO", "Reward", "PRM", "GRPO", "RLOO")
+METHODS = (
+    *("SFT", "DPO", "KTO", "ORPO", "CPO", "BCO", "Reward", "PRM", "GRPO", "RLOO", "PPO"),
+    *("OnlineDPO", "XPO", "NashMD", "GKD", "Distillation", "MiniLLM"),
+)
 CONFIGS = [getattr(trl, f"{name}Config") for name in METHODS]
 
 

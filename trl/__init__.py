@@ -70,6 +70,42 @@ if TYPE_CHECKING:
     from .models.vocabulary import (
         clone_chat_template as clone_chat_template,
     )
+    from .models.with_value_head import (
+        AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead,
+    )
+    from .models.with_value_head import (
+        AutoModelForSeq2SeqLMWithValueHead as AutoModelForSeq2SeqLMWithValueHead,
+    )
+    from .rewards.pairwise import (
+        AllTrueJudge as AllTrueJudge,
+    )
+    from .rewards.pairwise import (
+        BaseBinaryJudge as BaseBinaryJudge,
+    )
+    from .rewards.pairwise import (
+        BaseJudge as BaseJudge,
+    )
+    from .rewards.pairwise import (
+        BasePairwiseJudge as BasePairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        BaseRankJudge as BaseRankJudge,
+    )
+    from .rewards.pairwise import (
+        FunctionJudge as FunctionJudge,
+    )
+    from .rewards.pairwise import (
+        HfPairwiseJudge as HfPairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        OpenAIPairwiseJudge as OpenAIPairwiseJudge,
+    )
+    from .rewards.pairwise import (
+        PairRMJudge as PairRMJudge,
+    )
+    from .rewards.pairwise import (
+        RewardModelJudge as RewardModelJudge,
+    )
     from .trainer.bco import (
         BCOConfig as BCOConfig,
     )
@@ -82,11 +118,23 @@ if TYPE_CHECKING:
     from .trainer.cpo import (
         CPOTrainer as CPOTrainer,
     )
+    from .trainer.distillation import (
+        DistillationConfig as DistillationConfig,
+    )
+    from .trainer.distillation import (
+        DistillationTrainer as DistillationTrainer,
+    )
     from .trainer.dpo import (
         DPOConfig as DPOConfig,
     )
     from .trainer.dpo import (
         DPOTrainer as DPOTrainer,
+    )
+    from .trainer.gkd import (
+        GKDConfig as GKDConfig,
+    )
+    from .trainer.gkd import (
+        GKDTrainer as GKDTrainer,
     )
     from .trainer.grpo import (
         GRPOConfig as GRPOConfig,
@@ -94,17 +142,47 @@ if TYPE_CHECKING:
     from .trainer.grpo import (
         GRPOTrainer as GRPOTrainer,
     )
+    from .trainer.kl_control import (
+        AdaptiveKLController as AdaptiveKLController,
+    )
+    from .trainer.kl_control import (
+        FixedKLController as FixedKLController,
+    )
     from .trainer.kto import (
         KTOConfig as KTOConfig,
     )
     from .trainer.kto import (
         KTOTrainer as KTOTrainer,
     )
+    from .trainer.minillm import (
+        MiniLLMConfig as MiniLLMConfig,
+    )
+    from .trainer.minillm import (
+        MiniLLMTrainer as MiniLLMTrainer,
+    )
+    from .trainer.nash_md import (
+        NashMDConfig as NashMDConfig,
+    )
+    from .trainer.nash_md import (
+        NashMDTrainer as NashMDTrainer,
+    )
+    from .trainer.online_dpo import (
+        OnlineDPOConfig as OnlineDPOConfig,
+    )
+    from .trainer.online_dpo import (
+        OnlineDPOTrainer as OnlineDPOTrainer,
+    )
     from .trainer.orpo import (
         ORPOConfig as ORPOConfig,
     )
     from .trainer.orpo import (
         ORPOTrainer as ORPOTrainer,
+    )
+    from .trainer.ppo import (
+        PPOConfig as PPOConfig,
+    )
+    from .trainer.ppo import (
+        PPOTrainer as PPOTrainer,
     )
     from .trainer.prm import (
         PRMConfig as PRMConfig,
@@ -130,17 +208,32 @@ if TYPE_CHECKING:
     from .trainer.sft import (
         SFTTrainer as SFTTrainer,
     )
+    from .trainer.xpo import (
+        XPOConfig as XPOConfig,
+    )
+    from .trainer.xpo import (
+        XPOTrainer as XPOTrainer,
+    )
 
 
 def _of_methods() -> dict[str, str]:
     return {f"{row.name}{part}": row.module for row in METHODS.values() for part in ("Config", "Trainer")}
 
 
+_JUDGES = (
+    *("AllTrueJudge", "BaseBinaryJudge", "BaseJudge", "BasePairwiseJudge", "BaseRankJudge", "FunctionJudge"),
+    *("HfPairwiseJudge", "OpenAIPairwiseJudge", "PairRMJudge", "RewardModelJudge"),
+)
 _HOMES = {
     **_of_methods(),
+    "AdaptiveKLController": "trl.trainer.kl_control",
+    "AutoModelForCausalLMWithValueHead": "trl.models.with_value_head",
+    "AutoModelForSeq2SeqLMWithValueHead": "trl.models.with_value_head",
+    **dict.fromkeys(_JUDGES, "trl.rewards.pairwise"),
     "DataCollatorForCompletionOnlyLM": "trl.data.batching.completion_only",
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",
+    "FixedKLController": "trl.trainer.kl_control",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",

@@ -280,6 +280,22 @@ class ReferenceFields:
 
 
 @dataclass
+class TeacherFields:
+    """The teacher of a distillation."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: a folder, or a name on the Hub; with the student's tokenizer."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a teacher on the Hub."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `from_pretrained` for a teacher given by name. Default dtype: its own."},
+    )
+
+
+@dataclass
 class RolloutFields:
     """How completions are sampled and scored."""
 

@@ -50,7 +50,7 @@ LIMITS: dict[str, Limit] = {
             *("num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations"),
             *("max_tokens_per_micro_batch", "max_cache_tokens", "num_completions_to_print"),
             *("precompute_ref_batch_size", "ref_model_sync_steps", "prompt_sample_size", "lora_r"),
-            *("eval_accumulation_steps", "torch_empty_cache_steps"),
+            *("eval_accumulation_steps", "torch_empty_cache_steps", "max_new_tokens"),
         ),
         COUNT,
     ),
@@ -68,6 +68,9 @@ LIMITS: dict[str, Limit] = {
         + ("router_aux_loss_coef", "min_density_ratio", "max_density_ratio"),
         WEIGHT,
     ),
+    **dict.fromkeys(("lmbda", "gamma"), SHARE),
+    "kd_temperature": POSITIVE,
+    "loss_top_k": NUMBER_OF._replace(note="0 compares all tokens"),
     **dict.fromkeys(("ref_model_mixup_alpha", "min_p", "label_smoothing", "top_entropy_quantile"), SHARE),
     "top_p": Limit(0, 1, above=True),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), Limit(0, 1, below=True)),
@@ -233,6 +236,38 @@ UNUSED: dict[str, dict[str, Row]] = {
         "log_unique_prompts": Needs("log_completions"),
         "transformers_continuous_batching_config": Needs("use_transformers_continuous_batching"),
     },
+    "PPOConfig": {
+        "sync_ref_model": None,
+        **dict.fromkeys(
+            ("target", "horizon"), Where(lambda config, value: config.adap_kl_ctrl is not False, "with a fixed kl_coef")
+        ),
+        "target_kl": Needs("early_stopping"),
+        "use_score_norm": Needs("use_score_scaling"),
+    },
+    "OnlinePairsConfig": {"max_length": None, "sync_ref_model": None},
+    "NashMDConfig": {"loss_type": Never("the loss is the paper's")},
+    "GKDConfig": {
+        "loss_type": Never("the loss is the divergence from the teacher, which beta selects"),
+        "label_smoothing_factor": Never("a teacher's distribution is not smoothed"),
+        "neftune_noise_alpha": Never("only SFT adds noise to embeddings"),
+        **dict.fromkeys(
+            ("temperature", "max_new_tokens"),
+            Where(lambda config, value: config.writes, "with lmbda=0 and seq_kd=False: no completion is sampled"),
+        ),
+        "seq_kd": Where(lambda config, value: config.lmbda < 1, "with lmbda=1: the student writes every completion"),
+    },
+    "DistillationConfig": {
+        **dict.fromkeys(
+            ("precompute_ref_log_probs", "sync_ref_model", "precompute_ref_batch_size")
+            + ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+            Never("a teacher takes the place of the reference"),
+        ),
+        **dict.fromkeys(
+            ("reward_weights", "reward_timeout", "pass_threshold"), Never("no reward function judges the completions")
+        ),
+        "loss_add_tail": Needs("loss_top_k"),
+    },
+    "MiniLLMConfig": {"gamma": Needs("rkl_advantage"), "length_normalization": Needs("gamma")},
     "GRPOConfig": {
         "epsilon": Needs("loss_type", (*CLIP, "gmpo", "cispo")),
         "epsilon_high": Where(

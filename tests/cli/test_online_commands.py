@@ -96,3 +96,37 @@ def test_mistakes_are_told_before_anything_is_loaded(folder: Path, capsys: pytes
     ):
         assert main([*given, *more]) != 0
         assert sentence in "".join(capsys.readouterr())
+
+
+PAIRS = (
+    *("--max_steps", 2, "--per_device_train_batch_size", 2, "--logging_steps", 1, "--max_new_tokens", 6),
+    *("--learning_rate", "1e-2", "--report_to", "none", "--output_dir", "out"),
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "metric"),
+    [
+        ("online-dpo", ("--reward_funcs", "judge.py:odd", "--beta", 0.2, 0.1), "objective/scores_margin"),
+        ("xpo", ("--judge", "judge.py:longer", "--alpha", "1e-3", "--use_peft"), "loss/xpo"),
+        ("nash-md", ("--reward_funcs", "judge.py:odd", "--mixture_coef", 0.25), "rewards/probabilities"),
+    ],
+)
+def test_a_command_compares_two_completions(
+    trl_here: Command, tiny_path: str, folder: Path, command: str, given: tuple, metric: str
+) -> None:
+    with (folder / "judge.py").open("a") as file:
+        file.write("\n\ndef longer(prompts, pairs):\n    return [int(len(b) > len(a)) for a, b in pairs]\n")
+    answer = trl_here(command, "--model_name_or_path", tiny_path, "--dataset_name", "rows.jsonl", *given, *PAIRS)
+    assert answer.returncode == 0, answer.stderr
+    assert "rounds: 2 prompts × 2 completions each" in answer.stdout
+    assert "`max_new_tokens` is `max_completion_length` today" in answer.stdout
+    lines = [line for line in logged(folder / "out") if "loss" in line]
+    assert metric in lines[0] and all(line["grad_norm"] > 0 for line in lines)
+    assert f"trl {command} --model_name_or_path out" in answer.stdout
+
+
+def test_who_decides_must_be_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["xpo", "--model_name_or_path", "nowhere", "--dataset_name", str(folder / "rows.jsonl")]
+    assert main(given) != 0
+    assert "--reward_funcs is missing" in "".join(capsys.readouterr())

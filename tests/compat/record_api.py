@@ -31,9 +31,10 @@ import trl
 
 PLACE = Path(__file__).with_name("api.json")
 HOMES = {
-    **dict.fromkeys(("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO"), "trl"),
+    **dict.fromkeys(("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "Distillation"), "trl"),
     "ORPO": "trl.experimental.orpo",
     "CPO": "trl.experimental.cpo",
+    "GKD": "trl.experimental.gkd",
 }
 OLDER = {"BCO": "trl.experimental.bco", "PRM": "trl.experimental.prm"}
 PAIRS = [
@@ -47,12 +48,16 @@ UNPAIRED = [
 ROWS = {
     "SFT": [{"text": "w5 w6 w7"}, {"text": "w8 w9"}],
     "KTO": UNPAIRED,
-    **dict.fromkeys(("GRPO", "RLOO"), [{"prompt": "w5 w6"}, {"prompt": "w11"}]),
+    "GKD": [{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6 w7"}]}] * 2,
+    **dict.fromkeys(("GRPO", "RLOO", "Distillation"), [{"prompt": "w5 w6"}, {"prompt": "w11"}]),
 }
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 ONLINE = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
 FURTHER = {
     "GRPO": {**ONLINE, "entropy_coef": 0.01, "use_adaptive_entropy": True},
     "RLOO": ONLINE,
+    "Distillation": {"max_completion_length": 4},
+    "GKD": {"max_new_tokens": 4, "max_length": 32},
 }
 
 
@@ -107,12 +112,17 @@ def built(method, folder):
     more = {"ref_model": tiny.reference()} if method in ("DPO", "KTO") else {}
     if method in ("GRPO", "RLOO"):
         more = {"reward_funcs": length}
+    if method in ("Distillation", "GKD"):
+        more = {"teacher_model": tiny.reference()}
     model = tiny.scorer() if method == "Reward" else tiny.policy()
     if method in ("GRPO", "RLOO"):  # whose reference is loaded by the model's name
         model.save_pretrained(f"{folder}/model")
         model = f"{folder}/model"
+    tokenizer = tiny.tokenizer()
+    if method == "GKD":
+        tokenizer.chat_template = TEMPLATE
     return getattr(home, f"{method}Trainer")(
-        model=model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tiny.tokenizer(), **more
+        model=model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, **more
     )
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 import tiny  # noqa: E402
 
 TABLE = json.loads(Path(__file__).with_name("api.json").read_text(encoding="utf-8"))
-METHODS = ["SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "ORPO", "CPO"]
+METHODS = ["SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "ORPO", "CPO", "Distillation", "GKD"]
 
 NO_VLLM = "drawn by the sampler of this process: compat names what stands in"
 ONE_HEAD = "the head always projects trained tokens alone"
@@ -45,6 +45,9 @@ ATTRIBUTES = {
     **dict.fromkeys(("odds_ratio_loss", "cpo_loss"), "functions of trl.losses"),
     **dict.fromkeys(("build_tokenized_answer", "concatenated_forward", "concatenated_inputs", "tokenize_row"), HOOK),
     **dict.fromkeys(("generate_from_model", "get_batch_logps", "get_batch_loss_metrics", "store_metrics"), HOOK),
+    "generalized_jsd_loss": "a measure of the engine, trl.engine.divergence",
+    "generate_on_policy_outputs": HOOK,
+    "model_kwarg_keys": "the engine asks the model's signature itself",
     "aux_loss_coef": "router_aux_loss_coef, as in the other trainers",
     "is_encoder_decoder": "encoder-decoders are not supported",
 }
@@ -71,17 +74,14 @@ def test_each_name_is_there_or_says_what_is_there_instead(path):
 
 
 def test_sentences_of_names_that_are_not_there():
-    assert absence("trl", "PPOTrainer").endswith(
-        "this release has no PPO and no value heads; GRPOTrainer and RLOOTrainer learn from rewards without a value "
-        "model"
-    )
+    assert absence("trl", "GOLDTrainer").endswith("in this process and with the student's tokenizer")
     assert absence("trl", "SFTTrainr") == "module 'trl' has no attribute 'SFTTrainr'; did you mean `SFTTrainer`?"
-    for older in ("XPOConfig", "AutoModelForCausalLMWithValueHead", "setup_chat_format", "HfPairwiseJudge"):
+    for older in ("PreTrainedModelWrapper", "setup_chat_format", "GOLDTrainer"):
         with pytest.raises(ImportError, match=f"no attribute '{older}': "):
             __import__("trl", fromlist=[older])
-    with pytest.raises(ModuleNotFoundError, match="this release has no distillation"):
-        import_module("trl.experimental.gkd")
-    assert not hasattr(trl, "PPOTrainer") and getattr(trl, "PPOTrainer", None) is None
+    with pytest.raises(ModuleNotFoundError, match="in this process and with the student's tokenizer"):
+        import_module("trl.experimental.gold")
+    assert not hasattr(trl, "GOLDTrainer") and getattr(trl, "GOLDTrainer", None) is None
 
 
 def test_fields():
@@ -111,6 +111,8 @@ def run(request, tmp_path_factory):
     method = request.param
     online = method in ("GRPO", "RLOO")
     more = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, "log_completions": True} if online else {}
+    if method in ("Distillation", "GKD"):
+        more = {"max_completion_length": 6} if method == "Distillation" else {"max_new_tokens": 6}
     if method == "GRPO":
         more |= {"entropy_coef": 0.01, "use_adaptive_entropy": True}
     config = getattr(trl, f"{method}Config")(
@@ -131,7 +133,9 @@ def run(request, tmp_path_factory):
         rows = [{"text": "w5 w6 w7"}, {"text": "w8 w9"}]
     elif method == "KTO":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i == 0} for i, row in enumerate(ROWS)]
-    elif online:
+    elif method == "GKD":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    elif online or method == "Distillation":
         rows = [{"prompt": row["prompt"]} for row in ROWS]
     rows = Dataset.from_list(rows)
     torch.manual_seed(0)
@@ -142,6 +146,7 @@ def run(request, tmp_path_factory):
         eval_dataset=rows,
         processing_class=tiny.tokenizer(),
         **({"reward_funcs": length} if online else {}),
+        **({"teacher_model": tiny.reference()} if method in ("Distillation", "GKD") else {}),
         **({"ref_model": tiny.reference()} if method in ("DPO", "KTO") else {}),
     )
     trainer.train()

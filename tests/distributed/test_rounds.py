@@ -48,7 +48,7 @@ def test_four_ranks_share_rounds_of_one_process(tmp_path, small_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", "0",
          "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", rounds_worker.__file__, str(tmp_path), small_path],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500,
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for name, expected in alone.items():

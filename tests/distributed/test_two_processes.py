@@ -136,7 +136,9 @@ def test_online_methods_equal_one_process(tmp_path, small_path):
         expected, line = test_online.first_step(worker.drawing(name, tmp_path / "alone", tokenizer, 8))
         assert_same(torch.load(tmp_path / f"{name}.pt"), expected, name)
         found = json.loads((tmp_path / f"{name}.json").read_text())
-        for metric in ("loss", "reward", "reward_std", "entropy", "frac_reward_zero_std", "completions/mean_length"):
+        alike = ("loss", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length")
+        further = ("entropy", "loss/value_avg", "objective/kl", "objective/entropy", "val/error")
+        for metric in (*alike, *(each for each in further if each in line)):
             assert found[metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-6), (name, metric)
 
 

@@ -189,6 +189,7 @@ ONLINE = {
     "grpo": ("GRPO", {"beta": 0.1, "num_iterations": 2, "entropy_coef": 0.01}),
     "grpo-sequences": ("GRPO", {"loss_type": "grpo", "top_entropy_quantile": 0.5}),
     "rloo": ("RLOO", {"normalize_advantages": True}),
+    "ppo": ("PPO", {"num_mini_batches": 2, "num_iterations": 2, "whiten_rewards": True, "num_generations": 2}),
     # A round of two steps, in which the second rank drew most of what is dropped.
     "grpo-refilled": (
         "GRPO",

@@ -98,18 +98,18 @@ def tiny_scorer(tokenizer: Any, seed: int = 0, per_token: bool = False) -> Any:
 
 
 def tiny_config(tokenizer: Any, **changes: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return LlamaConfig(**{**fields, **changes})
 
 
 def sft(
@@ -136,11 +136,13 @@ def preference(
     ref_model: Any = None,
     peft_config: Any = None,
     eval_rows: Any = None,
+    reward_funcs: Any = None,
     **settings: Any,
 ) -> Any:
     """A trainer of judged completions: `method` is the beginning of its name, as in DPO."""
     config = getattr(trl, f"{method}Config")(**{**DEFAULTS, "output_dir": str(tmp_path), **settings})
     further = {} if ref_model is None else {"ref_model": ref_model}
+    further |= {} if reward_funcs is None else {"reward_funcs": reward_funcs}
     if method == "Reward":
         tokenizer = copy.deepcopy(tokenizer)  # its padding may change, and with it the next tiny model
     return getattr(trl, f"{method}Trainer")(

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 import trl.engine.probe as engine_probe
+from tests.trainer import test_distillation
 from tests.trainer.helpers import (
     chat_rows,
     first_gradient,
@@ -32,6 +33,21 @@ def preferring(name, rows, **fixed):
     return make
 
 
+def comparing(name, **fixed):
+    """A method that samples two completions of each of 16 prompts, with a reference that is another model."""
+
+    def odd(completion_ids, **_):
+        return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+    def make(path, tokenizer, **settings):
+        rows = [{"prompt": row["prompt"]} for row in pair_rows(16)]
+        settings = {"max_completion_length": 9, "max_tokens_per_micro_batch": 200, **fixed, **settings}
+        models = {"ref_model": tiny(tokenizer, seed=1), "reward_funcs": odd}
+        return preference(name, path, tiny(tokenizer), tokenizer, rows, **models, **settings)
+
+    return make
+
+
 METHODS = {
     "sft": lambda path, tokenizer, **settings: sft(path, tiny(tokenizer), tokenizer, chat_rows(16), **settings),
     "dpo": preferring("DPO", pair_rows),
@@ -47,10 +63,17 @@ METHODS = {
     "simpo": preferring("CPO", pair_rows, loss_type="simpo", alpha=0.25),
     "reward": preferring("Reward", pair_rows, center_rewards_coefficient=0.1),
     "prm": preferring("PRM", step_rows),
+    "ppo": comparing("PPO", max_steps=1, temperature=1.0),
+    "online-dpo": comparing("OnlineDPO", loss_type="ipo"),
+    "xpo": comparing("XPO", alpha=0.01, missing_eos_penalty=0.1),
+    "nash-md": comparing("NashMD"),
+    "gkd": lambda path, tokenizer, **settings: test_distillation.make(
+        path, tokenizer, "GKD", chat_rows(16), **{"lmbda": 0.0, **settings}
+    ),
 }
 
 SPLITS = {"1x16": (1, 16), "2x8": (2, 8), "16x1": (16, 1), "3x6": (3, 6)}
-OF_A_BATCH = ("total_flos", "grad_norm")
+OF_A_BATCH = ("total_flos", "grad_norm", "step_time")
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,9 @@ def reward(completion_ids, **_):
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def make(path, tokenizer, method="GRPO", reward_funcs=reward, rows=None, eval_rows=None, model=None, **settings):
+def make(
+    path, tokenizer, method="GRPO", reward_funcs=reward, rows=None, eval_rows=None, model=None, canned=True, **settings
+):
     settings = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4,
         "max_completion_length": 8, "max_steps": 1, "output_dir": str(path), **settings,
@@ -75,7 +77,8 @@ def make(path, tokenizer, method="GRPO", reward_funcs=reward, rows=None, eval_ro
         eval_dataset=eval_rows,
         processing_class=tokenizer,
     )
-    trainer.sampler = Canned()
+    if canned:
+        trainer.sampler = Canned()
     return trainer
 
 
@@ -351,12 +354,19 @@ def test_completions_that_were_cut_are_left_out(tmp_path, tokenizer):
     trainer.train()
 
 
-@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
-def test_a_run_resumed_within_a_round_is_the_uninterrupted_one(tmp_path, tokenizer, method):
+@pytest.mark.parametrize(
+    ("method", "further"),
+    [
+        ("GRPO", {"beta": 0.05}),
+        ("RLOO", {"beta": 0.05}),
+        ("PPO", {"adap_kl_ctrl": True, "use_score_scaling": True, "early_stopping": True}),
+    ],
+)
+def test_a_run_resumed_within_a_round_is_the_uninterrupted_one(tmp_path, tokenizer, method, further):
     def run(path):
         return make(
             path, tokenizer, method, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=1,
-            num_generations=4, steps_per_generation=2, num_iterations=2, save_strategy="steps", save_steps=3, beta=0.05,
+            num_generations=4, steps_per_generation=2, num_iterations=2, save_strategy="steps", save_steps=3, **further,
         )  # fmt: skip
 
     whole = run(tmp_path / "whole")

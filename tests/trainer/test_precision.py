@@ -6,8 +6,9 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoTokenizer, Trainer
 
+import trl
 from tests.engine import families
-from tests.trainer.helpers import chat_rows, sft, tiny
+from tests.trainer.helpers import DEFAULTS, chat_rows, pair_rows, sft, tiny
 from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.models.shards import keep_precision
@@ -73,3 +74,13 @@ def test_log_probs_that_were_cast_are_refused():
     model.register_forward_hook(lambda module, args, output: {k: each.bfloat16() for k, each in output.items()})
     with pytest.raises(ValueError, match="casts log-probs to bfloat16.*output_dtype=None"):
         score(model, attachment.batch(families.forest()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"precompute_ref_log_probs": True}])
+def test_a_reference_runs_in_the_precision_of_the_policy(tmp_path, tokenizer, settings):
+    """In bfloat16 autocast too the policy is its reference at first: the loss is ln 2, exactly."""
+    args = trl.DPOConfig(**{**DEFAULTS, "output_dir": str(tmp_path)}, max_steps=1, bf16=True, **settings)
+    trainer = trl.DPOTrainer(tiny(tokenizer), args=args, train_dataset=pair_rows(6), processing_class=tokenizer)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["rewards/margins"] == 0.0 and line["loss"] == pytest.approx(0.6931472, abs=1e-7)

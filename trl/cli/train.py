@@ -20,6 +20,7 @@ COMMON = {
         "model_name_or_path": "",
         "dtype": "",
         "load_in_4bit": "",
+        "teacher_model_name_or_path": "Teacher: a folder or a name.",
     },
     "Data": {
         "dataset_name": "",
@@ -37,17 +38,23 @@ COMMON = {
         "loss_type": "",
         "loss_weights": "",
         "beta": "",
+        "alpha": "",
+        "mixture_coef": "",
+        "lmbda": "",
+        "loss_top_k": "Compare the k most likely tokens alone; 0: all. [0]",
         "cpo_alpha": "",
         "simpo_gamma": "",
         "desirable_weight": "",
         "undesirable_weight": "",
         "center_rewards_coefficient": "",
-        "precompute_ref_log_probs": "",
+        "precompute_ref_log_probs": "Compute the reference's log-probs once, before step 1.",
     },
     "Completions": {
         "reward_funcs": "",
         "reward_model_name_or_path": "",
+        "judge": "",
         "num_generations": "",
+        "max_new_tokens": "",
         "temperature": "",
         "num_iterations": "",
         "log_completions": "",
@@ -137,7 +144,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     notices = _Notices()
     logging.getLogger("trl").addHandler(notices)
     train_rows, test_rows = rows(script, mixture if mixture.datasets else None, config, notices)
-    judges = {"reward_funcs": reward_functions(script)} if method.judged else {}
+    judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
@@ -205,11 +212,13 @@ class _Notices(logging.Handler):
         print(f"trl: {record.getMessage()}", flush=True)
 
 
-def reward_functions(script: Any) -> list[Any]:
-    """The reward functions by name, and the reward model."""
+def reward_functions(script: Any, config: Any) -> list[Any] | None:
+    """The reward functions by name, and the reward model; None where a judge or another model of the config decides."""
     found = list(script.reward_funcs or ())
     if script.reward_model_name_or_path:
         found.append(script.reward_model_name_or_path)
+    if not found and any(getattr(config, name, None) for name in ("judge", "reward_model_path")):
+        return None
     if not found:
         raise UsageError("--reward_funcs is missing: reward functions by name or as file.py:function.")
     return found

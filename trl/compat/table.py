@@ -312,6 +312,28 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
             nothing=(None, False),
         ),
     },
+    "DistillationConfig": {
+        "lmbda": Refused(
+            "the student writes every completion; GKDTrainer trains on the data's completions too",
+            "trl 1.0 – 1.5",
+            nothing=(None, 1.0, 1),
+        ),
+        "use_teacher_server": Refused(
+            "the teacher runs in this process: pass teacher_model", "trl 1.0 – 1.5", nothing=(None, False)
+        ),
+        "teacher_model_server_url": Refused("the teacher runs in this process: pass teacher_model", "trl 1.0 – 1.5"),
+        "reverse_kl_top_1_mode": Refused(
+            "with beta > 0 the student's most likely tokens are compared, and no sampled one",
+            "trl 1.0 – 1.5",
+            nothing=(None, "argmax"),
+        ),
+        "log_completions_steps": Gone("completions are printed in every round", "trl 1.0 – 1.9"),
+        "vllm_sync_frequency": Gone(_OTHER_SAMPLER, "trl 1.0 – 1.9"),
+        **{
+            name: Gone("the tracker's own environment variables set it", "trl 1.0 – 1.5")
+            for name in ("wandb_entity", "wandb_project", "wandb_run_group")
+        },
+    },
     # The trainer of 0.9 to 0.21 had names of its own, some of them PPO's.
     "RLOOConfig": {
         "kl_coef": Now("beta", "trl 0.9 – 0.21"),
@@ -383,17 +405,90 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
         ),
         **{name: Gone(_NO_VALUES, "trl 0.9") for name in ("cliprange_value", "vf_coef", "gamma", "lam")},
     },
+    "PPOConfig": {
+        "response_length": Now("max_completion_length", "trl 0.9 – 1.12"),
+        "num_ppo_epochs": Now("num_iterations", "trl 0.9 – 1.12"),
+        "ppo_epochs": Now("num_iterations", "trl ≤ 0.11"),
+        "init_kl_coef": Now("kl_coef", "trl ≤ 0.11"),
+        "kl_estimator": Now("kl_penalty", "trl 0.17 – 1.12", nothing=(None, "k1")),
+        "forward_batch_size": Now("mini_batch_size", "trl ≤ 0.11"),
+        "log_with": Now("report_to", "trl ≤ 0.11"),
+        "tracker_project_name": Now("project", "trl ≤ 0.11", nothing=(None, "trl")),
+        "steps": Gone("a loop of your own ends where it ends, and max_steps ends train()", "trl ≤ 0.11"),
+        "local_rollout_forward_batch_size": Gone(
+            "the sampler sizes its batches by max_cache_tokens", "trl 0.9 – 1.12", nothing=(None, 64)
+        ),
+        "num_sample_generations": Gone(
+            "log_completions=True prints completions and keeps them", "trl 0.9 – 1.12", nothing=(None, 0, 10)
+        ),
+        "exp_name": Gone("run_name names the run for trackers", "trl ≤ 0.27"),
+        "task_name": Gone("run_name names the run for trackers", "trl ≤ 0.11"),
+        "tracker_kwargs": Gone("trackers read their settings from the environment", "trl ≤ 0.11", nothing=(None, {})),
+        "project_kwargs": Gone("output_dir and logging_dir say where things go", "trl ≤ 0.11", nothing=(None, {})),
+        "accelerator_kwargs": Refused("accelerator_config takes them", "trl ≤ 0.11", nothing=(None, {})),
+        **{
+            name: Gone("it was read by trackers alone", "trl ≤ 0.11", nothing=(None, usual))
+            for name, usual in (
+                ("model_name", "gpt2"),
+                ("reward_model", "sentiment-analysis:lvwerra/distilbert-imdb"),
+            )
+        },
+        **{
+            name: Gone("it follows from the other sizes", "trl ≤ 1.12")
+            for name in (
+                *("local_batch_size", "micro_batch_size", "local_mini_batch_size", "num_total_batches"),
+                *("backward_batch_size", "global_backward_batch_size", "global_batch_size"),
+            )
+        },
+        **{
+            name: Gone(
+                "nothing is kept on the device between steps that could be freed", "trl ≤ 0.11", nothing=(None, False)
+            )
+            for name in ("optimize_cuda_cache", "optimize_device_cache")
+        },
+        "compare_steps": Gone("it was read with push_to_hub_if_best_kwargs alone", "trl ≤ 0.11", nothing=(None, 1)),
+        "push_to_hub_if_best_kwargs": Refused(
+            "call push_to_hub where the loop sees its best reward", "trl ≤ 0.11", nothing=(None, {})
+        ),
+        "is_encoder_decoder": Refused(
+            "train a causal language model; encoder-decoders are not supported", "trl ≤ 0.11", nothing=(None, False)
+        ),
+        "is_peft_model": Gone("the model says whether it has an adapter", "trl ≤ 0.11", nothing=(None, False)),
+        "use_text_environment": Refused("pass environment= to the trainer", "trl ≤ 0.11", nothing=(None, False)),
+        "sft_model_path": Refused(_POLICY, "trl 0.9 – 1.12", nothing=(None, "EleutherAI/pythia-160m")),
+        "reward_model_path": Refused(
+            "pass the reward model as reward_model (on the command line --reward_model_name_or_path)",
+            "trl 0.9 – 1.12",
+            nothing=(None, "EleutherAI/pythia-160m"),
+        ),
+    },
     "OnlineTrainer": {
         "tools": Refused("tools and environments are not there yet", "trl 0.26 – 1.16"),
         "rollout_func": Refused("tools and environments are not there yet", "trl 0.24 – 1.16"),
         "environment_factory": Refused("tools and environments are not there yet", "trl 1.0 – 1.16"),
         "reward_model": Now("reward_funcs", "trl ≤ 0.16"),
     },
+    "PPORounds": {
+        "policy": Now("model", "trl 0.9 – 0.14"),
+        "ref_policy": Now("ref_model", "trl 0.9 – 0.14"),
+        "dataset": Now("train_dataset", "trl ≤ 0.11"),
+        "config": Now("args", "trl ≤ 0.11"),
+    },
     "RLOOTrainer": {
         "config": Now("args", "trl 0.9 – 0.21"),
         "policy": Now("model", "trl 0.9 – 0.21"),
         "ref_policy": Now("ref_model", "trl 0.9 – 0.21"),
         "data_collator": Refused("prompts are read from the column `prompt`, and nothing is padded", "trl 0.9 – 0.21"),
+    },
+    "OnlinePairsConfig": {
+        "max_new_tokens": Now("max_completion_length", "trl 0.9 – 1.16"),
+        "gpu_memory_utilization": Gone(_OTHER_SAMPLER, "trl 0.20 – 0.23"),
+    },
+    "OnlinePairsTrainer": {
+        "data_collator": Refused("prompts are read from the column `prompt`, and nothing is padded", "trl 0.9 – 1.16"),
+        "compute_metrics": Refused("no logits are kept; a reward function may log with log_metric", "trl 0.9 – 1.16"),
+        "preprocess_logits_for_metrics": Refused("no logits are kept", "trl 0.9 – 1.16"),
+        "reward_processing_class": Now("reward_processing_classes", "trl 0.12 – 0.23"),
     },
     "KTOConfig": {
         old: Gone("it belonged to the loss bco, which is BCOTrainer's today", "trl 0.9")
@@ -467,11 +562,13 @@ VALUES: dict[str, dict[str, dict[Any, Any]]] = {
     "DPOConfig": {"loss_type": {"aot_pair": "aot_unpaired", "kto_pair": _PAIRS_OF_KTO}},
     "CPOConfig": {"loss_type": {"kto_pair": _PAIRS_OF_KTO}},
     "KTOConfig": {"loss_type": {"bco": Refused("train with BCOTrainer", "trl 0.9")}},
+    "PPOConfig": {"kl_penalty": {"k1": "kl"}},
 }
 
 # Keys of arguments that are mappings.
 KEYS: dict[str, dict[str, dict[str, str]]] = {
     "BaseConfig": {"model_init_kwargs": {"torch_dtype": "dtype", "use_auth_token": "token"}},
+    "TeacherFields": {"teacher_model_init_kwargs": {"torch_dtype": "dtype", "use_auth_token": "token"}},
 }
 
 # Public names that have another name today.
@@ -481,28 +578,30 @@ NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptA
 # Names of upstream that this library lacks, by pattern, and their replacements. The first match counts.
 _RELEASE = "this release has no"
 ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("distillation",), "the command `trl` runs it, as in `trl distillation --help`"),
     (
-        ("PPO*", "ppo*", "*ValueHead", "modeling_*", "PreTrainedModelWrapper", "AdaptiveKLController"),
-        f"{_RELEASE} PPO and no value heads; GRPOTrainer and RLOOTrainer learn from rewards without a value model",
-    ),
-    (
-        ("OnlineDPO*", "online_dpo*", "XPO*", "xpo*", "NashMD*", "nash_md*"),
-        f"{_RELEASE} online preference optimisation; GRPOTrainer and RLOOTrainer train on completions that they sample",
+        ("modeling_*", "PreTrainedModelWrapper"),
+        "models with a value head are AutoModelForCausalLMWithValueHead",
     ),
     (
         (
-            *("GKD*", "gkd*", "*Distillation*", "*distillation*", "GOLD*", "gold*", "MiniLLM*", "minillm*"),
-            *("SDFT*", "sdft*", "SDPO*", "sdpo*", "IWOPD*", "iw_opd*", "teacher_sync", "loss_utils"),
+            *("*Distillation*", "*distillation*", "GOLD*", "gold*", "SDFT*", "sdft*", "SDPO*", "sdpo*"),
+            *("IWOPD*", "iw_opd*", "teacher_sync", "loss_utils"),
         ),
-        f"{_RELEASE} distillation",
+        "the teachers of GKDTrainer, DistillationTrainer and MiniLLMTrainer are other models, in this process and with "
+        "the student's tokenizer",
     ),
     (
         ("A2PO*", "a2po*", "TPO*", "tpo*", "AsyncGRPO*", "async_grpo*", "async_rollout*", "vllm_client"),
         f"{_RELEASE} such trainer; GRPOTrainer is the nearest",
     ),
     (("GMPO*", "gmpo*"), 'it is GRPOTrainer with loss_type="gmpo"'),
-    (("Judge", "*Judge", "judges"), f"{_RELEASE} judges; a reward function may ask a model"),
-    (("WinRateCallback",), f"{_RELEASE} judges; the win rate of two sets of answers is a reward function's mean"),
+    (
+        ("Judge", "*Judge"),
+        "FunctionJudge makes a judge of a function; derive others from BasePairwiseJudge",
+    ),
+    (("GeometricMixtureWrapper",), "NashMDTrainer mixes logits in its sampler, trl.rollout.two_models.MixtureSampler"),
+    (("WinRateCallback",), f"{_RELEASE} such callback; a judge's `judge` compares two sets of answers"),
     (("IterativeSFT*", "iterative_sft*"), "it is gone upstream too: SFTTrainer trains on tokenised rows as they come"),
     (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
     (
@@ -546,7 +645,10 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("prepare_peft_model", "prepare_model_for_kbit*", "peft_module_casting*"), "peft_config= of a trainer does it"),
     (("prepare_deepspeed", "prepare_fsdp"), "trainers prepare their reference; accelerator.prepare_model does yours"),
     (("unwrap_model_for_generation",), "accelerator.unwrap_model gives the model that generates"),
-    (("sft", "dpo", "kto", "reward", "grpo", "rloo", "env"), "the command `trl` runs it, as in `trl sft --help`"),
+    (
+        ("sft", "dpo", "kto", "reward", "grpo", "rloo", "distillation", "env"),
+        "the command `trl` runs it, as in `trl sft --help`",
+    ),
     (("disable_dropout_in_model",), "disable_dropout=True in a trainer's config does it"),
     (("generate_model_card",), "a trainer's create_model_card writes the card"),
     (("chat",), "`transformers chat` talks with a model"),
@@ -630,6 +732,11 @@ HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     },
     "CPOTrainer": {**_JUDGED_LOSS, "cpo_loss": _LOSS},
     "ORPOTrainer": {**_JUDGED_LOSS, "odds_ratio_loss": _LOSS},
+    "GKDTrainer": {
+        "generalized_jsd_loss": _LOSS,
+        "generate_on_policy_outputs": (("rewritten",), "`rewritten`, which puts other answers in the rows' place"),
+    },
+    "MiniLLMTrainer": dict.fromkeys(("_single_step_decomposition_loss", "_compute_advantage"), _LOSS),
     "RewardTrainer": {"_prepare_dataset": _ROWS},
     "PRMTrainer": {"tokenize_row": _ROWS},
     "OnlineTrainer": {
@@ -647,20 +754,24 @@ HOOKS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     },
 }
 
+_FILES = {command.replace("-", "_"): row for command, row in METHODS.items()}
 # Modules of upstream that are elsewhere here, with a remark if upstream has dropped the path too. Each has the public
 # names of `trl`; modules of `trl.rewards` have the public names of `trl.rewards`.
 PATHS = {
     "trl.trainer": "",
-    **{f"trl.trainer.{method}_{part}": "" for method in METHODS for part in ("trainer", "config")},
+    **{f"trl.trainer.{method}_{part}": "" for method in _FILES for part in ("trainer", "config")},
     "trl.trainer.model_config": "",
     **{f"trl.trainer.{part}": "" for part in ("utils", "callbacks", "base_config", "base_trainer")},
     **{f"trl.{part}": "" for part in ("data_utils", "chat_template_utils", "models", "models.utils", "import_utils")},
+    "trl.trainer.judges": "",
     "trl.experimental": "",
+    "trl.experimental.judges": "",
+    "trl.experimental.judges.judges": "",
     "trl.experimental.utils": "",
-    **{f"trl.experimental.{method}": "" for method, row in METHODS.items() if row.experimental},
+    **{f"trl.experimental.{method}": "" for method, row in _FILES.items() if row.experimental},
     **{
         f"trl.experimental.{method}.{method}_{part}": ""
-        for method, row in METHODS.items()
+        for method, row in _FILES.items()
         if row.experimental
         for part in ("trainer", "config")
     },

@@ -7,7 +7,7 @@ of their gradient. Peak memory does not depend on the number of tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trl.models.shards import gathered_by_its_call
 
-from .measures import MEASURES, Chunk, logp_slope
+from .measures import MEASURES, Chunk, Comparison, logp_slope
 
 # Logits computed at once: enough to keep a matrix product busy, without more memory than that.
 CHUNK_ELEMENTS = {"cpu": 2**23, "default": 2**26}
@@ -34,7 +34,10 @@ class TokenStats(NamedTuple):
     top1_N: Tensor | None = None  # 1.0 where the trained token is the most likely one
     mean_logit_N: Tensor | None = None  # mean over the vocabulary of the (scaled) logits
     sum_sq_N: Tensor | None = None  # sum over the vocabulary of squared probabilities
+    divergence_N: Tensor | None = None  # divergence from another model's distribution
+    other_logp_N: Tensor | None = None  # log-prob of the trained token under that model
     aux: Tensor | None = None  # load-balancing term of a mixture of experts
+    value_N: Tensor | None = None  # value of the state before the token
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Readout:
     """How raw head outputs become logits, and which measures are taken.
 
     logits = scale * raw, bounded to softcap * tanh(logits / softcap) if there is a softcap, divided by temperature.
-    `extras` are names in `MEASURES`, returned in this order; the first ones, `grads`, carry a gradient.
+    `extras` are names in `MEASURES`, returned in this order; the first ones, `grads`, carry a gradient, and so does
+    the log-prob with `logp_grad`. `comparison` is what some measures compare with.
     """
 
     scale: float = 1.0
@@ -50,10 +54,21 @@ class Readout:
     temperature: float = 1.0
     extras: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
+    comparison: Comparison | None = None
+    logp_grad: bool = True
 
     def __post_init__(self) -> None:
         if self.extras[: len(self.grads)] != self.grads:
             raise ValueError(f"extras {self.extras} must begin with those that carry a gradient, {self.grads}")
+
+    @property
+    def with_gradient(self) -> slice:
+        """The columns, the log-prob first, that carry a gradient."""
+        return slice(0 if self.logp_grad else 1, 1 + len(self.grads))
+
+    def at(self, span: slice) -> "Readout":
+        """The readout of a chunk: what it compares with is of these trained tokens."""
+        return self if self.comparison is None else replace(self, comparison=replace(self.comparison, span=span))
 
     def logits(self, raw_CV: Tensor) -> Tensor:
         logits_CV = raw_CV.float()
@@ -85,7 +100,8 @@ def _measured(chunk: Chunk, readout: Readout) -> list[Tensor]:
 
 def _slopes(chunk: Chunk, readout: Readout) -> Iterator[Tensor]:
     """The gradient of each differentiable column with respect to the logits, [C, V], in order, one at a time."""
-    yield logp_slope(chunk)
+    if readout.logp_grad:
+        yield logp_slope(chunk)
     for name in readout.grads:
         slope = MEASURES[name].slope
         assert slope is not None
@@ -96,7 +112,7 @@ def _logits_grad(raw_CV: Tensor, target_C: Tensor, readout: Readout, grads: Sequ
     """Gradient with respect to the raw outputs, [C, V], from the gradients of the differentiable columns, each [C]."""
     logits_CV = readout.logits(raw_CV)
     grad_CV = torch.zeros_like(logits_CV)
-    for slope_CV, grad_C in zip(_slopes(Chunk(logits_CV, target_C), readout), grads, strict=False):
+    for slope_CV, grad_C in zip(_slopes(Chunk(logits_CV, target_C, readout.comparison), readout), grads, strict=False):
         if grad_C is not None:
             grad_CV += slope_CV.mul_(grad_C[:, None])
     return readout.through(grad_CV, logits_CV)
@@ -107,7 +123,8 @@ def _outputs(readout: Readout, count: int, device: torch.device) -> list[Tensor]
 
 
 def _mark(ctx: Any, readout: Readout, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-    ctx.mark_non_differentiable(*outputs[1 + len(readout.grads) :])
+    differentiable = {id(each) for each in outputs[readout.with_gradient]}
+    ctx.mark_non_differentiable(*(each for each in outputs if id(each) not in differentiable))
     return tuple(outputs)
 
 
@@ -126,14 +143,14 @@ class _LinearHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor,
                 readout: Readout, dtype: torch.dtype) -> tuple[Tensor, ...]:  # fmt: skip
         head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        slopes = 0 if head_trains or not ctx.needs_input_grad[0] else 1 + len(readout.grads)
+        slopes = 0 if head_trains or not ctx.needs_input_grad[0] else readout.logp_grad + len(readout.grads)
         weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         outputs = _outputs(readout, hidden_NH.shape[0], hidden_NH.device)
         slopes_NH = [torch.empty_like(hidden_NH) for _ in range(slopes)]
         with _full_precision(hidden_NH.device):
             for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
                 logits_CV = readout.logits(F.linear(hidden_NH[span].to(dtype), weight, bias))
-                chunk = Chunk(logits_CV, target_N[span])
+                chunk = Chunk(logits_CV, target_N[span], readout.at(span).comparison)
                 for output_N, column_C in zip(outputs, _measured(chunk, readout), strict=True):
                     output_N[span] = column_C
                 if slopes:
@@ -149,6 +166,7 @@ class _LinearHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
         readout, dtype = ctx.readout, ctx.dtype
+        grads_N = grads_N[readout.with_gradient]
         if ctx.slopes:
             grad_NH = None
             for slope_NH, grad_N in zip(ctx.saved_tensors, grads_N, strict=False):
@@ -164,7 +182,7 @@ class _LinearHead(torch.autograd.Function):
         for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
             hidden_CH = hidden_NH[span].to(dtype)
             chunk_grads = [None if grad_N is None else grad_N[span] for grad_N in grads_N]
-            grad_CV = _logits_grad(F.linear(hidden_CH, weight, bias), target_N[span], readout, chunk_grads)
+            grad_CV = _logits_grad(F.linear(hidden_CH, weight, bias), target_N[span], readout.at(span), chunk_grads)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(dtype)
@@ -192,12 +210,13 @@ class _Logits(torch.autograd.Function):
         ctx.readout = readout
         ctx.save_for_backward(raw_CV, target_C)
         with _full_precision(raw_CV.device):
-            return _mark(ctx, readout, _measured(Chunk(readout.logits(raw_CV), target_C), readout))
+            chunk = Chunk(readout.logits(raw_CV), target_C, readout.comparison)
+            return _mark(ctx, readout, _measured(chunk, readout))
 
     @staticmethod
     def backward(ctx: Any, *grads_C: Tensor | None) -> tuple[Tensor | None, ...]:
         raw_CV, target_C = ctx.saved_tensors
-        grad_CV = _logits_grad(raw_CV, target_C, ctx.readout, list(grads_C))
+        grad_CV = _logits_grad(raw_CV, target_C, ctx.readout, grads_C[ctx.readout.with_gradient])
         return grad_CV.to(raw_CV.dtype), None, None
 
 
@@ -274,7 +293,7 @@ def _token_stats(head: Callable[[Tensor], Tensor], linear: nn.Linear | None, hid
         dtype = compute_dtype(linear, hidden_NH)
         return list(_LinearHead.apply(hidden_NH, weight_VH, linear.bias, target_N, readout, dtype))
 
-    def chunk(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
+    def chunk(hidden_CH: Tensor, target_C: Tensor, readout: Readout) -> tuple[Tensor, ...]:
         raw_CV = head(hidden_CH)
         return _Logits.apply(raw_CV, target_C.to(raw_CV.device), readout)
 
@@ -283,7 +302,7 @@ def _token_stats(head: Callable[[Tensor], Tensor], linear: nn.Linear | None, hid
     parts = []
     for span in spans:
         if torch.is_grad_enabled():
-            parts.append(checkpoint(chunk, hidden_NH[span], target_N[span], use_reentrant=False))
+            parts.append(checkpoint(chunk, hidden_NH[span], target_N[span], readout.at(span), use_reentrant=False))
         else:
-            parts.append(chunk(hidden_NH[span], target_N[span]))
+            parts.append(chunk(hidden_NH[span], target_N[span], readout.at(span)))
     return [torch.cat(column) for column in zip(*parts, strict=True)]

@@ -5,18 +5,57 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .divergence import Divergence
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Another model's predictions of the same tokens, and the divergence that compares a distribution with them.
+
+    `logits` gives those of a span of the trained tokens, [C, V], as they enter its softmax. `beta`, `top_k` and
+    `add_tail` are those of `engine.divergence.Divergence`.
+    """
+
+    logits: Callable[[slice], Tensor]
+    beta: float = 0.5
+    top_k: int = 0
+    add_tail: bool = True
+    span: slice | None = None  # all of them
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the divergence."""
+        return {"beta": self.beta, "top_k": self.top_k, "add_tail": self.add_tail}
+
 
 class Chunk:
-    """The distributions that predict the tokens of a chunk, [C, V]. Numbers shared by measures are computed once."""
+    """The distributions that predict the tokens of a chunk, [C, V], and those that they are compared with. Numbers
+    shared by measures are computed once."""
 
-    def __init__(self, logits_CV: Tensor, target_C: Tensor) -> None:
-        self.logits_CV, self.target_C = logits_CV, target_C
+    def __init__(self, logits_CV: Tensor, target_C: Tensor, comparison: Comparison | None = None) -> None:
+        self.logits_CV, self.target_C, self._comparison = logits_CV, target_C, comparison
         self.logp_CV = logits_CV.log_softmax(-1)
+
+    @property
+    def comparison(self) -> Comparison:
+        assert self._comparison is not None
+        return self._comparison
+
+    @functools.cached_property
+    def other_logp_CV(self) -> Tensor:  # noqa: N802
+        with torch.no_grad():
+            logits_CV = self.comparison.logits(self.comparison.span or slice(None))
+            return logits_CV.to(self.logp_CV.device).float().log_softmax(-1)
+
+    @functools.cached_property
+    def divergence(self) -> Divergence:
+        return Divergence(self.logp_CV, self.other_logp_CV, q_CV=self.p_CV, **self.comparison.options)
 
     @functools.cached_property
     def p_CV(self) -> Tensor:  # noqa: N802 dimensions are in the names
@@ -68,6 +107,10 @@ MEASURES: dict[str, Measure] = {
     "entropy": Measure(lambda chunk: chunk.entropy_C, _entropy_slope),
     # mean over the vocabulary of log-probs (label smoothing)
     "mean_logp": Measure(lambda chunk: chunk.logp_CV.mean(-1), _mean_logp_slope),
+    # divergence from another model's distribution
+    "divergence": Measure(lambda chunk: chunk.divergence.value(), lambda chunk: chunk.divergence.slope()),
+    # log-prob of the trained token under the other model
+    "other_logp": Measure(lambda chunk: chunk.other_logp_CV.gather(1, chunk.target_C[:, None])[:, 0]),
     # 1 where the trained token is the most likely one
     "top1": Measure(lambda chunk: (chunk.logp_C >= chunk.logp_CV.amax(-1)).float()),
     # mean over the vocabulary of the (scaled) logits

@@ -5,6 +5,7 @@ holds an adapter's base and frozen twin, and whose hooks gather sharded weights.
 """
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from trl.engine.probe import attach
 from trl.models import adapters
 from trl.models.low_bits import LOW_BITS, join, split
-from trl.models.shards import deep_copy, local_weights
+from trl.models.shards import deep_copy, is_partitioned, local_weights
 from trl.models.unwrap import evaluating, unwrap
 
 from .forest import Batch
@@ -32,12 +33,18 @@ class Reference(ABC):
         self._low: dict[str, Tensor] = {}  # lower halves of bfloat16 weights that follow the policy
 
     @abstractmethod
-    def _ready(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+    def model_of(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """The model to score with."""
+
+    @contextlib.contextmanager
+    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """A model to call as the reference within the context, without gradients and dropout."""
+        with torch.no_grad(), self.model_of(policy) as model, evaluating(model):
+            yield model
 
     def score(self, policy: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
         """The reference's log-probs of a batch laid out for the policy; `asked` are options of `engine.score.score`."""
-        with torch.no_grad(), self._ready(policy) as model, evaluating(model):
+        with self.standing_in(policy) as model:
             return score(model, batch, **asked)
 
     def follow(self, policy: nn.Module, share: float) -> None:
@@ -84,7 +91,7 @@ class Frozen(Reference):
         self.model, self.description = model, description
 
     @contextlib.contextmanager
-    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def model_of(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self.model
 
     def _own_weights(self) -> dict[str, Tensor]:
@@ -100,7 +107,7 @@ class AdapterOff(Reference):
     description = "the model with its adapter off"
 
     @contextlib.contextmanager
-    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def model_of(self, policy: nn.Module) -> Iterator[nn.Module]:
         with adapters.without(peft_model(policy)):
             yield policy
 
@@ -116,7 +123,7 @@ class Twin(Reference):
         adapters.add_twin(model)
 
     @contextlib.contextmanager
-    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def model_of(self, policy: nn.Module) -> Iterator[nn.Module]:
         with adapters.as_twin(self.model):
             yield policy
 
@@ -133,7 +140,7 @@ class Itself(Reference):
     description = "the model itself, before its first step"
 
     @contextlib.contextmanager
-    def _ready(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def model_of(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield policy
 
 
@@ -166,11 +173,24 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def create_reference_model(model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
-    """A frozen copy of a model, under upstream's name. Trainers make their own reference. Raises ValueError for
-    `num_shared_layers` and `pattern`, which are not supported."""
-    if num_shared_layers is not None or pattern is not None:
-        raise ValueError("num_shared_layers: sharing layers is not supported; an adapter needs no second model at all")
-    return deep_copy(model).requires_grad_(False).eval()
+    """A frozen copy of a model. Trainers make their own reference, and an adapter needs no second model at all.
+
+    With `num_shared_layers` the embeddings and as many first layers are one and the same in both models, so that they
+    take memory once; they no longer train. `pattern` names the first layer that is not shared, such as
+    "transformer.h.{layer}". Raises ValueError if the model has no such layer.
+    """
+    if num_shared_layers is None and pattern is None:
+        return deep_copy(model).requires_grad_(False).eval()
+    if is_partitioned(model):
+        raise ValueError("num_shared_layers: weights that ZeRO-3 has partitioned cannot be shared; leave it out")
+    names, count = [name for name, _ in model.named_parameters()], num_shared_layers or 0
+    stacks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    first = pattern.format(layer=count) if pattern is not None else f"{stacks[0]}.{count}." if stacks else ""
+    end = next((place for place, name in enumerate(names) if first and first in name), None)
+    if end is None:
+        raise ValueError(f"num_shared_layers={count}: {type(unwrap(model)).__name__} has no layer `{first or count}`")
+    shared = {id(each): each.requires_grad_(False) for each in (model.get_parameter(name) for name in names[:end])}
+    return copy.deepcopy(model, dict(shared)).requires_grad_(False).eval()
 
 
 def peft_model(model: nn.Module) -> Any:

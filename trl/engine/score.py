@@ -20,10 +20,11 @@ from transformers.utils import ModelOutput
 
 from trl.data.batching.collate import Tree
 from trl.models.unwrap import SCALAR_HEAD, scalar_head
+from trl.models.value_head import critic, value_head
 
 from .forest import Batch, flat, padded
 from .head import Readout, TokenStats, _Logits, token_stats
-from .measures import MEASURES
+from .measures import MEASURES, Comparison
 
 _REQUEST = "trl_request"
 _LAYOUT_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
@@ -55,16 +56,22 @@ def score(
     top1: bool = False,
     mean_logit: bool = False,
     sum_sq: bool = False,
+    comparison: Comparison | None = None,
+    logp_grad: bool = True,
     temperature: float = 1.0,
     embedding_noise: float | None = None,
     router: bool = False,
+    values: bool = False,
 ) -> TokenStats:
     """Log-probs of the trained tokens of a batch, and the extras that are set (see `TokenStats`).
 
-    The model must be attached, and the batch laid out by its `Attachment.batch`. Gradients flow through the log-probs,
-    through `mean_logp`, and through the entropy if `entropy_grad` is set. `temperature` divides the logits.
+    The model must be attached, and the batch laid out by its `Attachment.batch`. Gradients flow through the log-probs
+    (unless `logp_grad` is False), through `mean_logp`, and through the entropy if `entropy_grad` is set. `temperature`
+    divides the logits.
+    `comparison` adds the divergence from another model's predictions, which carries a gradient, and its log-probs.
     `embedding_noise` is NEFTune's alpha: uniform noise of size alpha / sqrt(length * H) on the embeddings of each
     sequence (Jain et al. 2023, arXiv:2310.05914). `router` adds a mixture of experts' load-balancing loss, as `aux`.
+    `values` adds what the model's value function (`models.value_head`) expects before each trained token, `value_N`.
     Raises ValueError if a wrapper casts the log-probs to half precision.
     """
     wanted = {
@@ -73,8 +80,9 @@ def score(
         "top1": top1,
         "mean_logit": mean_logit,
         "sum_sq": sum_sq,
+        **dict.fromkeys(("divergence", "other_logp"), comparison is not None),
     }
-    with_gradient = {"entropy": entropy_grad, "mean_logp": mean_logp}
+    with_gradient = {"entropy": entropy_grad, "mean_logp": mean_logp, "divergence": comparison is not None}
     grads = tuple(name for name in MEASURES if with_gradient.get(name))
     extras = (*grads, *(name for name in MEASURES if wanted[name] and name not in grads))
     request = {
@@ -83,9 +91,12 @@ def score(
         "columns": batch["input_ids"].shape[1],
         "extras": extras,
         "grads": grads,
+        "comparison": comparison,
+        "logp_grad": logp_grad,
         "temperature": temperature,
         "embedding_noise": embedding_noise,
         "router": router,
+        "values": values,
     }
     inputs = {key: batch[key] for key in _LAYOUT_KEYS if key in batch}
     outputs = model(**inputs, use_cache=False, **{_REQUEST: request})
@@ -97,7 +108,8 @@ def score(
         )
     found = {f"{name}_N": outputs[name] for name in extras}
     seq_N = batch["seq_N"].to(outputs["logp"].device)
-    return TokenStats(outputs["logp"], seq_N, batch["row_S"].shape[0], aux=outputs.get("aux"), **found)
+    further = {"aux": outputs.get("aux"), "value_N": outputs.get("value")}
+    return TokenStats(outputs["logp"], seq_N, batch["row_S"].shape[0], **further, **found)
 
 
 # --- the forward pass ---------------------------------------------------------------------------------------------
@@ -152,17 +164,24 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         temperature=request["temperature"],
         extras=tuple(request["extras"]),
         grads=tuple(request["grads"]),
+        comparison=request.get("comparison"),
+        logp_grad=request.get("logp_grad", True),
     )
     if request.get("router"):
         kwargs["output_router_logits"] = True
-    aux = {}
+    further: dict[str, Tensor] = {}
     if request.get("embedding_noise"):
         kwargs = _with_noise(base, request["embedding_noise"], kwargs)
+    values = request.get("values")
     if attachment.head_reason is not None or attachment.kept is not None:
-        outputs = _plain_forward(base, *args, **kwargs)
+        seen = {"output_hidden_states": True} if values else {}
+        outputs = _plain_forward(base, *args, **kwargs, **seen)
+        hidden_NH = _predicting(outputs.hidden_states[-1], request) if values else None
         if attachment.kept is not None:
             attachment.kept.append(outputs)
         raw_NV = _predicting(outputs.logits, request)
+        if request.get("hidden"):
+            return {"logits": raw_NV}
         target_N = request["target_N"].to(raw_NV.device)
         columns = _Logits.apply(raw_NV, target_N, replace(readout, scale=1.0, softcap=None))
     else:
@@ -173,9 +192,21 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         head = base.get_output_embeddings()
         vocabulary = base.config.get_text_config().vocab_size
         columns = token_stats(head, hidden_NH, request["target_N"], readout, vocabulary)
+    if values:
+        assert hidden_NH is not None
+        further["value"] = _values(base, hidden_NH, request, *args, **kwargs)
     if request.get("router"):
-        aux["aux"] = _load_balance(base, outputs, kwargs.get("attention_mask"))
-    return {**dict(zip(("logp", *readout.extras), columns, strict=True)), **aux}
+        further["aux"] = _load_balance(base, outputs, kwargs.get("attention_mask"))
+    return {**dict(zip(("logp", *readout.extras), columns, strict=True)), **further}
+
+
+def _values(base: Any, hidden_NH: Tensor, request: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    """What the value function expects, from the state before each trained token: [N], fp32."""
+    own = critic(base)
+    if own is None:
+        return value_head(base)(hidden_NH)[:, 0].float()
+    asked = {"predict_N": request["predict_N"], "columns": request["columns"], "scalar": True}
+    return own(*args, **kwargs, **{_REQUEST: asked})["scalar"][:, 0].float()
 
 
 def _scalar(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

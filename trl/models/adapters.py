@@ -17,6 +17,8 @@ from torch import nn
 from trl.notices import notify_once
 
 from .shards import local_weights
+from .unwrap import unwrap
+from .value_head import critic, value_head
 
 
 def require_peft(why: str) -> Any:
@@ -332,8 +334,8 @@ def is_untouched(model: Any) -> bool:
 
 def trains_beneath(model: Any) -> list[str]:
     """Names of trainable weights outside the adapter, whose training "adapter off" does not undo: biases
-    (`bias="all"`), or layers of the base that the user made trainable."""
-    own = set()
+    (`bias="all"`), or layers of the base that the user made trainable. A value function changes no log-prob."""
+    own = {each for part in (value_head, critic) for each in getattr(part(unwrap(model)), "parameters", tuple)()}
     for layer in _switches(model):
         for name, parameter in layer.named_parameters():
             if not {"base_layer", "original_module"} & set(name.split(".")):

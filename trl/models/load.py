@@ -56,7 +56,12 @@ def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
 
     Other arguments go to `from_pretrained`. Raises `ModelError` with a remedy, ImportError for a missing package.
     """
-    return _load(AutoModelForCausalLM, str(name_or_path), _placed(_quantised(_typed(kwargs))))
+    return load_of(AutoModelForCausalLM, name_or_path, **kwargs)
+
+
+def load_of(kind: Any, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel | Any:
+    """A model of one of transformers' auto classes; arguments and errors are those of `load_causal_lm`."""
+    return _load(kind, str(name_or_path), _placed(_quantised(_typed(kwargs))))
 
 
 def load_scorer(

@@ -41,6 +41,19 @@ class Judge(Protocol):
         ...
 
 
+class Unjudged:
+    """The judge of a method without rewards: none of its functions, so no rewards."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.weights = torch.zeros(0)
+        self.functions: list[Any] = []
+        self.judges: list[Any] = []
+
+    def score(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(len(prompts), 0)
+
+
 class Collected(NamedTuple):
     """What a round is made of: whole groups of traces in the order of their prompts."""
 
@@ -57,8 +70,8 @@ class Place(NamedTuple):
     device: torch.device
 
 
-# A column of every trace by another model: rows and columns of their traces in, an array for each trace out.
-Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[Columns]], Sequence[np.ndarray]]
+# A forward pass over all traces: rows and columns of their traces in, further columns for each trace out.
+Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[Columns]], Sequence[Columns]]
 
 
 @dataclass
@@ -66,7 +79,8 @@ class Collector:
     """Samples traces and scores them.
 
     `environment` is None for single turns. `decode` turns token ids of several completions into their texts.
-    `own_columns` are those of a row that reward functions do not get. `mask_truncated` leaves traces that were cut
+    `own_columns` are those of a row that reward functions do not get. With `whole_groups` a group is sampled and judged
+    on one rank. `mask_truncated` leaves traces that were cut
     untrained. `divergence` estimates a trace's divergence from its columns. With `keeps_texts` traces carry what the
     table of completions shows.
     """
@@ -81,6 +95,7 @@ class Collector:
     mask_truncated: bool = False
     divergence: Callable[[Columns], float] | None = None
     keeps_texts: bool = False
+    whole_groups: bool = False
 
     def collect(
         self,
@@ -91,7 +106,7 @@ class Collector:
         version: int,
         number: int,
         place: Place,
-        scorers: Mapping[str, Scorer],
+        scorers: Sequence[Scorer],
         context: Mapping[str, Any],
     ) -> Collected:
         """`generations` traces of every row. Every rank is given all rows, samples its part of the traces, and learns
@@ -102,14 +117,17 @@ class Collector:
         """
         self.sampler.sync(model, version)
         parts = np.array_split(np.arange(len(rows) * generations), place.ranks)
+        if self.whole_groups:
+            of_rows = np.array_split(np.arange(len(rows)), place.ranks)
+            parts = [(each[:, None] * generations + np.arange(generations)).ravel() for each in of_rows]
         mine = parts[place.rank].tolist()
         columns, finished = self._sampled(rows, mine, generations, number, place.device)
         of_row = [rows[each // generations] for each in mine]
         texts = self.decode([each["ids"].tolist() for each in columns]) if columns else []
         rewards_SF, extra, logged = self._judged(of_row, columns, texts, context)
-        for name, scorer in scorers.items():
-            for own, values in zip(columns, scorer(of_row, columns), strict=True):
-                own[name] = values
+        for scorer in scorers:
+            for own, further in zip(columns, scorer(of_row, columns), strict=True):
+                own.update(further)
         shown: list[Any] = [None] * len(columns)
         if self.keeps_texts:
             shown = [(row["prompt"], *rest) for row, *rest in zip(of_row, texts, extra, strict=True)]

@@ -1,9 +1,12 @@
 """What changes the model's distribution before a token is drawn: penalties, then filters."""
 
+from typing import Any
+
 import torch
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
@@ -42,6 +45,24 @@ def describe(sampling: Sampling) -> str:
         parts.append(f"stops at {', '.join(map(str, sampling.stop_ids))}")
     parts += [f"stops after {string!r}" for string in sampling.stop_strings]
     return ", ".join(parts)
+
+
+def as_generation_config(sampling: Sampling, tokenizer: Any) -> GenerationConfig:
+    """What a sampler is asked for, as transformers writes it."""
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature if sampling.temperature > 0 else None,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=list(sampling.stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        stop_strings=list(sampling.stop_strings) or None,
+        **sampling.further,
+    )
 
 
 def penalties(sampling: Sampling, device: torch.device) -> LogitsProcessorList:

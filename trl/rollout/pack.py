@@ -1,6 +1,7 @@
 """Traces to micro-batches: which rank trains on which trace, what a forward pass holds, and what the loss reads."""
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,15 +16,19 @@ SLACKS = (1.1, 1.05, 1.02, 1.0)
 BUDGET = {"cpu": 1024, "default": 16384}
 
 
-def deal(samples: Sequence[TrainingTrace], ranks: int) -> list[int]:
+def deal(samples: Sequence[TrainingTrace], ranks: int, together: int = 1) -> list[int]:
     """The rank that trains on each sample: about as many tokens for any rank as for any other.
 
     Runs of one prompt are dealt out longest first, each to the rank with the fewest tokens so far. A run that is too
-    long for that rank is halved, and its prompt is then computed on both.
+    long for that rank is halved, and its prompt is then computed on both. So it is with runs of `together` samples, if
+    a loss reads them together, but these are never halved.
     """
     if ranks == 1:
         return [0] * len(samples)
-    runs: list[list[int]] = []
+    if together > 1:
+        runs = [list(range(start, start + together)) for start in range(0, len(samples), together)]
+        return _dealt(runs, samples, ranks, None)[1]
+    runs = []
     for place, sample in enumerate(samples):
         if not runs or not same_prompt(samples[runs[-1][-1]], sample):
             runs.append([])
@@ -33,15 +38,17 @@ def deal(samples: Sequence[TrainingTrace], ranks: int) -> list[int]:
     return holders
 
 
-def _dealt(runs: list[list[int]], samples: Sequence[TrainingTrace], ranks: int, slack: float) -> tuple[int, list[int]]:
-    """The tokens of the rank that has most, and the rank of each sample."""
+def _dealt(
+    runs: list[list[int]], samples: Sequence[TrainingTrace], ranks: int, slack: float | None
+) -> tuple[int, list[int]]:
+    """The tokens of the rank that has most, and the rank of each sample. No run is halved if `slack` is None."""
 
     def cost(run: list[int]) -> int:
         return sum(samples[place].length for place in run) + len(samples[run[0]].prompt_ids)
 
     holders = [0] * len(samples)
     waiting = [(-cost(run), run) for run in runs]
-    limit = -slack * sum(negative for negative, _ in waiting) / ranks
+    limit = math.inf if slack is None else -slack * sum(negative for negative, _ in waiting) / ranks
     loads = [(0, rank) for rank in range(ranks)]
     heapq.heapify(waiting)
     while waiting:
@@ -69,9 +76,10 @@ def _halves(run: list[int], samples: Sequence[TrainingTrace]) -> tuple[list[int]
 
 
 def micro_batches(
-    traces: Sequence[TrainingTrace], budget: int | None, share_prompt: bool, device: torch.device
+    traces: Sequence[TrainingTrace], budget: int | None, share_prompt: bool, device: torch.device, together: int = 1
 ) -> list[list[TrainingTrace]]:
-    """The traces in their order, cut so that a forward pass has at most `budget` tokens (or one trace).
+    """The traces in their order, cut so that a forward pass has at most `budget` tokens (or `together` traces, which
+    are never cut apart).
 
     The budget is that of the device if it is None. With `share_prompt` a prompt counts once for a run of its traces.
     """
@@ -79,13 +87,16 @@ def micro_batches(
         budget = BUDGET.get(device.type, BUDGET["default"])
     groups: list[list[TrainingTrace]] = []
     used = 0
-    for trace in traces:
-        shares = bool(groups) and share_prompt and same_prompt(groups[-1][-1], trace)
-        cost = trace.length + (0 if shares else len(trace.prompt_ids))
+    for start in range(0, len(traces), together):
+        part = traces[start : start + together]
+        lengths = sum(trace.length for trace in part)
+        prompts = len(part[0].prompt_ids) * (1 if share_prompt else len(part))
+        shares = bool(groups) and share_prompt and same_prompt(groups[-1][-1], part[0])
+        cost = lengths + (0 if shares else prompts)
         if not groups or used + cost > budget:
             groups.append([])
-            used, cost = 0, trace.length + len(trace.prompt_ids)
-        groups[-1].append(trace)
+            used, cost = 0, lengths + prompts
+        groups[-1] += part
         used += cost
     return groups
 
@@ -118,6 +129,7 @@ _IN_A_BATCH = {
     "ref_logps": "ref_logp_N",
     "advantages": "advantage_N",
     "values": "old_value_N",
+    "returns": "return_N",
 }
 
 

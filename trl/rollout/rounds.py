@@ -24,14 +24,15 @@ class RoundSizes(NamedTuple):
     parts: int  # optimizer steps that a round is cut into
 
 
-def round_sizes(args: Any, accumulation: int) -> RoundSizes:
-    """Rounds of whole groups and of whole steps, whatever the batch size and the number of generations."""
-    step = args.train_batch_size * accumulation * args.world_size
+def round_sizes(args: Any, accumulation: int, completions: int = 1) -> RoundSizes:
+    """Rounds of whole groups and of whole steps, whatever the batch size and the number of generations. A row of the
+    batch size is `completions` of them."""
+    step = args.train_batch_size * accumulation * args.world_size * completions
     wanted = step
     if args.generation_batch_size is not None:
         wanted = args.generation_batch_size
     elif args.steps_per_generation is not None:
-        wanted = args.train_batch_size * args.steps_per_generation * args.world_size
+        wanted = args.train_batch_size * args.steps_per_generation * args.world_size * completions
     least = math.lcm(step, args.num_generations)
     together = math.ceil(wanted / least) * least
     return RoundSizes(step, together, together // args.num_generations, together // step)
@@ -109,9 +110,9 @@ class Replay:
         return groups, len(chosen)
 
 
-def split_into_steps(samples: Sequence[TrainingTrace], parts: int) -> list[list[TrainingTrace]]:
-    """The round's traces cut into `parts` steps of equal size."""
-    bounds = np.linspace(0, len(samples), parts + 1).round().astype(int)
+def split_into_steps(samples: Sequence[TrainingTrace], parts: int, group: int = 1) -> list[list[TrainingTrace]]:
+    """The round's traces cut into `parts` steps of equal size, between groups of `group` traces."""
+    bounds = np.linspace(0, len(samples) // group, parts + 1).round().astype(int) * group
     return [list(samples[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
 
 

@@ -19,8 +19,10 @@ COLUMNS: Mapping[str, Any] = {
     "logps": np.float32,  # of the policy that sampled the token, as the sampler gives it
     "old_logps": np.float32,  # of the same policy, as the engine gives it, where the sampler's differ
     "ref_logps": np.float32,  # of the reference
+    "divergences": np.float32,  # of the policy's whole distribution from the reference's
     "advantages": np.float32,  # where the tokens of a trace differ in it
-    "values": np.float32,  # what a value head expects from the token on
+    "values": np.float32,  # what a value function expects from the token on
+    "returns": np.float32,  # what came of it: the target of the value function
 }
 Columns = dict[str, np.ndarray]
 

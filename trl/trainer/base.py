@@ -103,8 +103,11 @@ class Component:
         """Its part of `method_state`."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, trainer: "BaseTrainer", state: dict[str, Any]) -> None:
         """Restore what `state` returned, out of the state of the whole method."""
+
+    def save(self, trainer: "BaseTrainer", folder: Path) -> None:
+        """Write into the model's folder what `save_pretrained` does not. All ranks call it."""
 
     def check_evaluation(self, trainer: "BaseTrainer", dataset: Any) -> None:
         """An error if this data set cannot be evaluated on now."""
@@ -144,6 +147,11 @@ class BaseTrainer(Adoptable, Trainer):
         """Prepared rows -> a batch: their trees as `to_batch` lays them out, and what else the loss reads of a row."""
         raise NotImplementedError
 
+    def rewritten(self, batches: list[Batch], training: bool) -> list[Batch]:
+        """The micro-batches of an optimizer step, or the batch of an evaluation, as the method trains on them: those of
+        the data, unless it puts others in their place. Every rank calls it, also without rows."""
+        return batches
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many items of each kind that the loss is averaged over this batch has: its trained tokens, unless a
         method differs."""
@@ -182,7 +190,7 @@ class BaseTrainer(Adoptable, Trainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `method_state`."""
         for each in self.components:
-            each.load_state(state)
+            each.load_state(self, state)
 
     # --- construction ---------------------------------------------------------------------------------------------
 
@@ -259,7 +267,7 @@ class BaseTrainer(Adoptable, Trainer):
         self._sums = {"train": Totals(), "eval": Totals()}
         self._tokens_seen = 0  # of this rank, over the whole run
         self._distinct = self._positions = 0  # tokens and computed positions of this call of `train`, on this rank
-        self.step: Step | None = None  # the optimizer step under way, or the evaluation's batch
+        self.under_way: Step | None = None  # the optimizer step under way, or the evaluation's batch
         self._of_evaluation: dict[str, Any] = {}  # what `before_evaluation` found
         self._between_logs: dict[str, Any] | None = None
         self._run: dict[str, str | None] = {}  # what tells it from others, and when it was begun
@@ -513,6 +521,7 @@ class BaseTrainer(Adoptable, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         samples = [self._taken(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        samples = self.rewritten(samples, training=True)
         found = [{**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]} for batch in samples]
         kinds = list(found[0]) if found else []
         totals = torch.tensor([float(sum(counts[kind] for counts in found)) for kind in kinds], device=device)
@@ -523,8 +532,8 @@ class BaseTrainer(Adoptable, Trainer):
         for distinct, positions in map(computed, samples):
             self._distinct += distinct
             self._positions += positions
-        self.step = self.begin(samples, counts) if samples else None
-        return (list(self.step.batches), self.step.count(None)) if self.step else ([], None)  # type: ignore[return-value]
+        self.under_way = self.begin(samples, counts) if samples else None
+        return (list(self.under_way.batches), self.under_way.count(None)) if self.under_way else ([], None)  # type: ignore[return-value]
 
     def begin(self, batches: list[Batch], counts: dict[str, Tensor], **about: Any) -> Step:
         """An optimizer step on these micro-batches, with what `before_step` says of them."""
@@ -545,7 +554,7 @@ class BaseTrainer(Adoptable, Trainer):
 
     def step_for(self, batch: Batch) -> Step:
         """The optimizer step or the evaluation under way; outside of one, a step of this batch alone."""
-        return self.step or Step(self._counted(batch), [batch], training=self.mode == "train")
+        return self.under_way or Step(self._counted(batch), [batch], training=self.mode == "train")
 
     def _counted(self, batch: Batch) -> dict[str, Tensor]:
         found = {**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]}
@@ -612,6 +621,9 @@ class BaseTrainer(Adoptable, Trainer):
 
     def compute_loss_context_manager(self) -> Any:
         stack = super().compute_loss_context_manager()
+        # The policy's own forward is wrapped so. A reference, a teacher or a model that is not wrapped yet must run in
+        # the same precision, or their log-probs differ from the start.
+        stack.enter_context(self.accelerator.autocast())
         stack.enter_context(self._half_products())
         return stack
 
@@ -623,7 +635,7 @@ class BaseTrainer(Adoptable, Trainer):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Any, Any]:
         logits = labels = None
-        inputs = self._taken(inputs)
+        [inputs] = self.rewritten([self._taken(inputs)], training=False)
         with torch.no_grad(), self.compute_loss_context_manager():
             found = self.before_step(model, [inputs], training=False)
             batch = self._prepare_inputs(*found.beside([inputs]))
@@ -650,13 +662,13 @@ class BaseTrainer(Adoptable, Trainer):
 
         `items` are those of the first kind in the batch.
         """
-        before, self.mode = self.step, "eval"
-        self.step = Step(counts, [batch], False, self._of_evaluation)
+        before, self.mode = self.under_way, "eval"
+        self.under_way = Step(counts, [batch], False, self._of_evaluation)
         try:
             with overrides.completed(self):
-                share = self.compute_loss(model, batch, num_items_in_batch=self.step.count(None))
+                share = self.compute_loss(model, batch, num_items_in_batch=self.under_way.count(None))
         finally:
-            self.step, self.mode = before, "train"
+            self.under_way, self.mode = before, "train"
         by_rows = self.own_weight == overrides.ROWS
         whole = counts[overrides.ROWS if by_rows else next(iter(counts))]
         self._add_own(share.detach() * whole, batch["row_S"].shape[0] if by_rows else items)
@@ -749,6 +761,8 @@ class BaseTrainer(Adoptable, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with adapters.twin_hidden(self.model):
             super().save_model(output_dir, _internal_call)
+        for each in self.components:
+            each.save(self, Path(output_dir or self.args.output_dir))
         if self.args.should_save:
             # Over PEFT's own; a push to the Hub writes it again by itself.
             takes = inspect.signature(self.create_model_card).parameters.values()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl.engine.forest import Batch
+from trl.engine.head import TokenStats
 from trl.engine.score import score
 from trl.losses.advantages import ADVANTAGES
 from trl.losses.call import call_with_available, named_loss
@@ -257,16 +258,24 @@ class GRPOTrainer(OnlineTrainer):
         return Statistics(columns=columns, counts=counts)
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        args, balance, bonus = self.args, self.router_aux_loss_coef, self.bonus
-        chosen = policy_loss(args.loss_type)
-        stats = score(
+        return self.policy_terms(self.scored(model, batch), batch, step)
+
+    def scored(self, model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+        """What the surrogate reads of the policy; `asked` are further options of `engine.score.score`."""
+        return score(
             model,
             batch,
             entropy=True,
-            entropy_grad=bonus.is_used,
-            temperature=args.temperature,
-            router=balance > 0,
+            entropy_grad=self.bonus.is_used,
+            temperature=self.args.temperature,
+            router=self.router_aux_loss_coef > 0,
+            **asked,
         )
+
+    def policy_terms(self, stats: TokenStats, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
+        """The loss and metrics of the surrogate, as `loss` returns them."""
+        args, balance, bonus = self.args, self.router_aux_loss_coef, self.bonus
+        chosen = policy_loss(args.loss_type)
         assert stats.entropy_N is not None
         logp_N, seq_N, sequences = stats.logp_N, stats.seq_N, stats.sequences
         advantage_N = batch["advantage_N"]

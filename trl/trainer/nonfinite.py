@@ -14,7 +14,7 @@ def what_is_not_finite(trainer: Any, model: nn.Module) -> str:
     """The rows, or the first weight, whose numbers are not finite in the step under way, in a sentence."""
     where = f"step {trainer.state.global_step + 1}"
     remedy = "Lower the learning rate, prefer bf16 to fp16, or take the row out"
-    batches = trainer.step.batches if trainer.step else ()
+    batches = trainer.under_way.batches if trainer.under_way else ()
     bad = []
     with torch.no_grad():
         for batch in batches:

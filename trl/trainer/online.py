@@ -44,16 +44,17 @@ from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rewards.functions import RewardFunctions
 from trl.rewards.functions import check as check_rewards
-from trl.rollout.collect import Collected, Collector, Place, Scorer, refilled
+from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, Unjudged, refilled
 from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
-from trl.rollout.filters import describe
+from trl.rollout.filters import as_generation_config, describe
 from trl.rollout.generate import InProcessSampler, stop_ids
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import (
     RefillPrompts,
     Replay,
+    RoundSizes,
     StepSampler,
     evaluation_metrics,
     round_sizes,
@@ -131,9 +132,12 @@ class OnlineTrainer(BaseTrainer):
         ref_model: Any = None,
         sampler: Sampler | None = None,
         environment: Environment | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
+        is_judged = reward_funcs is not None and not (isinstance(reward_funcs, list | tuple) and not reward_funcs)
+        if judge is None and self.needs_rewards and not is_judged:
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
+        reward_funcs = reward_funcs if is_judged and judge is None else []
         check_rewards(reward_funcs)
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
@@ -145,13 +149,13 @@ class OnlineTrainer(BaseTrainer):
         # A placeholder is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
         args = copy.copy(args)
         self.accumulation, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
-        self.round_sizes = round_sizes(args, self.accumulation)
-        self._given = reward_funcs, reward_processing_classes, sampler, environment
+        self.round_sizes = self.sizes_of_rounds(args, self.accumulation)
+        self._given = reward_funcs, reward_processing_classes, sampler, environment, judge
         self.round: list[list[TrainingTrace]] = []  # the steps of the round that are still to be taken
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
         self.reference = ReferencePolicy(ref_model, model, is_needed=self.needs_reference)
-        self.components = (self.reference,)
+        self.components = self.parts_of()
         super().__init__(
             model,
             args,
@@ -167,6 +171,9 @@ class OnlineTrainer(BaseTrainer):
     # --- what a method supplies -----------------------------------------------------------------------------------
 
     least_generations = 1  # completions of each prompt that `credit` needs at least
+    whole_groups = False  # whether a group is sampled and judged on one rank, and no step cuts it
+    together = 1  # traces in turn that the loss reads in one forward pass
+    needs_rewards = True  # whether the method learns nothing without reward functions
 
     def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
         """The advantage of each trace, [S], fp32. Traces come in groups of `generations` of one prompt.
@@ -180,8 +187,29 @@ class OnlineTrainer(BaseTrainer):
         """Whether every coefficient of the trace is zero, so that it need not be forwarded."""
         return not trace.trained
 
+    def parts_of(self) -> tuple[Any, ...]:
+        """The parts of the trainer that have a state of their own."""
+        return (self.reference,)
+
+    def trains(self, place: int) -> bool:
+        """Whether the trace at this place of its group is trained on."""
+        return True
+
+    @staticmethod
+    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
+        return round_sizes(args, accumulation)
+
     def kl_in_reward(self) -> bool:
         return False
+
+    def divergence_of(self, columns: Columns) -> float:
+        """The divergence of a trace from the reference, where it is a part of the reward."""
+        return kl_of_trace(columns)
+
+    @property
+    def scoring_temperature(self) -> float:
+        """What logits are divided by for the log-probs that the loss reads."""
+        return self.args.temperature
 
     def needs_reference(self) -> bool:
         return self.args.beta != 0.0
@@ -255,21 +283,7 @@ class OnlineTrainer(BaseTrainer):
     @property
     def generation_config(self) -> GenerationConfig:
         """What the sampler is asked for, as transformers writes it."""
-        asked, tokenizer = self.sampling, self.processing_class
-        return GenerationConfig(
-            max_new_tokens=asked.max_new_tokens,
-            do_sample=asked.temperature > 0,
-            temperature=asked.temperature if asked.temperature > 0 else None,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            min_p=asked.min_p,
-            repetition_penalty=asked.repetition_penalty,
-            eos_token_id=self.eos_token_ids,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            stop_strings=list(asked.stop_strings) or None,
-            **asked.further,
-        )
+        return as_generation_config(self.sampling, self.processing_class)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -299,34 +313,43 @@ class OnlineTrainer(BaseTrainer):
         args = self.args
         if args.precompute_ref_log_probs:
             raise ValueError("precompute_ref_log_probs is for completions that are known beforehand; leave it out here")
-        reward_funcs, processing_classes, sampler, environment = self._given
+        reward_funcs, processing_classes, sampler, environment, judge = self._given
         if environment is not None and args.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching has single turns alone: leave it out")
         sampling = self._sampling()
         self.collector = Collector(
             sampler=sampler or self._sampler(sampling),
-            judge=RewardFunctions(
-                reward_funcs,
-                weights=args.reward_weights,
-                processing_classes=processing_classes,
-                tokenizer=self.processing_class,
-                chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
-                timeout=args.reward_timeout,
-            ),
+            judge=judge or self._judge_of(reward_funcs, processing_classes),
             sampling=sampling,
             decode=functools.partial(self.processing_class.batch_decode, skip_special_tokens=True),
             seed=args.seed,
             own_columns=self.prepared_columns,
             environment=environment,
             mask_truncated=args.mask_truncated_completions,
-            divergence=kl_of_trace if self.kl_in_reward() and self.needs_reference() else None,
+            divergence=self.divergence_of if self.kl_in_reward() and self.needs_reference() else None,
             keeps_texts=bool(args.log_completions),
+            whole_groups=self.whole_groups,
         )
         if hasattr(self.train_dataset, "__len__"):
             self.refills.rows = len(self.train_dataset)
         self.completions = Table(Path(args.output_dir) / "completions")
         self._evaluated: list[tuple[float, list[float]]] = []  # for each prompt its mean reward and its rewards
         self.replay = Replay(args.replay_buffer_size, args.seed) if args.replay_buffer_size else None
+
+    def _judge_of(self, reward_funcs: Any, processing_classes: Any) -> Any:
+        if isinstance(reward_funcs, list) and not reward_funcs:
+            for name in ("dynamic_sampling", "replay_buffer_size"):
+                if getattr(self.args, name):
+                    raise ValueError(f"{name} compares rewards, and there are no reward_funcs: leave it out")
+            return Unjudged()
+        return RewardFunctions(
+            reward_funcs,
+            weights=self.args.reward_weights,
+            processing_classes=processing_classes,
+            tokenizer=self.processing_class,
+            chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
+            timeout=self.args.reward_timeout,
+        )
 
     def _sampler(self, sampling: Sampling) -> Sampler:
         args = self.args
@@ -338,9 +361,10 @@ class OnlineTrainer(BaseTrainer):
         sampler.check(sampling)
         return sampler
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self, **asked: Any) -> Sampling:
+        """What the sampler is asked for by default; `asked` are further arguments of `generate`."""
         args, tokenizer = self.args, self.processing_class
-        further = dict(args.generation_kwargs or {})
+        further = {**(args.generation_kwargs or {}), **asked}
         fields = {
             "max_new_tokens": args.max_completion_length or LONGEST,
             "temperature": args.temperature,
@@ -370,7 +394,8 @@ class OnlineTrainer(BaseTrainer):
             lines.append(f"prompts whose completions are all worth the same: others instead, {args.max_refills} times")
         if args.replay_buffer_size:
             lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
-        lines.append(f"rewards: {', '.join(self.rewards.names)}")
+        if self.rewards.names:
+            lines.append(f"rewards: {', '.join(self.rewards.names)}")
         by = "; by transformers' continuous batching" if args.use_transformers_continuous_batching else ""
         return [*lines, f"sampling: {describe(self.sampling)}{by}"]
 
@@ -412,16 +437,18 @@ class OnlineTrainer(BaseTrainer):
         advantages = self.credit(found.traces, generations).tolist() if found.traces else []
         if found.sampled:
             self._log_round(mode, found.sampled, generations)
-        if not training and found.traces:
+        if not training and found.traces and self.rewards.names:
             totals = total_reward(self.rewards_of(found.traces), self.rewards.weights).view(-1, generations)
             self._evaluated += [(float(each.nanmean()), each.tolist()) for each in totals]
         if self.args.log_completions:
             self._show(mode, found.traces, advantages)
         traces = [
             TrainingTrace(
-                each.row, each.prompt_ids, each.length, advantage, each.trained, each.columns, each.holder, each.version
+                *(each.row, each.prompt_ids, each.length, advantage),
+                each.trained if self.trains(place % generations) else 0,
+                *(each.columns, each.holder, each.version),
             )
-            for each, advantage in zip(found.traces, advantages, strict=True)
+            for place, (each, advantage) in enumerate(zip(found.traces, advantages, strict=True))
         ]
         if not training or self.replay is None:
             return traces
@@ -436,11 +463,6 @@ class OnlineTrainer(BaseTrainer):
         # which sample other numbers of tokens, or none.
         model = without_ddp(self.model_wrapped) if training or self.is_fsdp_enabled else self.model
         ranks, rank = (args.world_size, args.process_index) if training else (1, 0)
-        scorers: dict[str, Scorer] = {}
-        if self.needs_reference():
-            scorers["ref_logps"] = functools.partial(self._log_probs, self.reference.ask(model))
-        if self.needs_old():
-            scorers["old_logps"] = functools.partial(self._log_probs, functools.partial(_by_policy, model))
         with self.compute_loss_context_manager():
             return self.collector.collect(
                 model,
@@ -449,7 +471,7 @@ class OnlineTrainer(BaseTrainer):
                 version=self.state.global_step,
                 number=self.rounds_sampled if training else -1,
                 place=Place(rank, ranks, args.device),
-                scorers=scorers,
+                scorers=self.scorers(model),
                 context={"trainer_state": self.state},
             )
 
@@ -475,26 +497,45 @@ class OnlineTrainer(BaseTrainer):
                             "groups/idle": self._known_to_all(idle)})  # fmt: skip
         return found
 
-    def _log_probs(
-        self, ask: Callable[..., TokenStats], rows: Sequence[Mapping[str, Any]], columns: Sequence[Columns]
-    ) -> list[np.ndarray]:
-        """Log-probs of every token of the traces under the model that `ask` calls, an array for each trace."""
+    def scorers(self, model: nn.Module) -> list[Scorer]:
+        """Forward passes that give every trace further columns: log-probs of the reference, and of the policy where
+        those of the sampler are not the engine's."""
+        found = []
+        if self.needs_reference():
+            found.append(self.scorer(self.reference.ask(model), {"ref_logps": "logp_N"}))
+        if self.needs_old():
+            found.append(self.scorer(functools.partial(by_policy, model), {"old_logps": "logp_N"}))
+        return found
+
+    def scorer(self, ask: Callable[..., TokenStats], columns: Mapping[str, str]) -> Scorer:
+        """A forward pass by `ask`; `columns` says which of its results becomes which column."""
+        return functools.partial(self._scored, ask, columns)
+
+    def _scored(
+        self,
+        ask: Callable[..., TokenStats],
+        names: Mapping[str, str],
+        rows: Sequence[Mapping[str, Any]],
+        columns: Sequence[Columns],
+    ) -> list[Columns]:
+        """Results of a forward pass for every token of the traces."""
         blank = []
         for row, own in zip(rows, columns, strict=True):
             length = len(own["ids"])
             blank.append(TrainingTrace(int(row["row"]), row["prompt_ids"], length, 0.0, length, {"ids": own["ids"]}))
-        found: list[np.ndarray] = []
+        found: list[Columns] = []
         for group in self._micro_batches(blank):
             batch = self._prepare_inputs(self._collate.to_batch(trees(group)))
             with torch.no_grad(), self.compute_loss_context_manager():
-                stats = ask(batch, temperature=self.args.temperature)
-            parts = stats.logp_N.float().cpu().split([each.length for each in group])
-            found += [part.numpy().copy() for part in parts]
+                stats = ask(batch, temperature=self.scoring_temperature)
+            lengths = [each.length for each in group]
+            parts = {name: getattr(stats, of).float().cpu().split(lengths) for name, of in names.items()}
+            found += [{name: part[place].numpy().copy() for name, part in parts.items()} for place in range(len(group))]
         return found
 
     def rewards_of(self, traces: Sequence[ScoredTrace]) -> Tensor:
         """The reward of each trace by each function, [S, F]; NaN where one does not apply."""
-        return torch.tensor([each.rewards for each in traces]).view(-1, len(self.rewards.names))
+        return torch.tensor([each.rewards for each in traces]).view(len(traces), len(self.rewards.names))
 
     def kl_of(self, traces: Sequence[ScoredTrace]) -> Tensor | None:
         """The divergence of each trace from the reference, [S], where rewards take it off; 0 of what does not train."""
@@ -562,7 +603,9 @@ class OnlineTrainer(BaseTrainer):
         if inputs["rows"]:
             traces = self.collect(inputs["rows"], self.args.num_generations, training=True)
             self.rounds_sampled += 1
-            self.round = self._dealt(split_into_steps(traces, self.round_sizes.parts)) * self.args.num_iterations
+            group = self.args.num_generations if self.whole_groups else 1
+            steps = split_into_steps(traces, self.round_sizes.parts, group)
+            self.round = self._dealt(steps) * self.args.num_iterations
         traces, self.round = self.round[0], self.round[1:]
         loss = self.train_on(model, traces)
         seconds = torch.tensor(time.perf_counter() - started, device=self.args.device)
@@ -587,9 +630,9 @@ class OnlineTrainer(BaseTrainer):
     def _holders(self, step: Sequence[TrainingTrace]) -> list[int]:
         """The rank that trains on each trace of a step; -1 for those of weight zero, whose columns nobody reads."""
         active = [place for place, each in enumerate(step) if not self.has_no_gradient(each)]
-        dealt = zip(active, deal([step[place] for place in active], self.args.world_size), strict=True)
+        holders = deal([step[place] for place in active], self.args.world_size, self.together)
         found = [-1] * len(step)
-        for place, rank in dealt:
+        for place, rank in zip(active, holders, strict=True):
             found[place] = rank
         return found
 
@@ -612,13 +655,13 @@ class OnlineTrainer(BaseTrainer):
         for distinct, positions in map(computed, batches):
             self._distinct += distinct
             self._positions += positions
-        self.step = self.begin(batches, counts, on_policy=self.is_on_policy())
+        self.under_way = self.begin(batches, counts, on_policy=self.is_on_policy())
         total = torch.zeros((), device=self.args.device)
         # The loss is that of the whole step already; DeepSpeed would divide it by the accumulation it was set up for.
         unscaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         saved = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
         with self._half_products(), saved, overrides.completed(self):
-            for number, batch in enumerate(self.step.batches):
+            for number, batch in enumerate(self.under_way.batches):
                 last = number == len(batches) - 1
                 self.accelerator.sync_gradients = last  # DeepSpeed's engine steps where it is told so
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
@@ -640,7 +683,7 @@ class OnlineTrainer(BaseTrainer):
     def _micro_batches(self, traces: Sequence[TrainingTrace]) -> list[list[TrainingTrace]]:
         """Traces of one forward pass each; as many groups on every rank, empty ones among them."""
         args = self.args
-        groups = micro_batches(traces, args.max_tokens_per_micro_batch, args.share_prompt, args.device)
+        groups = micro_batches(traces, args.max_tokens_per_micro_batch, args.share_prompt, args.device, self.together)
         return equally_many(groups, args.world_size, args.device)
 
     def to_batch(self, traces: Sequence[TrainingTrace]) -> Batch:
@@ -714,7 +757,7 @@ class OnlineTrainer(BaseTrainer):
         self.round = self._resumed("round", state, self._holders)
         if self.replay is not None:
             ranks = self.args.world_size
-            self.replay.groups.extend(self._resumed("replay", state, lambda group: deal(group, ranks)))
+            self.replay.groups.extend(self._resumed("replay", state, lambda group: deal(group, ranks, self.together)))
 
     def _resumed(
         self, name: str, state: dict[str, Any], holders: Callable[[Sequence[TrainingTrace]], list[int]]
@@ -737,7 +780,8 @@ def kl_of_trace(columns: Columns) -> float:
     return float(logps[own].sum(dtype=np.float64) - columns["ref_logps"][own].sum(dtype=np.float64))
 
 
-def _by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+def by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
+    """A batch scored by the policy as it samples, without dropout."""
     with evaluating(model):
         return score(model, batch, **asked)
 

@@ -166,7 +166,7 @@ class ReferencePolicy(Component):
             return {}  # a whole reference is the same on every rank
         return {"reference": {name: weight.detach().cpu() for name, weight in self.policy.weights().items()}}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, trainer: BaseTrainer, state: dict[str, Any]) -> None:
         if "reference" in state and self.policy is not None:
             with torch.no_grad():
                 for name, weight in self.policy.weights().items():

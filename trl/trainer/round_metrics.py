@@ -23,18 +23,19 @@ def round_metrics(
 ) -> tuple[Means, dict[str, Tensor]]:
     """Means over the traces, and the values whose smallest and largest are logged, by what they are of.
 
-    `names` are those of the reward functions, `kl_S` the divergence of each trace where it is known.
+    `names` are those of the reward functions, if there are any, `kl_S` the divergence of each trace where it is known.
     """
-    total_S, count = total_reward(rewards_SF, weights_F), float(len(traces))
-    means: Means = {
-        "reward": (total_S.nanmean(), float((~total_S.isnan()).sum())),
-        "reward_std": (_std(total_S), count),
-    }
+    count = float(len(traces))
+    means: Means = {}
+    if names:
+        total_S = total_reward(rewards_SF, weights_F)
+        means["reward"] = total_S.nanmean(), float((~total_S.isnan()).sum())
+        means["reward_std"] = _std(total_S), count
+        means["frac_reward_zero_std"] = without_spread(rewards_SF, weights_F, generations).float().mean(), count
     for index, name in enumerate(names):
         reward_S = rewards_SF[:, index]
         means[f"rewards/{name}/mean"] = reward_S.nanmean(), float((~reward_S.isnan()).sum())
         means[f"rewards/{name}/std"] = _std(reward_S), count
-    means["frac_reward_zero_std"] = without_spread(rewards_SF, weights_F, generations).float().mean(), count
     length_S = torch.tensor([float(each.length) for each in traces])
     ended_S = torch.tensor([each.finished for each in traces])
     ranges = {"length": length_S, "terminated_length": length_S[ended_S]}

@@ -81,6 +81,7 @@ class SFTTrainer(BaseTrainer):
 
     config_class = SFTConfig
     method = "sft"
+    recipe: type[Sequences] = Sequences  # how rows become tokens and masks
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class SFTTrainer(BaseTrainer):
             raise ValueError("packing needs max_length: neither the model nor the tokenizer says how long a row may be")
         if packs and is_stream(dataset):
             raise ValueError("packing looks at all rows at once, which a stream does not have: load the data set whole")
-        recipe = Sequences(
+        recipe = self.recipe(
             columns=args.columns,
             skip_bad_rows=args.skip_bad_rows,
             text_field=args.dataset_text_field,

@@ -14,11 +14,12 @@ from trl.data.reading.formats import Shape, part_to_column
 from trl.data.reading.messages import is_conversation, messages_of, place, text_of
 from trl.data.report import PromptReport, show
 from trl.data.tokenizing import recipe
-from trl.data.tokenizing.encode import Encoder, Text
+from trl.data.tokenizing.encode import Encoder, Text, Tokens
 from trl.data.tokenizing.recipe import Recipe
 
 # Where the prompt is: the first of these columns that the data have.
 COLUMNS = ("prompt", "messages", "conversations", "question", "problem", "instruction", "query", "input", "text")
+TOKENS = "input_ids"  # else here, as token ids
 OPTIONS = ("tools", "chat_template_kwargs")  # columns that the chat template is given
 PREPARED = ("prompt", "prompt_ids", "row")  # columns of a prepared row that are not the data's own
 
@@ -78,6 +79,8 @@ class Prompts(Recipe):
 
     def detect(self, dataset: datasets.Dataset) -> Shape:
         column = next((each for each in COLUMNS if each in dataset.column_names), None)
+        if column is None and TOKENS in dataset.column_names:
+            return Shape("prompts", {"prompt": TOKENS}, False, f"`{TOKENS}` read as prompts that are tokenised")
         if column is None:
             raise DataError(
                 f"Cannot read the rows: no column holds prompts; the columns are {', '.join(dataset.column_names)}. "
@@ -139,11 +142,15 @@ class PromptEncoder(Encoder):
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         column, conversational = self.shape.columns["prompt"], self.shape.conversational
-        prompts = [self._prompt(value, place(row, column)) for value, row in zip(batch[column], indices, strict=True)]
-        texts = prompts
-        if conversational:
-            texts = self._render(prompts, self._template_options(batch, indices), indices, column, True)
-        rows = self._tokenise([Text(text, open=True) for text in texts], plain=not conversational)
+        if column == TOKENS:
+            prompts = self.tokenizer.batch_decode(batch[column], skip_special_tokens=True)
+            rows = [Tokens(list(ids), [False] * len(ids)) for ids in batch[column]]
+        else:
+            prompts = [self._prompt(each, place(row, column)) for each, row in zip(batch[column], indices, strict=True)]
+            texts = prompts
+            if conversational:
+                texts = self._render(prompts, self._template_options(batch, indices), indices, column, True)
+            rows = self._tokenise([Text(text, open=True) for text in texts], plain=not conversational)
         for tokens, row in zip(rows, indices, strict=True):
             if not tokens.ids:
                 raise DataError(f"{place(row, column)} is empty: there is nothing to answer. Remove the row.")
