@@ -142,6 +142,12 @@ if TYPE_CHECKING:
     from .trainer.grpo import (
         GRPOTrainer as GRPOTrainer,
     )
+    from .trainer.iterative_sft import (
+        IterativeSFTConfig as IterativeSFTConfig,
+    )
+    from .trainer.iterative_sft import (
+        IterativeSFTTrainer as IterativeSFTTrainer,
+    )
     from .trainer.kl_control import (
         AdaptiveKLController as AdaptiveKLController,
     )

@@ -33,6 +33,7 @@ class Method(NamedTuple):
     judged: bool = False  # by reward functions: its command takes --reward_funcs
     tag: str = ""  # of the model card; default: the method's own key
     experimental: bool = False  # upstream keeps it in trl.experimental
+    command: bool = True  # whether the command line runs it; not where the loop is the user's own
 
 
 METHODS = {
@@ -41,6 +42,13 @@ METHODS = {
         "supervised fine-tuning",
         "texts, chats, prompts with completions",
         "trl.trainer.sft",
+    ),
+    "iterative-sft": Method(
+        "IterativeSFT",
+        "iterative supervised fine-tuning",
+        "texts or token ids, a step at a time in a loop of one's own",
+        "trl.trainer.iterative_sft",
+        command=False,
     ),
     "dpo": Method(
         "DPO",

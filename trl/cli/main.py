@@ -26,7 +26,11 @@ class Command(NamedTuple):
 def commands() -> dict[str, Command]:
     """The commands by name. Each module has `run(argv, command) -> int`."""
     return {
-        **{name: Command("trl.cli.train", f"{row.title}: {row.summary}") for name, row in METHODS.items()},
+        **{
+            name: Command("trl.cli.train", f"{row.title}: {row.summary}")
+            for name, row in METHODS.items()
+            if row.command
+        },
         "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and evaluate it"),
         "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
     }

@@ -602,7 +602,6 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("GeometricMixtureWrapper",), "NashMDTrainer mixes logits in its sampler, trl.rollout.two_models.MixtureSampler"),
     (("WinRateCallback",), f"{_RELEASE} such callback; a judge's `judge` compares two sets of answers"),
-    (("IterativeSFT*", "iterative_sft*"), "it is gone upstream too: SFTTrainer trains on tokenised rows as they come"),
     (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
     (
         ("BestOfN*", "best_of_n*"),
