@@ -9,6 +9,9 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .callbacks import (
+        BEMACallback as BEMACallback,
+    )
+    from .callbacks import (
         SyncRefModelCallback as SyncRefModelCallback,
     )
     from .cli.parser import (
@@ -105,6 +108,9 @@ if TYPE_CHECKING:
     )
     from .rewards.pairwise import (
         RewardModelJudge as RewardModelJudge,
+    )
+    from .rollout.best_of_n import (
+        BestOfNSampler as BestOfNSampler,
     )
     from .trainer.bco import (
         BCOConfig as BCOConfig,
@@ -233,6 +239,8 @@ _JUDGES = (
 _HOMES = {
     **_of_methods(),
     "AdaptiveKLController": "trl.trainer.kl_control",
+    "BEMACallback": "trl.callbacks",
+    "BestOfNSampler": "trl.rollout.best_of_n",
     "AutoModelForCausalLMWithValueHead": "trl.models.with_value_head",
     "AutoModelForSeq2SeqLMWithValueHead": "trl.models.with_value_head",
     **dict.fromkeys(_JUDGES, "trl.rewards.pairwise"),

@@ -604,10 +604,6 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("WinRateCallback",), f"{_RELEASE} such callback; a judge's `judge` compares two sets of answers"),
     (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
     (
-        ("BestOfN*", "best_of_n*"),
-        "sample with model.generate(num_return_sequences=n) and keep the completion with the best reward",
-    ),
-    (
         ("TextEnvironment*", "TextHistory", "environment*", "Environment*", "harbor*", "Harbor*", "open*reward*"),
         f"{_RELEASE} environments and tools",
     ),
