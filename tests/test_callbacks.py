@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import trl
-from tests.trainer.helpers import chat_rows, sft, tiny
+from tests.trainer.helpers import DEFAULTS, chat_rows, pair_rows, sft, tiny
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,36 @@ def test_the_best_of_n(tokenizer):
         trl.BestOfNSampler(model, tokenizer, lambda texts: [1.0], lambda: 2, sample_size=5).generate([5])
     with pytest.raises(ValueError, match="n_candidates=4: give 1 to 3"):
         trl.BestOfNSampler(model, tokenizer, length, lambda: 2, sample_size=3, n_candidates=4)
+
+
+def test_answers_are_compared_with_those_before_training(tmp_path, tokenizer):
+    """The judge prefers the longer one of two answers, and sees as many as there are prompts."""
+    asked = []
+
+    class Longer(trl.BasePairwiseJudge):
+        def judge(self, prompts, completions, shuffle_order=True):
+            asked.append((prompts, completions))
+            return [-1 if first == second else int(len(second) > len(first)) for first, second in completions]
+
+    rows = pair_rows(6)
+    args = trl.DPOConfig(**{**DEFAULTS, "output_dir": str(tmp_path)}, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer = trl.DPOTrainer(
+        tiny(tokenizer), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    short = GenerationConfig(max_new_tokens=4, do_sample=False)
+    trainer.add_callback(trl.WinRateCallback(Longer(), trainer, generation_config=short, num_prompts=3))
+    trainer.add_callback(trl.LogCompletionsCallback(trainer, generation_config=short, num_prompts=2, freq=2))
+    trainer.train()
+    rates = [line["eval_win_rate"] for line in trainer.state.log_history if "eval_win_rate" in line]
+    assert len(rates) == 2 and all(0 <= rate <= 1 for rate in rates)
+    prompts, pairs = asked[-1]
+    assert len(prompts) == len(pairs) == 3
+    expected = sum(0.5 if one == two else float(len(two) > len(one)) for one, two in pairs) / 3
+    assert rates[-1] == pytest.approx(expected)
+    assert list((tmp_path / "completions").iterdir())
+    blind = trl.DPOTrainer(
+        tiny(tokenizer), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    blind.eval_dataset = None
+    with pytest.raises(ValueError, match="need an eval_dataset with prompts"):
+        trl.WinRateCallback(Longer(), trainer)

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
         BEMACallback as BEMACallback,
     )
     from .callbacks import (
+        LogCompletionsCallback as LogCompletionsCallback,
+    )
+    from .callbacks import (
         SyncRefModelCallback as SyncRefModelCallback,
+    )
+    from .callbacks import (
+        WinRateCallback as WinRateCallback,
     )
     from .cli.parser import (
         TrlParser as TrlParser,
@@ -248,10 +254,12 @@ _HOMES = {
     "DatasetMixtureConfig": "trl.data.mixture",
     "FDivergenceType": "trl.compat.table",
     "FixedKLController": "trl.trainer.kl_control",
+    "LogCompletionsCallback": "trl.callbacks",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
     "TrlParser": "trl.cli.parser",
+    "WinRateCallback": "trl.callbacks",
     "apply_chat_template": "trl.data.convert",
     "clone_chat_template": "trl.models.vocabulary",
     "create_reference_model": "trl.engine.reference",

@@ -601,7 +601,6 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
         "FunctionJudge makes a judge of a function; derive others from BasePairwiseJudge",
     ),
     (("GeometricMixtureWrapper",), "NashMDTrainer mixes logits in its sampler, trl.rollout.two_models.MixtureSampler"),
-    (("WinRateCallback",), f"{_RELEASE} such callback; a judge's `judge` compares two sets of answers"),
     (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
     (
         ("TextEnvironment*", "TextHistory", "environment*", "Environment*", "harbor*", "Harbor*", "open*reward*"),
