@@ -20,6 +20,7 @@ from trl.losses.advantages import total_reward
 from trl.losses.policy import TOKENS, clip, ratio
 from trl.losses.tokens import Metric, mean_metric
 from trl.models.unwrap import unwrap
+from trl.notices import notify_once
 from trl.rollout.collect import Scorer
 from trl.rollout.rounds import RoundSizes, round_sizes
 from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace
@@ -237,6 +238,8 @@ class PPORounds(OnlineTrainer):
             return torch.zeros((), device=args.device)
         loss = super().train_on(model, traces)
         changes = self.guards.end_step(args.device, args.world_size)
+        if not changes and self.is_deepspeed_enabled:
+            notify_once("a step went further than ratio_threshold or target_kl: DeepSpeed has taken it all the same")
         if not changes:
             model.zero_grad(set_to_none=not args.fp16)
         self._add("train", {"policy/steps_left_out": self._known_to_all(float(not changes))})
