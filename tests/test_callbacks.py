@@ -102,4 +102,4 @@ def test_answers_are_compared_with_those_before_training(tmp_path, tokenizer):
     )
     blind.eval_dataset = None
     with pytest.raises(ValueError, match="need an eval_dataset with prompts"):
-        trl.WinRateCallback(Longer(), trainer)
+        trl.WinRateCallback(Longer(), blind)

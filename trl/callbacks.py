@@ -224,14 +224,14 @@ def _answers(trainer: Any, prompts: list[Any], generation_config: Any) -> list[s
         for each in prompts
     ]
     pad = tokenizer.pad_token_id
+    how = copy.deepcopy(generation_config or model.generation_config)
+    how.pad_token_id = pad
     with evaluating(model), trainer.accelerator.autocast():
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             wide = max(map(len, batch))
             ids = torch.tensor([[pad] * (wide - len(each)) + each for each in batch], device=trainer.args.device)
             mask = torch.tensor([[0] * (wide - len(each)) + [1] * len(each) for each in batch], device=ids.device)
-            drawn = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=generation_config, pad_token_id=pad
-            )
+            drawn = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
             found += tokenizer.batch_decode(drawn[:, wide:], skip_special_tokens=True)
     return found
