@@ -63,7 +63,7 @@ from trl.rollout.rounds import (
 from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace, grouped, trees
 from trl.rollout.types import Environment, Sampler, Sampling
 
-from . import overrides
+from . import evaluation, overrides
 from .attributes import shows
 from .base import BaseTrainer
 from .loader import BatchStream
@@ -706,16 +706,16 @@ class OnlineTrainer(BaseTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 batch = self._prepare_inputs(batch)
                 if overrides.has_own_loss(self):
-                    total += self.own_evaluation(model, batch, counts_of_step, batch["row_S"].shape[0])
+                    total += evaluation.own_evaluation(self, model, batch, counts_of_step, batch["row_S"].shape[0])
                     continue
                 sums, metrics = self.loss(model, batch, step)
-            self._add("eval", {**metrics, **self.parts(sums, dict.fromkeys(sums, 0.0))})
+            self._add("eval", {**metrics, **evaluation.parts(sums, dict.fromkeys(sums, 0.0))})
             total += torch.stack([each / max(found[kind], 1.0) for kind, each in sums.items()]).sum()
         zero = torch.zeros((), device=self.args.device)
         if overrides.has_own_loss(self):
-            self._add_own(zero, 0)  # also where this rank has no rows
+            evaluation.add_own(self, zero, 0)  # also where this rank has no rows
         else:
-            self._add("eval", self.parts(dict.fromkeys(found, zero), found))
+            self._add("eval", evaluation.parts(dict.fromkeys(found, zero), found))
         return total, None, None
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,

@@ -301,7 +301,7 @@ class PPORounds(OnlineTrainer):
             f"divergence in the reward: {args.kl_penalty}, weighted {self.kl_ctl.value:g}{steers}",
         ]
 
-    def _full_rate(self) -> float:
+    def full_rate(self) -> float:
         return DEFAULTS["learning_rate"][self.in_steps]
 
 

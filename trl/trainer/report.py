@@ -1,12 +1,16 @@
 """The lines that a trainer prints before step 1, beside those of the data."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from trl.engine.score import Attachment
 from trl.models import adapters
+
+from . import overrides
 
 
 def model_lines(model: nn.Module, rate: float, full_rate: float, precision: str) -> list[str]:
@@ -63,3 +67,34 @@ def steps_line(rows: int, args: Any) -> str:
         f"steps: {math.ceil(steps):,}, each on {batch * accumulated * ranks} rows ({batch} a batch × {accumulated} "
         f"accumulated × {ranks} process{'es' if ranks > 1 else ''})"
     )
+
+
+def lines_of(trainer: Any) -> list[str]:
+    """What will be trained on what."""
+    args, dataset = trainer.args, trainer.train_dataset
+    lines = [line for each in trainer.reports.values() for line in each.lines()]
+    lines += model_lines(trainer.model, args.learning_rate, trainer.full_rate(), _update_precision(trainer))
+    reader, users = overrides.reads_batches(trainer), trainer.data_collator.users
+    lines += engine_lines(trainer.attachment, reader, users, trainer._compiled_parts)
+    if hasattr(dataset, "__len__") and not overrides.is_overridden(trainer, "get_train_dataloader"):
+        lines.append(steps_line(len(dataset), args))
+    return [*lines, *(line for each in trainer.components for line in each.report(trainer))]
+
+
+def _update_precision(trainer: Any) -> str:
+    """Where the bits of an update are that a bfloat16 weight has no room for."""
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed keeps float32 copies of the bfloat16 weights"
+    if trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no":
+        return "FSDP holds the weights in float32"
+    return "the lower halves of bfloat16 weights are kept beside them (2 bytes a weight), moments are float32"
+
+
+def show(trainer: Any) -> None:
+    """Print the report, and write what is known of the data into the output folder."""
+    if not trainer.is_world_process_zero():
+        return
+    print("\n".join(f"trl: {line}" for line in trainer.report()), flush=True)
+    if trainer.reports and trainer.args.should_save:
+        found = {name: each.to_dict() for name, each in trainer.reports.items()}
+        Path(trainer.args.output_dir, "data_report.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
