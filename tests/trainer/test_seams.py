@@ -19,7 +19,7 @@ from trl.cli.main import main
 from trl.losses.policy import SEQUENCES, PolicyLoss, by_sequence, clip, ratio_bounds
 from trl.methods import METHODS, Method
 from trl.rollout.types import Completion
-from trl.trainer.online import kl_of_trace
+from trl.trainer.online_method import kl_of_trace
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ from trl.rollout.types import Environment, Sampler
 
 from . import evaluation
 from .attributes import shows
-from .online import OnlineConfig, OnlineTrainer
+from .online import OnlineTrainer
+from .online_config import OnlineConfig
 from .step import Statistics, Step
 
 LEVELS = ("token", "sequence", "sequence_token")

@@ -16,6 +16,7 @@ from trl.engine.forest import Batch, gridded, padded, unshared, with_labels
 from trl.engine.score import Attachment
 from trl.models import vocabulary
 from trl.notices import notify_once
+from trl.rollout.rounds import StepSampler
 
 
 class Collate:
@@ -186,6 +187,26 @@ def batches_of(dataset: Any, batch_size: int, args: Any, is_training: bool) -> R
         drop_last=is_training and args.dataloader_drop_last,
         lengths=lengths_of(dataset) if is_training and args.train_sampling_strategy == "group_by_length" else None,
         step_rows=batch_size * args.gradient_accumulation_steps * args.world_size,
+    )
+
+
+def stream_of_rounds(dataset: Any, prompts: int, turns: int, collate: Callable, args: Any) -> DataLoader:
+    """A loader of a stream's prompts, a round at a time, each followed by placeholders for its further `turns`.
+
+    Every rank gets all prompts of the round: the samples of one prompt may be drawn on several.
+    """
+    stream = StreamBatches(dataset, prompts, drop_last=args.dataloader_drop_last, forever=True)
+    return DataLoader(BatchStream(StepSampler(stream, turns)), batch_size=None, collate_fn=collate)
+
+
+def rounds_of(dataset: Any, prompts: int, args: Any) -> RowBatches:
+    """The order of the prompts of a data set, a round at a time, for every rank alike."""
+    return RowBatches(
+        len(dataset),
+        prompts,
+        shuffle=bool(args.shuffle_dataset) and args.train_sampling_strategy != "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        drop_last=args.dataloader_drop_last,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import nn
 
 from trl.engine.score import Attachment
 from trl.models import adapters
+from trl.rollout.filters import describe
+from trl.rollout.rounds import RoundSizes
+from trl.rollout.types import Sampling
 
 from . import overrides
 
@@ -67,6 +71,23 @@ def steps_line(rows: int, args: Any) -> str:
         f"steps: {math.ceil(steps):,}, each on {batch * accumulated * ranks} rows ({batch} a batch × {accumulated} "
         f"accumulated × {ranks} process{'es' if ranks > 1 else ''})"
     )
+
+
+def round_lines(args: Any, sizes: RoundSizes, rewards: Sequence[str], sampling: Sampling) -> list[str]:
+    """How rounds of completions are drawn, judged and trained on."""
+    lines = [
+        f"rounds: {sizes.prompts} prompts × {args.num_generations} completions each, drawn at once; trained on "
+        f"in {sizes.parts} step{'s' if sizes.parts > 1 else ''} of {sizes.step} completions"
+        + (f", {args.num_iterations} times" if args.num_iterations > 1 else "")
+    ]
+    if args.dynamic_sampling:
+        lines.append(f"prompts whose completions are all worth the same: others instead, {args.max_refills} times")
+    if args.replay_buffer_size:
+        lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
+    if rewards:
+        lines.append(f"rewards: {', '.join(rewards)}")
+    by = "; by transformers' continuous batching" if args.use_transformers_continuous_batching else ""
+    return [*lines, f"sampling: {describe(sampling)}{by}"]
 
 
 def lines_of(trainer: Any) -> list[str]:
