@@ -270,7 +270,8 @@ class Plan:
         most = 0 if run.samples else self.largest_rows()
         if 0 < most < run.rows:
             times = -(-run.rows * run.accumulation // most)
-            yield f"--per_device_train_batch_size {most} --gradient_accumulation_steps {times} fits, with equal gradients"
+            flags = f"--per_device_train_batch_size {most} --gradient_accumulation_steps {times}"
+            yield f"{flags} fits, with the same gradient"
             return
         if not run.checkpointing:
             yield "--gradient_checkpointing keeps one layer's activations at a time"

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from trl.methods import METHODS
 from trl.models.load import adapter_base, torch_dtype
 
-from .run import PAIRS, Run
+from .run import Run
 
 REFERENCED = ("dpo", "kto", "bco", "online-dpo", "xpo", "nash-md", "ppo")
 
@@ -76,9 +76,7 @@ def lengths(
     if completion is None:
         completion = asked or whole // 2
     if prompt is None:
-        prompt = getattr(args, "max_prompt_length", None) or max(
-            1, (whole if method not in PAIRS else whole) - completion
-        )
+        prompt = getattr(args, "max_prompt_length", None) or max(1, whole - completion)
     return int(prompt), int(completion)
 
 
