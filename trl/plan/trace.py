@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.probe import attach_unprobed
 from trl.engine.score import score
+from trl.models.offload import enable_checkpointing
 
 
 class Linear(NamedTuple):
@@ -79,7 +80,7 @@ def _peak(
     model = empty_model(config, layers, dtype, adapter)
     attachment = attach_unprobed(model)
     if checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        enable_checkpointing(model)
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
     model.train()
