@@ -253,15 +253,16 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     if mixture is not None:
         if evaluates and mixture.test_split_size is None:
             raise UsageError("evaluation needs rows of its own: set some aside with --test_split_size 0.05.")
-        parts = load_mixture(mixture, seed=config.seed)
+        parts = load_mixture(mixture, config.seed, config.skip_bad_rows)
         return parts["train"], parts["test"] if evaluates else None
     name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming
-    train = load(name, script.dataset_train_split, config_name, streaming=streams)
+    opening = {"streaming": streams, "skip_bad_rows": config.skip_bad_rows}
+    train = load(name, script.dataset_train_split, config_name, **opening)
     if not evaluates:
         return train, None
     # `load` notes that it takes the only split; here that is an error, so its notices are held back.
     notices.held = []
-    test = load(name, script.dataset_test_split, config_name, streaming=streams)
+    test = load(name, script.dataset_test_split, config_name, **opening)
     heard, notices.held = notices.held, None
     wanted = script.dataset_test_split.split("[")[0]
     # A file has one split, which `load` reads under any name. For training that is intended; for evaluation it would be

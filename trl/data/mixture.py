@@ -217,12 +217,15 @@ def is_stream(rows: Any) -> bool:
     return isinstance(rows, datasets.IterableDataset) or isinstance(rows, Mixture) and rows.streaming
 
 
-def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) -> dict[str, Mixture]:
+def load_mixture(
+    config: DatasetMixtureConfig | Sequence[Any], seed: int = 0, skip_bad_rows: bool = False
+) -> dict[str, Mixture]:
     """Opens every data set of a mix.
 
     Args:
         config: a `DatasetMixtureConfig`, or a list of its `datasets`.
         seed: the seed of the rows that `fraction` and `test_split_size` draw; 0 by default.
+        skip_bad_rows: as in `sources.load`.
 
     Returns `{"train": Mixture}`, with "test" too if rows are set aside. Raises `DataError` for a mix without data sets,
     for one that cannot be opened, and for a split of a stream.
@@ -235,7 +238,9 @@ def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) ->
         raise DataError(
             "test_split_size cannot be taken of streams, whose length is not known: set streaming to false."
         )
-    parts = [_open(entry, config.streaming, seed + number) for number, entry in enumerate(config.datasets)]
+    parts = [
+        _open(entry, config.streaming, seed + number, skip_bad_rows) for number, entry in enumerate(config.datasets)
+    ]
     labels = [part.label for part in parts]
     for number, part in enumerate(parts):
         if labels.count(part.label) > 1:
@@ -250,7 +255,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> dict[str, Mixture]:
     return load_mixture(mixture_config)
 
 
-def _open(entry: DatasetConfig, streaming: bool, seed: int) -> MixturePart:
+def _open(entry: DatasetConfig, streaming: bool, seed: int, skip_bad_rows: bool) -> MixturePart:
     rows = load(
         entry.path,
         entry.split,
@@ -258,6 +263,7 @@ def _open(entry: DatasetConfig, streaming: bool, seed: int) -> MixturePart:
         data_dir=entry.data_dir,
         data_files=entry.data_files,
         streaming=streaming,
+        skip_bad_rows=skip_bad_rows,
     )
     if isinstance(entry.columns, list):
         missing = [column for column in entry.columns if column not in (rows.column_names or entry.columns)]

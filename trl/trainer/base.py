@@ -350,7 +350,8 @@ class BaseTrainer(Adoptable, Trainer):
             dataset = train_split(dataset)
         if isinstance(dataset, dict) and all(map(sources.is_data_set, dataset.values())):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
-        dataset = dataset if isinstance(dataset, Mixture) else sources.load(dataset)
+        if not isinstance(dataset, Mixture):
+            dataset = sources.load(dataset, skip_bad_rows=getattr(self.args, "skip_bad_rows", False))
         if self._users_rows or self.is_prepared(dataset):
             return dataset
         with self.args.main_process_first(desc="preparing the data"):

@@ -139,7 +139,8 @@ class OnlineTrainer(BaseTrainer):
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
         reward_funcs = reward_funcs if is_judged and judge is None else []
         check_rewards(reward_funcs)
-        train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
+        skip = getattr(args, "skip_bad_rows", False)
+        train_dataset, eval_dataset = _opened(train_dataset, skip), _opened(eval_dataset, skip)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
         for dataset in (train_dataset, *(eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset])):
             if isinstance(columns := getattr(dataset, "column_names", None), list):
@@ -786,12 +787,12 @@ def by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
         return score(model, batch, **asked)
 
 
-def _opened(dataset: Any) -> Any:
+def _opened(dataset: Any, skip: bool) -> Any:
     """A data set given by its rows or by a path, opened, so that its columns are known before the model is; each of a
     dictionary of them."""
     if type(dataset) is dict and all(map(sources.is_data_set, dataset.values())):
-        return {name: _opened(value) for name, value in dataset.items()}
-    return sources.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
+        return {name: _opened(value, skip) for name, value in dataset.items()}
+    return sources.load(dataset, skip_bad_rows=skip) if isinstance(dataset, str | Path | list | dict) else dataset
 
 
 def _as_list(value: Any) -> list[Any]:

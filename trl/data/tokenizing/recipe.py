@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from trl.data.reading import broken
 from trl.data.reading.broken import KEPT
 from trl.data.reading.errors import DataError
-from trl.data.reading.files import ORIGIN
 from trl.data.reading.formats import Shape
-from trl.data.reading.sources import as_shown, from_rows
+from trl.data.reading.lines import NO_ORIGIN, ORIGIN
+from trl.data.reading.sources import UNREADABLE, as_shown, check_files, from_rows
 from trl.data.report import Dropped
 from trl.data.tokenizing import chat
 from trl.data.tokenizing.encode import Encoder
@@ -177,7 +177,7 @@ def tabulate(
     wanted = shown.with_format(None)
     if not shape.formatting and not recipe.keeps_columns:  # a formatting function may read any column
         wanted = wanted.select_columns(list(dict.fromkeys(shape.columns.values())))
-    setattr(wanted, ORIGIN, getattr(dataset, ORIGIN, (None, 0)))
+    setattr(wanted, ORIGIN, getattr(dataset, ORIGIN, NO_ORIGIN))
     table, bad = broken.mapped(
         broken.NumbersAsText(encoder, shape.numbers) if shape.numbers else encoder,
         wanted,
@@ -211,10 +211,15 @@ def _prepare_stream(
     name: str,
     look_at: int,
 ) -> tuple[datasets.IterableDataset, Any]:
-    stream = as_shown(stream)
-    head = from_rows(list(stream.take(look_at)))
+    given, stream = stream, as_shown(stream)
+    try:
+        head = from_rows(list(stream.take(look_at)))
+    except UNREADABLE:
+        check_files(given)  # names the broken file
+        raise
     if len(head) == 0:
         raise DataError(f"{name}: the stream has no rows.")
+    setattr(head, ORIGIN, getattr(given, ORIGIN, NO_ORIGIN))
     shape, table, bad = tabulate(recipe, head, tokenizer, name=name)
     _, report = recipe.aggregate(table, tokenizer, shape, name)
     report.add_unreadable(bad)
