@@ -96,10 +96,13 @@ def run(argv: Sequence[str], command: str) -> int:
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":  # only the first process prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _run(argv, command)
+        notices = _Notices()
+        logging.getLogger("trl").addHandler(notices)
+        stack.callback(logging.getLogger("trl").removeHandler, notices)  # a program may run several commands
+        return _run(argv, command, notices)
 
 
-def _run(argv: Sequence[str], command: str) -> int:
+def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     set_environment(argv)
     hide_library_notes()
 
@@ -141,8 +144,6 @@ def _run(argv: Sequence[str], command: str) -> int:
     if resume and (adapter is not None or adapter_base(model.model_name_or_path) is None):
         check_resumed(checkpoint.resolve(Path(config.output_dir), resume)[0], adapter)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
-    notices = _Notices()
-    logging.getLogger("trl").addHandler(notices)
     train_rows, test_rows = rows(script, mixture if mixture.datasets else None, config, notices)
     judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
     trainer = trainer_class(

@@ -16,6 +16,8 @@ from trl.data.tokenizing import recipe
 from trl.data.tokenizing.recipe import Recipe
 from trl.near import near
 
+STREAM_ROWS = 10**12  # the first row of a streamed part is numbered by a multiple of it: no length is known
+
 
 @dataclass
 class DatasetConfig:
@@ -121,8 +123,9 @@ class Mixture:
             tokenizer, name, num_proc: as in `recipe.prepare`.
 
         Returns the parts one after the other, as one table, or as one stream if a part is a stream, and the report. The
-        report has one for each part in `parts`. In a table, rows are numbered through all parts; in a stream, each part
-        has its own numbers. Raises `DataError` as `recipe.prepare` does; it names the part.
+        report has one for each part in `parts`. In a table, rows are numbered through all parts; in a stream, those
+        of the n-th part, counted from 0, begin at n * `STREAM_ROWS`. Raises `DataError` as `recipe.prepare` does; it
+        names the part.
         """
         columns = wanted.columns
         recipes = [dataclasses.replace(wanted, columns=part.columns or columns) for part in self.parts]
@@ -157,9 +160,10 @@ class Mixture:
         self, wanted: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, recipes: Sequence[Recipe]
     ) -> tuple[Any, Any]:
         streams, reports = [], []
-        for part, own in zip(self.parts, recipes, strict=True):
+        for number, (part, own) in enumerate(zip(self.parts, recipes, strict=True)):
             with _named(part):
-                stream, report = recipe.prepare(own, part.rows, tokenizer, name=part.label)
+                first_row = number * STREAM_ROWS
+                stream, report = recipe.prepare(own, part.rows, tokenizer, name=part.label, first_row=first_row)
             streams.append(stream)
             reports.append(report)
         wanted.check_parts(reports)
@@ -210,6 +214,16 @@ def prepare(
     if isinstance(rows, Mixture):
         return rows.prepare(wanted, tokenizer, name, num_proc)
     return recipe.prepare(wanted, rows, tokenizer, name=name, num_proc=num_proc)
+
+
+def columns_of(rows: Any, renamed: Mapping[str, str]) -> set[str] | None:
+    """The columns of a table, a stream or a `Mixture`, before and after they are renamed. A row of a `Mixture` has None
+    in the columns that only other parts have. None where the columns are not known."""
+    if isinstance(rows, Mixture):
+        found = [columns_of(part.rows, part.columns or renamed) for part in rows.parts]
+        return None if None in found else {column for columns in found for column in columns or ()}
+    names = getattr(rows, "column_names", None)
+    return {*names, *renamed, *renamed.values()} if isinstance(names, list) else None
 
 
 def is_stream(rows: Any) -> bool:

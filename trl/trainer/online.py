@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig
@@ -30,7 +30,7 @@ from transformers import GenerationConfig
 from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields
 from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.batching.collate import Tree
-from trl.data.mixture import is_stream, prepare
+from trl.data.mixture import columns_of, is_stream, prepare
 from trl.data.reading import sources
 from trl.data.tokenizing.prompts import Prompts
 from trl.engine.forest import Batch, computed
@@ -142,9 +142,10 @@ class OnlineTrainer(BaseTrainer):
         skip = getattr(args, "skip_bad_rows", False)
         train_dataset, eval_dataset = _opened(train_dataset, skip), _opened(eval_dataset, skip)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
-        for dataset in (train_dataset, *(eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset])):
-            if isinstance(columns := getattr(dataset, "column_names", None), list):
-                check_rewards(reward_funcs, {*columns, *renamed, *renamed.values()} - self.prepared_columns)
+        trains = train_dataset.get("train") if isinstance(train_dataset, dict) else train_dataset
+        for dataset in (trains, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            if (columns := columns_of(dataset, renamed)) is not None:
+                check_rewards(reward_funcs, columns - self.prepared_columns)
         if args is None:
             args = self.config_class(output_dir=f"{self.method.upper()}")
         # A placeholder is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
@@ -790,6 +791,8 @@ def by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
 def _opened(dataset: Any, skip: bool) -> Any:
     """A data set given by its rows or by a path, opened, so that its columns are known before the model is; each of a
     dictionary of them."""
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        return dataset
     if type(dataset) is dict and all(map(sources.is_data_set, dataset.values())):
         return {name: _opened(value, skip) for name, value in dataset.items()}
     return sources.load(dataset, skip_bad_rows=skip) if isinstance(dataset, str | Path | list | dict) else dataset

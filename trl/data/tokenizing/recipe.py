@@ -124,6 +124,7 @@ def prepare(
     name: str = "train",
     num_proc: int | None = None,
     look_at: int = 1000,
+    first_row: int = 0,
 ) -> tuple[Any, Any]:
     """Tokenises rows by a recipe.
 
@@ -134,6 +135,7 @@ def prepare(
         name: what the report and the errors call the data set; "train" by default.
         num_proc: processes that tokenise a table. None (the default): this one.
         look_at: the first rows of a stream that its shape and its report are taken from; 1000 by default.
+        first_row: the number of the first row of a stream, in the column `row`; 0 by default.
 
     Returns:
         The tokenised rows, a table or a stream as `rows` is, without the dropped ones, and the report of what was
@@ -144,7 +146,7 @@ def prepare(
     do not fit the data, and when no row is left.
     """
     if isinstance(rows, datasets.IterableDataset):
-        return _prepare_stream(recipe, rows, tokenizer, name, look_at)
+        return _prepare_stream(recipe, rows, tokenizer, name, look_at, first_row)
     shape, table, bad = tabulate(recipe, rows, tokenizer, num_proc, name)
     prepared, report = recipe.aggregate(table, tokenizer, shape, name)
     report.add_unreadable(bad)
@@ -210,6 +212,7 @@ def _prepare_stream(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     look_at: int,
+    first_row: int,
 ) -> tuple[datasets.IterableDataset, Any]:
     given, stream = stream, as_shown(stream)
     try:
@@ -224,7 +227,7 @@ def _prepare_stream(
     _, report = recipe.aggregate(table, tokenizer, shape, name)
     report.add_unreadable(bad)
     report.looked_at = len(head)
-    encoder = recipe.encoder(tokenizer, shape)
+    encoder = recipe.encoder(tokenizer, shape, first_row)
     names = stream.column_names or head.column_names
     stream = recipe.rename(stream, names)
     features = encoder.features and datasets.Features(
