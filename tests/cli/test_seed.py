@@ -42,13 +42,16 @@ COMMANDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "distillation": (prompt_rows, (*TAUGHT, *SHORT)),
     "minillm": (prompt_rows, (*TAUGHT, *SHORT, "--num_generations", 2)),
 }
+SLOW = ("nash-md", "gkd", "distillation", "minillm")
 
 
 def test_every_command_is_here() -> None:
     assert set(COMMANDS) == {name for name, method in METHODS.items() if method.command}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
+)
 def test_equal_seeds_give_equal_adapters(tiny_path: str, tmp_path: Path, command: str) -> None:
     make, options = COMMANDS[command]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make(4)))

@@ -73,7 +73,7 @@ def make(
         model=model or tiny(tokenizer),
         reward_funcs=reward_funcs,
         args=getattr(trl, f"{method}Config")(**{**DEFAULTS, **settings}),
-        train_dataset=rows or PROMPTS,
+        train_dataset=PROMPTS if rows is None else rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
     )
