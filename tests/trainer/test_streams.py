@@ -116,7 +116,7 @@ def test_a_mix_of_prompts_is_drawn_from(tmp_path, tokenizer):
     assert set(seen) == {row["wanted"] for row in PROMPTS}
 
 
-def test_rows_of_mixed_streams_are_drawn_apart(tmp_path, tokenizer):
+def test_rows_of_mixed_streams_are_drawn_apart(tmp_path, tokenizer, capsys):
     """Equal prompts at equal places of two streams: random numbers are named by the row."""
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(PROMPTS[0]) + "\n" for _ in range(2)))
@@ -134,6 +134,7 @@ def test_rows_of_mixed_streams_are_drawn_apart(tmp_path, tokenizer):
     trainer.train()
     assert [request.seed[-1] for request in drawn] == [0, 1, 10**12, 10**12 + 1]
     assert len({request.seed for request in drawn}) == 4
+    assert "train: 4 prompts; a mix of 2 streams" in capsys.readouterr().out  # it is not read a second time
 
 
 @pytest.mark.parametrize("method", ["GRPO", "OnlineDPO"])

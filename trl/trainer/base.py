@@ -234,6 +234,7 @@ class BaseTrainer(Adoptable, Trainer):
         # be such.
         self._users_rows = bool(options.get("skip_prepare_dataset")) and data_collator is not None
         self.reports: dict[str, DataReport] = {}
+        self.prepared_streams: list[Any] = []  # a stream's columns do not tell that it is prepared
         train_dataset = self._prepared(train_dataset, "train")
         eval_dataset = self._prepared(eval_dataset, "eval")
         if (args.gradient_checkpointing_kwargs or {}).get("selective"):
@@ -352,10 +353,12 @@ class BaseTrainer(Adoptable, Trainer):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
         if not isinstance(dataset, Mixture):
             dataset = sources.load(dataset, skip_bad_rows=getattr(self.args, "skip_bad_rows", False))
-        if self._users_rows or self.is_prepared(dataset):
+        if self._users_rows or self.is_prepared(dataset) or any(dataset is each for each in self.prepared_streams):
             return dataset
         with self.args.main_process_first(desc="preparing the data"):
             rows, self.reports[name] = self.rows(dataset, name)
+        if not isinstance(rows, Dataset):
+            self.prepared_streams.append(rows)
         if self._without_row is not None:
             self._without_row.check_dataset(rows, name)
         return rows

@@ -207,7 +207,9 @@ class ReferencePolicy(Component):
                 table = logps(columns)
                 return {**columns, **{name: table[:, index].tolist() for index, name in enumerate(self.columns())}}
 
-            return dataset.map(with_logps, batched=True, batch_size=STREAM_SHARD)
+            stream = dataset.map(with_logps, batched=True, batch_size=STREAM_SHARD)
+            trainer.prepared_streams.append(stream)
+            return stream
         # A shard's rows are read, of those columns that a batch is made of, and dropped again.
         wanted = [name for name in dataset.column_names if name in trainer.prepared_columns or name.endswith("_ids")]
         rows = dataset.select_columns(wanted).with_format(None)
