@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig
@@ -303,9 +303,6 @@ class OnlineTrainer(BaseTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
         )
         return prepare(recipe, dataset, self.processing_class, name, args.dataset_num_proc)
-
-    def is_prepared(self, dataset: Any) -> bool:
-        return False if not isinstance(dataset, Dataset) else super().is_prepared(dataset)
 
     @staticmethod
     def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:
