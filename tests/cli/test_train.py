@@ -53,6 +53,20 @@ def test_sft_trains_an_adapter_and_says_what_comes_next(
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").base_model.model.config.hidden_size == 64
 
 
+def test_broken_lines_and_rows_are_left_out(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+    rows_file.write_text('{"messages": [\n{"messages": null}\n' + rows_file.read_text())
+    typed = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out", *FEW)
+    answer = trl_here(*typed)
+    assert answer.returncode != 0 and "line 1 is not valid JSON" in answer.stderr
+    assert "--skip_bad_rows" in answer.stderr and not (tmp_path / "out").exists()
+    answer = trl_here(*typed, "--skip_bad_rows")
+    assert answer.returncode == 0, answer.stderr
+    # Once, in the second command of this process too.
+    assert answer.stdout.count("1 line cannot be read and is left out by skip_bad_rows: line 1 is not valid") == 1
+    assert "9 rows read" in answer.stdout
+    assert "1 row dropped: cannot be read, left out by skip_bad_rows (row 0)" in answer.stdout
+
+
 def test_a_yaml_file_gives_options_and_the_command_line_overrides_them(
     trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -145,7 +145,7 @@ def test_operations():
     run = Run(SMALL, dtype=torch.float32, rows=2, prompt=16, completion=16, checkpointing=False)
     weights = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 512 * 64
     attention = 3 * 2.0 * 3 * 64 * 32 * 64
-    assert flops_of_step(plan(run)) == pytest.approx(6 * weights * 64 + attention)
+    assert flops_of_step(run, weights_of(SMALL, torch.float32).products) == pytest.approx(6 * weights * 64 + attention)
 
 
 def test_a_run_by_the_arguments_of_a_trainer(tmp_path):

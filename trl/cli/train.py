@@ -96,10 +96,13 @@ def run(argv: Sequence[str], command: str) -> int:
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":  # only the first process prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _run(argv, command)
+        notices = _Notices()
+        logging.getLogger("trl").addHandler(notices)
+        stack.callback(logging.getLogger("trl").removeHandler, notices)  # a program may run several commands
+        return _run(argv, command, notices)
 
 
-def _run(argv: Sequence[str], command: str) -> int:
+def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     set_environment(argv)
     hide_library_notes()
 
@@ -141,8 +144,6 @@ def _run(argv: Sequence[str], command: str) -> int:
     if resume and (adapter is not None or adapter_base(model.model_name_or_path) is None):
         check_resumed(checkpoint.resolve(Path(config.output_dir), resume)[0], adapter)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
-    notices = _Notices()
-    logging.getLogger("trl").addHandler(notices)
     train_rows, test_rows = rows(script, mixture if mixture.datasets else None, config, notices)
     judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
     trainer = trainer_class(
@@ -253,15 +254,16 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     if mixture is not None:
         if evaluates and mixture.test_split_size is None:
             raise UsageError("evaluation needs rows of its own: set some aside with --test_split_size 0.05.")
-        parts = load_mixture(mixture, seed=config.seed)
+        parts = load_mixture(mixture, config.seed, config.skip_bad_rows)
         return parts["train"], parts["test"] if evaluates else None
     name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming
-    train = load(name, script.dataset_train_split, config_name, streaming=streams)
+    opening = {"streaming": streams, "skip_bad_rows": config.skip_bad_rows}
+    train = load(name, script.dataset_train_split, config_name, **opening)
     if not evaluates:
         return train, None
     # `load` notes that it takes the only split; here that is an error, so its notices are held back.
     notices.held = []
-    test = load(name, script.dataset_test_split, config_name, streaming=streams)
+    test = load(name, script.dataset_test_split, config_name, **opening)
     heard, notices.held = notices.held, None
     wanted = script.dataset_test_split.split("[")[0]
     # A file has one split, which `load` reads under any name. For training that is intended; for evaluation it would be

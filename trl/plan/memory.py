@@ -253,6 +253,16 @@ class Plan:
             return 0
         return 1 + int(rest / max(two - one, 1.0)) if two > one else 1
 
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def seconds_of_step(self) -> tuple[float, float]:
+        """Seconds of an optimizer step: training, and sampling where the method samples."""
+        assert self.card is not None
+        flops = cost.flops_of_step(self.run, self.weights.products)
+        held = self.held["weights"] + self.held.get("adapter", 0.0)
+        sampling = cost.seconds_of_sampling(self.run, held, self.card.bandwidth * 1e9 * self.utilisation)
+        return flops / (self.card.tflops * 1e12 * self.utilisation), sampling
+
     # --- words ------------------------------------------------------------------------------------------------------
 
     def advice(self) -> Iterator[str]:
