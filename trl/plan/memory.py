@@ -106,6 +106,8 @@ class Plan:
     card: Card | None = None
     utilisation: float = 0.35
     notes: list[str] = field(default_factory=list)
+    steps: int | None = None
+    price_per_hour: float | None = None
 
     @cached_property
     def weights(self) -> Weights:
@@ -293,6 +295,44 @@ class Plan:
             yield "--accelerate_config fsdp2 --num_processes N divides weights, gradients and optimizer state by N"
         if self.peak.name == "backward" and (run.prompt + run.completion) > 1024 and not run.samples:
             yield "--max_length cuts the longest rows; activations are proportional to tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that is known, with GiB in place of bytes."""
+        run, phases, peak = self.run, self.phases(), self.peak
+        timed = self.card is not None and self.card.tflops > 0
+        seconds = self.seconds_of_step() if timed else None
+        hours = self.steps * sum(seconds) / 3600 if seconds and self.steps else None
+        trained = f"{self.weights.trained:,} of {self.weights.total:,} weights train"
+        each = f"{run.rows} rows a micro-batch" if not run.samples else f"{run.tokens_of_micro_batch:,} tokens at most"
+        what = f"{run.method}: {trained}, in {str(run.dtype).removeprefix('torch.')}"
+        return {
+            "what": f"{what}{f' ({run.bits} bits frozen)' if run.bits else ''}; prompts of {run.prompt:,} and "
+            f"completions of {run.completion:,} tokens, {each}, {run.accumulation} accumulated, {run.processes} "
+            f"process{'es (' + run.sharding + ')' if run.processes > 1 else ''}",
+            "phases": [
+                {
+                    "name": phase.name,
+                    "parts": {name: size / GIB for name, size in phase.parts.items() if size},
+                    "total": phase.total / GIB,
+                }
+                for phase in phases
+            ],
+            "peak": peak.total / GIB,
+            "peak_phase": peak.name,
+            "card": self.card.memory if self.card else None,
+            "fits": self.fits() if self.card else None,
+            "largest_micro_batch": self.largest_rows() if self.card and not run.samples else None,
+            "advice": list(self.advice()),
+            "cards": self.cards_that_fit(),
+            "tokens_of_step": run.tokens_of_step,
+            "utilisation": self.utilisation,
+            "seconds_of_step": seconds,
+            "steps": self.steps,
+            "hours": hours,
+            "processes": run.processes,
+            "cost": hours * self.price_per_hour * run.processes if hours and self.price_per_hour else None,
+            "notes": self.notes,
+        }
 
     def cards_that_fit(self) -> list[str]:
         """The names of all cards with room for the run as it is."""
