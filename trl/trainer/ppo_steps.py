@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trl.engine.reference import create_reference_model
 from trl.models.shards import without_ddp
+from trl.models.vocabulary import vocabulary_size
 from trl.notices import notify_once
 from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace
 from trl.rollout.types import Request, Sampling
@@ -121,7 +122,7 @@ class PPOStepTrainer(PPORounds):
         `generate_ref_response` gives the reference's responses too. `batch_size` has no effect: the sampler sizes its
         batches by its cache.
         """
-        prompts = token_rows(query_tensor, "query", self.processing_class.pad_token_id)
+        prompts = token_rows(query_tensor, "query", self.processing_class.pad_token_id, vocabulary_size(self.model))
         sampling = self._asked(generation_kwargs)
         self.generated += 1
         limits = [None if length_sampler is None else int(length_sampler()) for _ in prompts]
@@ -190,7 +191,8 @@ class PPOStepTrainer(PPORounds):
         """
         began = time.perf_counter()
         pad = self.processing_class.pad_token_id
-        prompts, answers = token_rows(queries, "query", pad), token_rows(responses, "response", pad)
+        known = vocabulary_size(self.model)
+        prompts, answers = token_rows(queries, "query", pad, known), token_rows(responses, "response", pad, known)
         score_S = numbers(scores)
         self._check_sizes(queries=len(prompts), responses=len(answers), scores=len(score_S))
         answers = [self._without_query(*pair, place) for place, pair in enumerate(zip(prompts, answers, strict=True))]
