@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 import trl
 from tests.trainer.helpers import DEFAULTS, chat_rows, pair_rows, sft, tiny
@@ -19,7 +19,7 @@ def test_bema_is_the_average_freed_of_its_lag(tmp_path, tokenizer):
     trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(8), max_steps=5, per_device_train_batch_size=2)
     seen = {}
 
-    class Keep(trl.callbacks.TrainerCallback):
+    class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seen[state.global_step] = model.lm_head.weight.detach().clone()
 

@@ -206,8 +206,7 @@ UNUSED: dict[str, dict[str, Row]] = {
         "share_prompt": Never("each row of SFT is one sequence, so no prompt is shared"),
     },
     "IterativeSFTConfig": {
-        "packing": Never("the rows of a step are laid out without padding; eval_packing packs evaluation rows"),
-        "packing_strategy": Needs("eval_packing"),
+        "packing": Given("eval_dataset", "evaluation rows alone are packed; those of a step have no padding as it is"),
         "eval_steps": _EVALUATES,
         "eval_delay": Never("eval_steps says when step evaluates"),
         "num_train_epochs": Never("each call of step trains on its rows once"),

@@ -30,7 +30,6 @@ class IterativeSFTConfig(SFTConfig):
         default="keep_end",
         metadata={"help": "The end of a longer row that is kept.", "choices": ["keep_start", "keep_end"]},
     )
-    eval_packing: bool = field(default=False, metadata={"help": "Pack evaluation rows."})
     optimize_device_cache: bool = field(
         default=False, metadata={"help": "Empty the accelerator's cache after each call of step: less memory, slower."}
     )
