@@ -135,11 +135,12 @@ def main(argv: list[str] | None = None) -> int:
     rose = after.reward - after.half > before.reward + before.half
     print(f"\nMean reward on {len(asked)} held-out reviews, with its 95 % interval:\n")
     print(f"    before  {before}\n    after   {after}\n")
-    last = divergences[-options.steps // 4 :]
+    last = divergences[-(len(divergences) // 4 or 1) :]
     print(
-        f"Divergence from the start: at most {max(divergences):.1f} nats a completion, {sum(last) / len(last):.1f} in"
+        f"Divergence from the start, in nats a completion: {max(divergences):.1f} at most, "
+        f"{sum(last) / len(last):.1f} in the last quarter of the steps."
     )
-    print(f"the last quarter of the steps. The intervals {'do not overlap: it learned.' if rose else 'overlap.'}")
+    print(f"The intervals {'do not overlap: it learned.' if rose else 'overlap: that it learned is not shown.'}")
     print(f"Took {time.perf_counter() - began:.0f} seconds.")
     return 0 if rose or options.quick else 1
 
