@@ -1,5 +1,6 @@
 """Merges checkpoints of a run with another model, by the package mergekit."""
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ class MergeConfig:
     `method` is one of
 
     - `linear`: the weighted mean of both (`policy_model_weight`, `target_model_weight`),
-    - `ties` and `dare_ties`: the policy's weights and the target's distance from them, of which the share
-      `target_model_density` is kept (Yadav et al. 2023, arXiv:2306.01708; Yu et al. 2023, arXiv:2311.03099),
+    - `ties` and `dare_ties`: the target, and of the policy's distance from it the share `policy_model_density`, the
+      largest changes or random ones (Yadav et al. 2023, arXiv:2306.01708; Yu et al. 2023, arXiv:2311.03099). Upstream
+      measures from the policy, which gives the target back,
     - `slerp`: the point `t_values` of the arc from the policy to the target.
 
     A list in the place of a number is spread over the layers. `policy_model_path` is set by `MergeModelCallback`;
@@ -73,7 +75,7 @@ class MergeConfig:
         if self.method != "linear":
             each[policy]["density"] = self.policy_model_density
             each[target]["density"] = self.target_model_density
-            found |= {"base_model": policy, "parameters": {"normalize": self.normalize}}
+            found |= {"base_model": target, "parameters": {"normalize": self.normalize}}
         return {**found, "models": [{"model": path, "parameters": own} for path, own in each.items()]}
 
     def create(self) -> Any:
@@ -95,7 +97,9 @@ def merge_models(config: Any, out_path: str | Path) -> None:
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    run_merge(config, str(out_path), options=MergeOptions(cuda=torch.cuda.is_available(), quiet=True))
+    with tempfile.TemporaryDirectory() as cache:  # of adapters that are merged into their bases
+        options = MergeOptions(cuda=torch.cuda.is_available(), lora_merge_cache=cache, quiet=True)
+        run_merge(config, str(out_path), options=options)
 
 
 class MergeModelCallback(TrainerCallback):
