@@ -59,6 +59,13 @@ def model_path(given: str | None) -> str:
     return str(demo_model())
 
 
+def kindness(texts: list[str]) -> list[float]:
+    """The sentiment of each text, from 0, hostile, to 1, kind."""
+    from trl.rewards.sentiment import get_sentiment_reward
+
+    return get_sentiment_reward(1.0)(texts)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="PPO on the sentiment of continued reviews; exits 1 if nothing is learned."
@@ -79,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import AutoTokenizer
 
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-    from trl.rewards.sentiment import get_sentiment_reward
 
     name = model_path(options.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -107,7 +113,6 @@ def main(argv: list[str] | None = None) -> int:
         seed=options.seed,
     )
     trainer = PPOTrainer(config=config, model=model, tokenizer=tokenizer, dataset=train)
-    kindness = get_sentiment_reward(1.0)
 
     def judged(queries: list[Any]) -> tuple[list[Any], list[float]]:
         responses = trainer.generate(queries, max_new_tokens=RESPONSE, return_prompt=False)
