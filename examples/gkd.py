@@ -1,6 +1,6 @@
 """GKD: a model that has lost half of its layers learns to predict again what the whole model would.
 
-The student is the teacher without every second layer of its middle. The rows are real movie reviews: in half of the
+The student is the teacher with half of its layers, evenly chosen. The rows are real movie reviews: in half of the
 steps the student writes the continuation of a review's beginning, in the others the review does, and of each token the
 student is told the teacher's distribution. No answer is marked as right.
 
