@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from transformers.trainer_utils import set_seed
 
 from trl.models import saving
+from trl.models.offload import enable_checkpointing
+
+from . import construct, report
 
 
 class OwnLoop:
@@ -27,12 +30,10 @@ class OwnLoop:
         trainer = self.trainer
         saving.try_saving(trainer.model, trainer.processing_class, trainer.args)
         set_seed(trainer.args.seed)
-        trainer._print_report()
-        trainer._forget_evaluation()
+        report.show(trainer)
+        construct.forget_evaluation(trainer)
         if trainer.args.gradient_checkpointing:
-            model = trainer.model  # another name from transformers 5.2x on
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable(trainer.args.gradient_checkpointing_kwargs)
+            enable_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
         steps = trainer.args.max_steps if trainer.args.max_steps > 0 else 1
         self.model, _ = trainer._prepare_for_training(steps, None, None)
         trainer._check_what_users_made(None)

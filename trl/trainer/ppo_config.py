@@ -7,7 +7,7 @@ from typing import Any
 
 from trl.rollout.rounds import RoundSizes, round_sizes
 
-from .online import OnlineConfig
+from .online_config import OnlineConfig
 
 # What a field is if it is left out: for `trainer.train()`, and for a loop of one's own around `trainer.step`.
 DEFAULTS: dict[str, tuple[Any, Any]] = {

@@ -25,13 +25,14 @@ from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace
 from trl.rollout.types import Sampling
 
 from .kl_control import kl_controller
-from .online import OnlineTrainer, by_policy
+from .online import OnlineTrainer
 from .ppo_config import DEFAULTS, PPOConfig, sizes_of_rounds, steps_of_episodes
 from .ppo_guards import Guards
 from .ppo_losses import clipped_losses
 from .ppo_scores import ScoreScaling
 from .ppo_stats import round_means
 from .returns import Judged, give_returns, token_kl
+from .scoring import by_policy
 from .step import Step
 from .value_function import ValueFunction
 
@@ -102,8 +103,8 @@ class PPORounds(OnlineTrainer):
     def parts_of(self) -> tuple[Any, ...]:
         return (*super().parts_of(), self.value_function)
 
-    def _sampling(self, **asked: Any) -> Sampling:
-        found, args = super()._sampling(**asked), self.args
+    def sampling_of(self, **asked: Any) -> Sampling:
+        found, args = super().sampling_of(**asked), self.args
         end = self.processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
         return found if end is None else replace(found, stop_ids=(end,))
 
@@ -190,8 +191,7 @@ class PPORounds(OnlineTrainer):
     def _log_round(self, mode: str, traces: Sequence[ScoredTrace], generations: int) -> None:
         super()._log_round(mode, traces, generations)
         means = round_means(self.round_scores, self.divergence, self.kl_ctl.value, traces)
-        count = float(len(traces))
-        self._add(mode, {name: self._known_to_all(each, mode, count) for name, each in means.items()})
+        self._add(mode, {name: self._known_to_all(each, mode, float(len(traces))) for name, each in means.items()})
         own = [each.columns for each in traces if each.columns is not None]
         surprise = torch.tensor(-sum(float(each["old_logps"].sum()) for each in own), device=self.args.device)
         self._add(mode, {"objective/entropy": Metric(surprise, float(len(own)))})
@@ -242,7 +242,7 @@ class PPORounds(OnlineTrainer):
             f"divergence in the reward: {args.kl_penalty}, weighted {self.kl_ctl.value:g}{steers}",
         ]
 
-    def _full_rate(self) -> float:
+    def full_rate(self) -> float:
         return DEFAULTS["learning_rate"][self.in_steps]
 
 

@@ -119,7 +119,7 @@ class PPOStepTrainer(PPORounds):
         batches by its cache.
         """
         prompts = token_rows(query_tensor, "query", self.processing_class.pad_token_id, vocabulary_size(self.model))
-        sampling = sampling_asked(generation_kwargs, self._sampling, self.args.temperature)
+        sampling = sampling_asked(generation_kwargs, self.sampling_of, self.args.temperature)
         self.generated += 1
         limits = [None if length_sampler is None else int(length_sampler()) for _ in prompts]
         if length_sampler is not None:
