@@ -49,10 +49,10 @@ class Weights:
 
 def weights_of(config: PreTrainedConfig, dtype: torch.dtype, adapter: Any = None) -> Weights:
     """Counts the weights of the model on the meta device."""
-    model = empty_model(config, None, dtype, adapter)
+    model: Any = empty_model(config, None, dtype, adapter)
     parameters = {id(each): each for each in model.parameters()}
     trained = sum(each.numel() for each in parameters.values() if each.requires_grad)
-    inner: Any = model.get_base_model() if adapter is not None else model
+    inner = model.get_base_model() if adapter is not None else model
     ends = {id(inner.get_input_embeddings().weight): inner.get_input_embeddings().weight}
     if (head := inner.get_output_embeddings()) is not None:
         ends[id(head.weight)] = head.weight

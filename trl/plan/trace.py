@@ -77,7 +77,7 @@ def _peak(
     adapter: Any,
     checkpointing: bool,
 ) -> float:
-    model = empty_model(config, layers, dtype, adapter)
+    model: Any = empty_model(config, layers, dtype, adapter)
     attachment = attach_unprobed(model)
     if checkpointing:
         enable_checkpointing(model)
