@@ -245,6 +245,18 @@ def _first_sentence(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def loading_arguments(settings: Any) -> dict[str, Any]:
+    """The arguments of `from_pretrained` from `ModelFields`; options that are not set are left out."""
+    arguments: dict[str, Any] = {"dtype": settings.dtype}
+    if settings.model_revision != "main":
+        arguments["revision"] = settings.model_revision
+    if settings.attn_implementation is not None:
+        arguments["attn_implementation"] = settings.attn_implementation
+    if settings.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    return arguments
+
+
 # --- dtype and bits -----------------------------------------------------------------------------------------------
 
 

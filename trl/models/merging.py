@@ -1,12 +1,10 @@
 """Merges an adapter into its base model, writes the result, and checks what was written."""
 
-import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -81,6 +79,47 @@ def merge_adapter(
     with a remedy, also if `output_dir` exists.
     """
     folder = new_folder(output_dir)
+    found = merge_in_memory(adapter, base=base, compute_dtype=compute_dtype, device=device, **kwargs)
+    target = torch_dtype(dtype)
+    target = stored_dtype(found.base) if target == "auto" else target
+    rounding, written = write_model(
+        found.model, found.tokenizer, folder, dtype=target, rows=found.rows, max_shard_size=max_shard_size
+    )
+    return Merged(
+        folder=str(folder),
+        base=found.base,
+        adapter=str(adapter),
+        dtype=str(target).removeprefix("torch."),
+        effect=found.effect,
+        gap=found.gap,
+        rounding=rounding,
+        written=written,
+        tied=found.tied,
+    )
+
+
+class InMemory(NamedTuple):
+    """A merged model, what it was made of, and the rows that it was compared on; the gaps are those of `Merged`."""
+
+    model: Any
+    tokenizer: Any
+    base: str
+    rows: torch.Tensor
+    effect: float
+    gap: float
+    tied: bool
+
+
+def merge_in_memory(
+    adapter: str | Path,
+    *,
+    base: str | Path | None = None,
+    compute_dtype: Any = "float32",
+    device: Any = None,
+    **kwargs: Any,
+) -> InMemory:
+    """The base of an adapter with the adapter merged in, compared with the two; arguments and errors are those of
+    `merge_adapter`."""
     adapter = Path(adapter).expanduser()
     path = adapter / "adapter_config.json"
     if not path.exists():
@@ -88,27 +127,17 @@ def merge_adapter(
         raise ModelError(f"{adapter} is {what}: there is no adapter_config.json, so there is nothing to merge")
     settings = json.loads(path.read_text())
     base = str(base or adapter_base(str(adapter)))
-    with opened(adapter, settings, base, compute_dtype, device, **kwargs) as model:
-        target = torch_dtype(dtype)
-        target = stored_dtype(base) if target == "auto" else target
-        rows = probe_rows(model.get_input_embeddings().weight.shape[0], _trained_tokens(settings))
-        wanted = outputs(model, rows)
-        with without(model):
-            effect = gap(outputs(model, rows), wanted)
-        model, tied = fold(model)
-        found = gap(outputs(model, rows), wanted)
-        check("merging", found, model.dtype)
-        rounding, written = write_model(
-            model,
-            load_tokenizer(adapter if has_tokenizer(adapter) else base),
-            folder,
-            dtype=target,
-            rows=rows,
-            max_shard_size=max_shard_size,
-        )
-    return Merged(
-        str(folder), base, str(adapter), str(target).removeprefix("torch."), effect, found, rounding, written, tied
-    )
+    model = _opened(adapter, settings, base, compute_dtype, **kwargs)
+    model = model.to(device) if device is not None else model
+    rows = probe_rows(model.get_input_embeddings().weight.shape[0], _trained_tokens(settings))
+    wanted = outputs(model, rows)
+    with without(model):
+        effect = gap(outputs(model, rows), wanted)
+    model, tied = fold(model)
+    found = gap(outputs(model, rows), wanted)
+    check("merging", found, model.dtype)
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base)
+    return InMemory(model, tokenizer, base, rows, effect, found, tied)
 
 
 def new_folder(path: str | Path) -> Path:
@@ -119,14 +148,7 @@ def new_folder(path: str | Path) -> Path:
     return folder
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").exists()
-
-
-@contextlib.contextmanager
-def opened(
-    adapter: Path, settings: dict[str, Any], base: str, compute_dtype: Any, device: Any, **kwargs: Any
-) -> Iterator[Any]:
+def _opened(adapter: Path, settings: dict[str, Any], base: str, compute_dtype: Any, **kwargs: Any) -> Any:
     """The base with its adapter, quantised weights unpacked. Raises `ModelError` for an adapter that has no weights to
     merge, or that belongs to another kind of model."""
     peft = require_peft("merging an adapter")
@@ -141,12 +163,10 @@ def opened(
         )
     labels = _labels(adapter) if task != "CAUSAL_LM" else None
     more = {"num_labels": labels} if labels else {}
-    model = load_of(
-        _KINDS[task], base, adapter=adapter, dtype=compute_dtype, dequantise=True, low_cpu_mem_usage=True, **more, **kwargs
-    )
+    model = load_of(_KINDS[task], base, adapter=adapter, dtype=compute_dtype, dequantise=True, **more, **kwargs)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ModelError(f"PEFT cannot merge an adapter of the kind {settings.get('peft_type')}")
-    yield model.to(device) if device is not None else model
+    return model
 
 
 def _labels(adapter: Path) -> int | None:
@@ -189,17 +209,16 @@ def fold(model: Any) -> tuple[nn.Module, bool]:
     tied = _part(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-        warnings.filterwarnings("ignore", message="Already following adapters were merged")
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
         if dtype != torch.float32:
-            for layer in [each for each in model.modules() if isinstance(each, peft.tuners.tuners_utils.BaseTunerLayer)]:
+            for layer in [
+                each for each in model.modules() if isinstance(each, peft.tuners.tuners_utils.BaseTunerLayer)
+            ]:
                 layer.float()
                 layer.merge(safe_merge=True)
                 layer.to(dtype)
         merged = model.merge_and_unload(safe_merge=True)
-    if dtype != torch.float32:
-        merged.to(dtype)
-    for parameter in merged.parameters():
-        parameter.requires_grad_(False)
+    _round(merged, dtype)
     if tied:
         one, other = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
         tied = one.shape == other.shape and gap(one.float(), other.float()) <= 1e-6
@@ -255,11 +274,11 @@ def write_model(
     gaps: list[float] = []
 
     def write(target: Path) -> None:
-        _rounded(model, dtype)
+        _round(model, dtype)
         mend_generation_config(model)
         model.save_pretrained(target, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(target)
-        _rounded(model, computes)
+        _round(model, computes)
         here = outputs(model, rows)
         device = next(model.parameters()).device
         again = type(model).from_pretrained(target, dtype=computes).to(device)
@@ -270,8 +289,11 @@ def write_model(
     return gaps[0], gaps[1]
 
 
-def _rounded(model: Any, dtype: torch.dtype) -> None:
-    model.to(dtype)
+def _round(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights, and them alone: buffers (rotary frequencies) keep their precision."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
     for config in (model.config, model.config.get_text_config()):
         config.dtype = dtype
 
@@ -284,5 +306,3 @@ def check(what: str, found: float, dtype: torch.dtype) -> None:
             f"the logits changed by {found:.1e} of their size in {what}, and rounding explains {largest:.0e}: nothing "
             "was written. A damaged adapter, a full disk or an adapter that PEFT cannot merge are possible reasons"
         )
-
-

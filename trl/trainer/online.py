@@ -49,7 +49,7 @@ from trl.rollout.completions import Table
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
 from trl.rollout.filters import as_generation_config, describe
-from trl.rollout.generate import InProcessSampler, stop_ids
+from trl.rollout.generate import InProcessSampler, sampling_of
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import (
     RefillPrompts,
@@ -363,24 +363,8 @@ class OnlineTrainer(BaseTrainer):
 
     def _sampling(self, **asked: Any) -> Sampling:
         """What the sampler is asked for by default; `asked` are further arguments of `generate`."""
-        args, tokenizer = self.args, self.processing_class
-        further = {**(args.generation_kwargs or {}), **asked}
-        fields = {
-            "max_new_tokens": args.max_completion_length or LONGEST,
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-            "min_p": args.min_p,
-            "repetition_penalty": args.repetition_penalty,
-        }
-        for name in list(fields):
-            if name in further:
-                fields[name] = further.pop(name)
-        stops = stop_ids(self.model, tokenizer) | set(_as_list(further.pop("eos_token_id", None)))
-        strings = tuple(_as_list(further.pop("stop_strings", None)))
-        for name in ("do_sample", "num_return_sequences", "use_cache", "pad_token_id", "bos_token_id"):
-            further.pop(name, None)
-        return Sampling(**fields, stop_ids=tuple(sorted(stops - {None})), stop_strings=strings, further=further)
+        longest = self.args.max_completion_length or LONGEST
+        return sampling_of(self.args, self.model, self.processing_class, longest, **asked)
 
     def report(self) -> list[str]:
         sizes, args = self.round_sizes, self.args
@@ -792,7 +776,3 @@ def _opened(dataset: Any) -> Any:
     if type(dataset) is dict and all(map(sources.is_data_set, dataset.values())):
         return {name: _opened(value) for name, value in dataset.items()}
     return sources.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple | set) else [value]
