@@ -148,14 +148,18 @@ class _Writer:
 
     def read_back(self, path: Path, rows: Tensor) -> Tensor:
         """The logits of the file's model. Raises `MergeError` if its tokenizer is not the one that was given."""
-        fields = self.gguf.GGUFReader(path).fields
+        file = self.gguf.GGUFReader(path)
         for key, wanted in (("tokens", self.vocabulary.tokens), ("merges", self.vocabulary.merges)):
-            if fields[f"tokenizer.ggml.{key}"].contents() != wanted:
+            if file.fields[f"tokenizer.ggml.{key}"].contents() != wanted:
                 raise MergeError(f"the {key} of the tokenizer are read back differently: nothing was written")
-        again = read(path)
+        try:
+            again = read(path)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MergeError(f"the file cannot be read back, so that nothing was written: {reason}") from error
         if self.factors is not None:
             # transformers does not read them.
-            found = next(each for each in self.gguf.GGUFReader(path).tensors if each.name == "rope_freqs.weight")
+            found = next(each for each in file.tensors if each.name == "rope_freqs.weight")
             rotary = again.model.rotary_emb
             rotary.inv_freq = rotary.inv_freq / torch.from_numpy(np.array(found.data))
         return outputs(again, rows)
