@@ -326,11 +326,17 @@ class SamplingFields:
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template, for every prompt."}
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Maximum prompt length in tokens, cut at the beginning. Default: no limit."}
-    )
     max_cache_tokens: int | None = field(
         default=None, metadata={"help": "Maximum tokens in the key-value cache during sampling."}
+    )
+
+
+@dataclass
+class SamplerFields(SamplingFields):
+    """How completions of many prompts are sampled."""
+
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Maximum prompt length in tokens, cut at the beginning. Default: no limit."}
     )
     use_transformers_continuous_batching: bool = field(
         default=False,
@@ -342,7 +348,7 @@ class SamplingFields:
 
 
 @dataclass
-class RolloutFields(SamplingFields):
+class RolloutFields(SamplerFields):
     """How completions are sampled and scored."""
 
     num_generations: int = field(default=8, metadata={"help": "Number of completions of each prompt: a group."})

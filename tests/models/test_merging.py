@@ -210,5 +210,5 @@ def test_what_cannot_be_merged(tiny_path: str, tmp_path: Path, adapter: str) -> 
         merge_adapter(tmp_path / "prompt", tmp_path / "merged")
     settings = json.loads((Path(adapter) / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == tiny_path
-    with pytest.raises(ModelError, match="sits on another adapter, .* trl merge --model_name_or_path"):
+    with pytest.raises(ModelError, match=r"sits on another adapter, .* \(trl merge --model_name_or_path"):
         merge_adapter(adapter, tmp_path / "merged", base=adapter)

@@ -13,6 +13,7 @@ from typing import Any
 from trl.cli import UsageError, hide_library_notes, nearest
 from trl.cli.parser import Parser
 from trl.cli.reply import ReplyFields
+from trl.demo.stages import quiet
 from trl.options import LIMITS
 
 HELP = """\
@@ -24,11 +25,21 @@ HELP = """\
 /help             this text
 /exit             end
 A message that begins with a slash is typed with two: //path"""
+COMMON = {
+    "Model": dict.fromkeys(("model_name_or_path", "adapter_name_or_path", "dtype", "load_in_4bit", "device"), ""),
+    "Answers": {
+        **dict.fromkeys(("system_prompt", "max_new_tokens"), ""),
+        "temperature": "Softmax temperature; 0: the most likely token. [1.0]",
+        **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "stop_strings", "seed"), ""),
+    },
+    "Chat": dict.fromkeys(("compare", "transcript", "save_folder", "user", "json"), ""),
+}
 SETTABLE = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "repetition_penalty")
 
 
 def run(argv: Sequence[str], command: str) -> int:
     hide_library_notes()
+    quiet()
     from trl.rollout.chat import ChatArguments
 
     parser = Parser(
@@ -36,6 +47,7 @@ def run(argv: Sequence[str], command: str) -> int:
         prog=f"trl {command}",
         description="Talks to a model in this process. Where the input is no terminal, each of its lines is a message "
         "or a command, and the output is the answers alone.",
+        common=COMMON,
         notes=(
             f"Example: trl {command} --model_name_or_path trainer_output --system_prompt 'Answer in one sentence.'",
             f"Example: echo 'What is a token?' | trl {command} --model_name_or_path trainer_output --temperature 0",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from trl.cli import UsageError, hide_library_notes
 from trl.cli.parser import Parser
 from trl.cli.reply import ReplyFields, reply
+from trl.demo.stages import quiet
 
 
 @dataclass
@@ -64,6 +65,7 @@ def run(argv: Sequence[str], command: str) -> int:
         raise UsageError("--push uploads a folder, and a GGUF file is one file: hf upload REPOSITORY FILE.")
     with reply(how.json) as answer:
         hide_library_notes()
+        quiet()
         from trl.models.export import export_model
         from trl.models.saving import push_folder
 

@@ -8,10 +8,23 @@ from collections.abc import Sequence
 from trl.cli import UsageError, hide_library_notes
 from trl.cli.parser import Parser
 from trl.cli.reply import ReplyFields, reply
+from trl.demo.stages import quiet
+
+COMMON = {
+    "Model": dict.fromkeys(("model_name_or_path", "adapter_name_or_path", "dtype", "load_in_4bit", "device"), ""),
+    "Answers": {
+        **dict.fromkeys(("system_prompt", "max_new_tokens"), ""),
+        "temperature": "Softmax temperature; 0: the most likely token. [1.0]",
+        **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "stop_strings", "seed"), ""),
+    },
+    "Prompts": dict.fromkeys(("dataset_name", "dataset_split", "prompt_column", "as_chat", "max_prompt_length"), ""),
+    "Completions": dict.fromkeys(("output_file", "num_generations", "batch_size", "overwrite", "json"), ""),
+}
 
 
 def run(argv: Sequence[str], command: str) -> int:
     hide_library_notes()
+    quiet()
     from trl.rollout.prompts_file import GenerateArguments, complete_file
 
     parser = Parser(
@@ -19,6 +32,7 @@ def run(argv: Sequence[str], command: str) -> int:
         prog=f"trl {command}",
         description="Samples completions of the prompts in a file (.jsonl, .json, .csv, .txt, ...) or a data set, and "
         "writes one row each.",
+        common=COMMON,
         notes=(
             f"Example: trl {command} --model_name_or_path trainer_output --dataset_name prompts.jsonl "
             "--output_file completions.jsonl --num_generations 4 --temperature 0.8",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from trl.cli import UsageError, hide_library_notes
 from trl.cli.parser import Parser
 from trl.cli.reply import ReplyFields, reply
+from trl.demo.stages import quiet
 
 
 @dataclass
@@ -62,6 +63,7 @@ def run(argv: Sequence[str], command: str) -> int:
             raise UsageError(f"--{name} is missing: {what}.")
     with reply(how.json) as answer:
         hide_library_notes()
+        quiet()
         from trl.models.merging import merge_adapter
         from trl.models.saving import push_folder
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .agreement import probe_rows
-from .gguf_writing import TYPES, write_gguf
-from .load import ModelError, load_of, load_tokenizer, torch_dtype
+from .gguf_writing import TYPES, architecture_of, write_gguf
+from .load import ModelError, adapter_base, load_of, load_tokenizer, torch_dtype
 from .merging import merge_in_memory, new_folder, stored_dtype, write_model
 
 FORMATS = ("safetensors", "gguf")
@@ -70,13 +70,16 @@ def export_model(
     target = None if kind else torch_dtype(dtype)
     if adapter is not None:
         source, base = adapter, base or source
+    is_adapter = (Path(source).expanduser() / "adapter_config.json").exists()
+    name = str(base or adapter_base(str(source))) if is_adapter else str(source)
+    if format == "gguf" and (config := _config(name)) is not None:
+        architecture_of(config)  # before weights are read
     facts: dict[str, Any] = {}
-    if (Path(source).expanduser() / "adapter_config.json").exists():
+    if is_adapter:
         found = merge_in_memory(source, base=base, device=device, **kwargs)
-        model, tokenizer, rows, name = found.model, found.tokenizer, found.rows, found.base
+        model, tokenizer, rows = found.model, found.tokenizer, found.rows
         facts = {"base": found.base, "effect": found.effect, "gap": found.gap}
     else:
-        name = str(source)
         model = load_of(_kind(name), name, dtype=torch.float32, dequantise=True, **kwargs)
         model = model.to(device) if device is not None else model
         tokenizer, rows = load_tokenizer(name), probe_rows(model.get_input_embeddings().weight.shape[0])
@@ -101,10 +104,15 @@ def new_file(path: str | Path) -> Path:
     return file
 
 
-def _kind(name: str) -> Any:
+def _config(name: str) -> Any:
+    """A model's configuration; None if it cannot be read, which loading the model reports."""
     try:
-        names = AutoConfig.from_pretrained(name).architectures or [""]
-    except (OSError, ValueError):  # loading the model reports the error
-        names = [""]
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+def _kind(name: str) -> Any:
+    names = getattr(_config(name), "architectures", None) or [""]
     scores = names[0].endswith("ForSequenceClassification")
     return AutoModelForSequenceClassification if scores else AutoModelForCausalLM

@@ -77,7 +77,7 @@ class _Writer:
     def __init__(self, gguf: Any, model: Any, tokenizer: Any, kind: str, name: str, pre: str | None) -> None:
         self.gguf, self.model, self.tokenizer, self.name = gguf, model, tokenizer, name
         self.config = model.config.get_text_config()
-        self.architecture = _architecture(model)
+        self.architecture = architecture_of(model.config)
         self.kind = gguf.GGMLQuantizationType[kind.upper()]
         self.file_type = gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")]
         self.factors = _rope_factors(model)
@@ -165,12 +165,13 @@ class _Writer:
         return outputs(again, rows)
 
 
-def _architecture(model: Any) -> _Architecture:
-    """The architecture in llama.cpp's words. Raises `ModelError` for another one."""
-    config = model.config.get_text_config()
-    if config.model_type not in ARCHITECTURES or not type(model).__name__.endswith("ForCausalLM"):
+def architecture_of(config: Any) -> _Architecture:
+    """The architecture of a model with this configuration in llama.cpp's words. Raises `ModelError` for another one."""
+    name = (config.architectures or ["a model"])[0]
+    config = config.get_text_config()
+    if config.model_type not in ARCHITECTURES or not name.endswith("ForCausalLM"):
         raise ModelError(
-            f"{type(model).__name__} (model_type {config.model_type}) is not written as GGUF here: supported are the "
+            f"{name} (model_type {config.model_type}) is not written as GGUF here: supported are the "
             f"language models {', '.join(ARCHITECTURES)}. Export it as safetensors and use llama.cpp's own converter"
         )
     window = getattr(config, "sliding_window", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl.checkpoint import fingerprint, write_file
-from trl.config import DataFields
+from trl.config import DataFields, SamplerFields
 from trl.data.reading.messages import is_conversation
 from trl.data.reading.sources import from_rows, load
 from trl.data.tokenizing.prompts import PREPARED, Prompts, prepare_prompts
@@ -30,7 +30,7 @@ _FREE = ("output_file", "batch_size", "overwrite", "device", "max_cache_tokens",
 
 
 @dataclass
-class GenerateArguments(AnswerFields, DataFields):
+class GenerateArguments(AnswerFields, SamplerFields, DataFields):
     """Options of completions for a file of prompts."""
 
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set with the prompts."})
@@ -203,7 +203,8 @@ def _written(row: Mapping[str, Any], sample: int, completion: Completion, tokeni
         "tokens": len(completion.ids),
         "finish": "stop" if completion.finished else "length",
     }
-    other = {name: value for name, value in row.items() if name not in PREPARED}
+    # The prompt is not repeated under the name that its column has in the data.
+    other = {name: value for name, value in row.items() if name not in PREPARED and value != row["prompt"]}
     return own | {GIVEN + name if name in own else name: value for name, value in other.items()}
 
 
