@@ -184,6 +184,18 @@ def test_ctrl_c(trl_chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [len(row["messages"]) for row in rows_of(tmp_path / "t.jsonl")] == [2, 2]
 
 
+def test_two_models_in_a_terminal(trl_chat: Chat, tiny_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side, as they are written: both columns hold the whole answer at the end."""
+    lines = iter(["Hello", "/exit"])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
+    monkeypatch.setattr(io.StringIO, "isatty", lambda self: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    answer = trl_chat(compare=tiny_path, temperature=0)
+    assert answer.returncode == 0
+    words = greedy(tiny_path, [{"role": "user", "content": "Hello"}]).split()
+    assert len(words) > 1 and all(answer.stdout.count(word) >= 2 for word in words if word.isascii())
+
+
 def test_characters_of_several_tokens_are_shown_whole(smol2_path: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smol2_path)
     text = "Grüße 你好 🙂!"

@@ -196,6 +196,19 @@ def test_a_scoring_model(tiny_path: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(merged, IDS[:1]), logits(model, IDS[:1]), atol=1e-5, rtol=1e-4)
 
 
+def test_the_ends_of_another_chat_template(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter that was trained with another end of turn: the merged model stops there, by itself."""
+    adapter = adapter_on(tiny_path, tmp_path / "adapter", target_modules=["q_proj"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    before = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|im_start|>"
+    tokenizer.save_pretrained(adapter)
+    merge_adapter(adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generation_config.eos_token_id == [tokenizer.eos_token_id, before]
+    assert "end with '<|im_start|>'" in capsys.readouterr().out
+
+
 def test_what_cannot_be_merged(tiny_path: str, tmp_path: Path, adapter: str) -> None:
     with pytest.raises(ModelError, match="is a whole model: .* nothing to merge"):
         merge_adapter(tiny_path, tmp_path / "merged")

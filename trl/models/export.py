@@ -82,8 +82,9 @@ def export_model(
     else:
         model = load_of(_kind(name), name, dtype=torch.float32, dequantise=True, **kwargs)
         model = model.to(device) if device is not None else model
-        tokenizer, rows = load_tokenizer(name), probe_rows(model.get_input_embeddings().weight.shape[0])
-    target = stored_dtype(name) if target == "auto" else target
+        code = {each: kwargs[each] for each in ("trust_remote_code",) if each in kwargs}
+        tokenizer, rows = load_tokenizer(name, **code), probe_rows(model.get_input_embeddings().weight.shape[0])
+    target = stored_dtype(name, **kwargs) if target == "auto" else target
     if format == "gguf":
         kind = kind or _GGUF.get(target) or str(target)  # type: ignore[arg-type]
         gaps = write_gguf(model, tokenizer, path, rows=rows, kind=kind, name=Path(str(source)).name, pre=pre)

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from trl.data.tokenizing.chat import end_tokens
 from trl.notices import notify_once
 
 from .adapters import require_peft, without
@@ -81,7 +82,7 @@ def merge_adapter(
     folder = new_folder(output_dir)
     found = merge_in_memory(adapter, base=base, compute_dtype=compute_dtype, device=device, **kwargs)
     target = torch_dtype(dtype)
-    target = stored_dtype(found.base) if target == "auto" else target
+    target = stored_dtype(found.base, **kwargs) if target == "auto" else target
     rounding, written = write_model(
         found.model, found.tokenizer, folder, dtype=target, rows=found.rows, max_shard_size=max_shard_size
     )
@@ -136,8 +137,25 @@ def merge_in_memory(
     model, tied = fold(model)
     found = gap(outputs(model, rows), wanted)
     check("merging", found, model.dtype)
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base)
+    code = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base, **code)
+    _take_ends(model, tokenizer)
     return InMemory(model, tokenizer, base, rows, effect, found, tied)
+
+
+def _take_ends(model: Any, tokenizer: Any) -> None:
+    """Let the model's own `generate` stop where the tokenizer's texts and turns end: an adapter that was trained with
+    another chat template comes with the tokenizer alone."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    own = config.eos_token_id
+    known = list(own) if isinstance(own, list) else [] if own is None else [own]
+    missing = sorted(end_tokens(tokenizer) - set(known))
+    if missing:
+        config.eos_token_id = [*missing, *known]
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missing)))
+        notify_once(f"the tokenizer's texts and turns end with {names}: the model's generation_config takes that over")
 
 
 def new_folder(path: str | Path) -> Path:
@@ -186,9 +204,10 @@ def _trained_tokens(settings: dict[str, Any]) -> list[int]:
     return [each for part in (trained.values() if isinstance(trained, dict) else [trained]) for each in part]
 
 
-def stored_dtype(name: str) -> torch.dtype:
+def stored_dtype(name: str, **kwargs: Any) -> torch.dtype:
     """The dtype of a checkpoint's weights; that of its other weights if some are quantised."""
-    config = AutoConfig.from_pretrained(name)
+    wanted = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = AutoConfig.from_pretrained(name, **wanted)
     found = config.get_text_config().dtype or config.dtype
     return torch_dtype(found) if found is not None else torch.float32
 
