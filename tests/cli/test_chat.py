@@ -24,12 +24,20 @@ Chat = Callable[..., subprocess.CompletedProcess[str]]
 TOKENS = 8
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def trl_chat(trl_here: Command, tiny_path: str, monkeypatch: pytest.MonkeyPatch) -> Chat:
     """`trl_chat("Hello", "/exit", seed=1)`: a chat with the tiny model, of these lines."""
 
-    def run(*lines: str, model: str = tiny_path, **options: Any) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    def run(
+        *lines: str, model: str = tiny_path, terminal: bool = False, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        script = io.StringIO("".join(line + "\n" for line in lines))
+        monkeypatch.setattr("sys.stdin", Terminal() if terminal else script)
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         return trl_here("chat", "--model_name_or_path", model, "--max_new_tokens", TOKENS, *words)
 
@@ -177,8 +185,7 @@ def test_ctrl_c(trl_chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             raise EOFError from None
 
     monkeypatch.setattr(builtins, "input", typed)
-    monkeypatch.setattr(io.StringIO, "isatty", lambda self: True)
-    terminal = trl_chat(transcript="t.jsonl")
+    terminal = trl_chat(terminal=True, transcript="t.jsonl")
     assert terminal.returncode == 0 and terminal.stdout.count("(stopped)") == 2
     assert "/help lists the commands" in terminal.stdout
     assert [len(row["messages"]) for row in rows_of(tmp_path / "t.jsonl")] == [2, 2]
@@ -188,9 +195,8 @@ def test_two_models_in_a_terminal(trl_chat: Chat, tiny_path: str, monkeypatch: p
     """Side by side, as they are written: both columns hold the whole answer at the end."""
     lines = iter(["Hello", "/exit"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
-    monkeypatch.setattr(io.StringIO, "isatty", lambda self: True)
     monkeypatch.setenv("COLUMNS", "200")
-    answer = trl_chat(compare=tiny_path, temperature=0)
+    answer = trl_chat(terminal=True, compare=tiny_path, temperature=0)
     assert answer.returncode == 0
     words = greedy(tiny_path, [{"role": "user", "content": "Hello"}]).split()
     assert len(words) > 1 and all(answer.stdout.count(word) >= 2 for word in words if word.isascii())

@@ -145,9 +145,12 @@ def test_adapters_and_stops(
     trl_here(*asked, "--output_file", "two.jsonl")
     base, one, two = (rows_of(tmp_path / f"{name}.jsonl") for name in ("base", "one", "two"))
     assert one == two != base
-    # The end of the first answer, as a token to stop at.
-    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
-    stop = tokenizer(one[0]["completion"][0]["content"])["input_ids"][0]
+    # The first token of the first answer, as one to stop at.
+    tokenizer, adapted = AutoTokenizer.from_pretrained(tiny_path), load_causal_lm(tmp_path / "adapter").eval()
+    inputs = tokenizer.apply_chat_template(
+        one[0]["prompt"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    stop = adapted(**inputs).logits[0, -1].argmax().item()
     trl_here(*asked, "--eos_token_ids", stop, "--output_file", "short.jsonl")
     short = rows_of(tmp_path / "short.jsonl")[0]
     assert (short["tokens"], short["finish"]) == (1, "stop")

@@ -656,7 +656,7 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("disable_dropout_in_model",), "disable_dropout=True in a trainer's config does it"),
     (("generate_model_card",), "a trainer's create_model_card writes the card"),
-    (("chat",), "`transformers chat` talks with a model"),
+    (("chat",), "the command `trl chat` talks with a model, in Python it is trl.rollout.chat"),
     (("RewardFunc",), "a reward function is any callable that returns a list of numbers"),
 )
 
