@@ -122,7 +122,9 @@ class Conversation:
 
     def _row(self) -> dict[str, Any]:
         content: dict[str, Any] = {"text": self.text} if self.is_plain else {"messages": list(self.messages)}
-        settings = {key: value for key, value in dataclasses.asdict(self.sampling).items() if value}
+        settings = {
+            key: value for key, value in dataclasses.asdict(self.sampling).items() if value not in (None, (), {})
+        }
         return {**content, "model": self.name, "seed": self.seed, "sampling": json.dumps(settings)}
 
 
