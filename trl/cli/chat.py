@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import UsageError, hide_library_notes, nearest
+from trl.cli import hide_library_notes, nearest
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields
+from trl.cli.reply import ReplyFields, check_given
 from trl.demo.stages import quiet
 from trl.options import LIMITS
 
@@ -25,13 +25,16 @@ HELP = """\
 /help             this text
 /exit             end
 A message that begins with a slash is typed with two: //path"""
-COMMON = {
+ANSWERING = {
     "Model": dict.fromkeys(("model_name_or_path", "adapter_name_or_path", "dtype", "load_in_4bit", "device"), ""),
     "Answers": {
         **dict.fromkeys(("system_prompt", "max_new_tokens"), ""),
         "temperature": "Softmax temperature; 0: the most likely token. [1.0]",
         **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "stop_strings", "seed"), ""),
     },
+}
+COMMON = {
+    **ANSWERING,
     "Chat": dict.fromkeys(("compare", "transcript", "save_folder", "user", "json"), ""),
 }
 SETTABLE = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "repetition_penalty")
@@ -57,8 +60,7 @@ def run(argv: Sequence[str], command: str) -> int:
         ),
     )
     asked, how = parser.parse(argv)
-    if not asked.model_name_or_path:
-        raise UsageError("--model_name_or_path is missing: the model to talk to, a folder or a model's name.")
+    check_given(asked, {"model_name_or_path": "the model to talk to, a folder or a model's name"})
     with contextlib.redirect_stdout(sys.stderr):
         conversations = _opened(asked)
     return _Chat(asked, conversations, how.json, sys.stdin.isatty()).run()

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from trl.cli import UsageError, hide_library_notes
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields, reply
+from trl.cli.reply import ReplyFields, WriteFields, check_given, reply
 from trl.demo.stages import quiet
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(WriteFields):
     """What is exported, and where it is written."""
 
     model_name_or_path: str | None = field(
@@ -37,11 +37,6 @@ class ExportArguments:
         default=None,
         metadata={"help": "GGUF: llama.cpp's name of how the tokenizer cuts texts into words. Default: found."},
     )
-    device: str | None = field(default=None, metadata={"help": "Device that computes. Default: the CPU."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights (safetensors)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
-    push: str | None = field(default=None, metadata={"help": "Repository on the Hub to push a folder to."})
-    private: bool | None = field(default=None, metadata={"help": "Make that repository private, if it is new."})
 
 
 def run(argv: Sequence[str], command: str) -> int:
@@ -57,19 +52,23 @@ def run(argv: Sequence[str], command: str) -> int:
         ),
     )
     asked, how = parser.parse(argv)
-    for name, what in (("model_name_or_path", "the model"), ("output", "a new folder, or a new file model.gguf")):
-        if not getattr(asked, name):
-            raise UsageError(f"--{name} is missing: {what}.")
+    check_given(
+        asked,
+        {
+            "model_name_or_path": "the model",
+            "output": "a new folder, or a new file model.gguf",
+        },
+    )
     form = asked.format or ("gguf" if asked.output.endswith(".gguf") else "safetensors")
     if form == "gguf" and asked.push:
         raise UsageError("--push uploads a folder, and a GGUF file is one file: hf upload REPOSITORY FILE.")
+    if form != "gguf" and asked.pre:
+        raise UsageError("--pre belongs to GGUF: let --output end in .gguf, or leave it out.")
     with reply(how.json) as answer:
         hide_library_notes()
         quiet()
         from trl.models.export import export_model
-        from trl.models.saving import push_folder
 
-        code = {"trust_remote_code": True} if asked.trust_remote_code else {}
         found = export_model(
             asked.model_name_or_path,
             asked.output,
@@ -77,13 +76,9 @@ def run(argv: Sequence[str], command: str) -> int:
             dtype=asked.dtype,
             adapter=asked.adapter_name_or_path,
             pre=asked.pre,
-            device=asked.device,
-            max_shard_size=asked.max_shard_size,
-            **code,
+            **asked.arguments(),
         )
-        facts = dataclasses.asdict(found)
-        if asked.push:
-            facts["pushed"] = push_folder(found.path, asked.push, private=asked.private)
+        facts = dataclasses.asdict(found) | asked.pushed(found.path)
         answer(facts, "\n".join(_lines(facts)))
     return 0
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from trl.cli import UsageError, hide_library_notes
+from trl.cli import hide_library_notes
+from trl.cli.chat import ANSWERING
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields, reply
+from trl.cli.reply import ReplyFields, check_given, reply
 from trl.demo.stages import quiet
 
 COMMON = {
-    "Model": dict.fromkeys(("model_name_or_path", "adapter_name_or_path", "dtype", "load_in_4bit", "device"), ""),
-    "Answers": {
-        **dict.fromkeys(("system_prompt", "max_new_tokens"), ""),
-        "temperature": "Softmax temperature; 0: the most likely token. [1.0]",
-        **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "stop_strings", "seed"), ""),
-    },
+    **ANSWERING,
     "Prompts": dict.fromkeys(("dataset_name", "dataset_split", "prompt_column", "as_chat", "max_prompt_length"), ""),
     "Completions": dict.fromkeys(("output_file", "num_generations", "batch_size", "overwrite", "json"), ""),
 }
@@ -42,12 +38,13 @@ def run(argv: Sequence[str], command: str) -> int:
         ),
     )
     asked, how = parser.parse(argv)
-    for name, what in (
-        ("model_name_or_path", "the model that writes, a folder or a model's name"),
-        ("dataset_name", "the prompts, a file, a folder or a data set's name"),
-    ):
-        if not getattr(asked, name):
-            raise UsageError(f"--{name} is missing: {what}.")
+    check_given(
+        asked,
+        {
+            "model_name_or_path": "the model that writes, a folder or a model's name",
+            "dataset_name": "the prompts, a file, a folder or a data set's name",
+        },
+    )
     with reply(how.json) as answer:
         found = complete_file(asked, _progress)
         text = (

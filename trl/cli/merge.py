@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl.cli import UsageError, hide_library_notes
+from trl.cli import hide_library_notes
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields, reply
+from trl.cli.reply import ReplyFields, WriteFields, check_given, reply
 from trl.demo.stages import quiet
 
 
 @dataclass
-class MergeArguments:
+class MergeArguments(WriteFields):
     """What is merged, and where it is written."""
 
     model_name_or_path: str | None = field(
@@ -38,11 +38,6 @@ class MergeArguments:
             "choices": ["float32", "auto"],
         },
     )
-    device: str | None = field(default=None, metadata={"help": "Device that computes. Default: the CPU."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
-    push: str | None = field(default=None, metadata={"help": "Repository on the Hub to push the merged model to."})
-    private: bool | None = field(default=None, metadata={"help": "Make that repository private, if it is new."})
 
 
 def run(argv: Sequence[str], command: str) -> int:
@@ -58,32 +53,30 @@ def run(argv: Sequence[str], command: str) -> int:
         ),
     )
     asked, how = parser.parse(argv)
-    for name, what in (("model_name_or_path", "the adapter's folder"), ("output_dir", "a new folder for the result")):
-        if not getattr(asked, name):
-            raise UsageError(f"--{name} is missing: {what}.")
+    check_given(
+        asked,
+        {
+            "model_name_or_path": "the adapter's folder",
+            "output_dir": "a new folder for the result",
+        },
+    )
     with reply(how.json) as answer:
         hide_library_notes()
         quiet()
         from trl.models.merging import merge_adapter
-        from trl.models.saving import push_folder
 
         adapter, base = asked.adapter_name_or_path or asked.model_name_or_path, None
         if asked.adapter_name_or_path:
             base = asked.model_name_or_path
-        code = {"trust_remote_code": True} if asked.trust_remote_code else {}
         found = merge_adapter(
             adapter,
             asked.output_dir,
             base=base,
             dtype=asked.dtype,
             compute_dtype=asked.compute_dtype,
-            device=asked.device,
-            max_shard_size=asked.max_shard_size,
-            **code,
+            **asked.arguments(),
         )
-        facts = dataclasses.asdict(found)
-        if asked.push:
-            facts["pushed"] = push_folder(found.folder, asked.push, private=asked.private)
+        facts = dataclasses.asdict(found) | asked.pushed(found.folder)
         answer(facts, "\n".join(_lines(facts)))
     return 0
 
