@@ -215,7 +215,7 @@ def stored_dtype(name: str, **kwargs: Any) -> torch.dtype:
 # --- merging in memory --------------------------------------------------------------------------------------------
 
 
-def fold(model: Any) -> tuple[nn.Module, bool]:
+def fold(model: Any) -> tuple[Any, bool]:
     """The model with its adapter's changes in its own weights, and whether embeddings and head are still one matrix.
 
     PEFT adds a change to a weight in place. Where embeddings and head share one matrix and the adapter changes one of
