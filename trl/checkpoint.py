@@ -233,9 +233,12 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file atomically: `write(path)` writes it under another name, and it is renamed at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}.{path.name}")
-    write(aside)
-    _sync(aside)
-    os.replace(aside, path)
+    try:
+        write(aside)
+        _sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -14,13 +14,19 @@ from trl.notices import notify_once
 
 
 @dataclass
-class ScriptArguments(Adoptable):
+class DataFields:
     """The data that a command reads."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set: a file, a folder, or a name that `datasets` knows."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a named data set."})
+
+
+@dataclass
+class ScriptArguments(DataFields, Adoptable):
+    """The data that a command reads, and its splits."""
+
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     dataset_streaming: bool = field(
@@ -44,8 +50,8 @@ class RewardArguments(ScriptArguments):
 
 
 @dataclass
-class ModelConfig(Adoptable):
-    """The model that a command loads, and the adapter that it trains."""
+class ModelFields:
+    """The model that a command loads."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -64,6 +70,25 @@ class ModelConfig(Adoptable):
         metadata={"help": "Attention implementation outside training; flat rows always use attention by segment."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise frozen weights to 8 bits at loading."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise frozen weights to 4 bits at loading (QLoRA, with use_peft)."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "4-bit data type: normal float or float.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the scales of the 4-bit blocks too; saves 0.4 bits a weight."}
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "Storage dtype of 4-bit weights; FSDP needs the dtype of the other weights."}
+    )
+
+
+@dataclass
+class ModelConfig(ModelFields, Adoptable):
+    """The model that a command loads, and the adapter that it trains."""
+
     use_peft: bool | None = field(
         default=None,
         metadata={"help": "Train a LoRA adapter instead of all weights. Default: only if a LoRA option is set."},
@@ -87,19 +112,6 @@ class ModelConfig(Adoptable):
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Task type written into the adapter's config."})
     use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA: scale by 1/sqrt(r)."})
     use_dora: bool = field(default=False, metadata={"help": "DoRA: weight-decomposed LoRA."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise frozen weights to 8 bits at loading."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantise frozen weights to 4 bits at loading (QLoRA, with use_peft)."}
-    )
-    bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "4-bit data type: normal float or float.", "choices": ["nf4", "fp4"]}
-    )
-    use_bnb_nested_quant: bool = field(
-        default=False, metadata={"help": "Quantise the scales of the 4-bit blocks too; saves 0.4 bits a weight."}
-    )
-    bnb_4bit_quant_storage: str | None = field(
-        default=None, metadata={"help": "Storage dtype of 4-bit weights; FSDP needs the dtype of the other weights."}
-    )
 
     def __post_init__(self) -> None:
         options.check(self)
@@ -297,25 +309,9 @@ class TeacherFields:
 
 
 @dataclass
-class RolloutFields:
-    """How completions are sampled and scored."""
+class SamplingFields:
+    """How completions are sampled."""
 
-    num_generations: int = field(default=8, metadata={"help": "Number of completions of each prompt: a group."})
-    num_generations_eval: int | None = field(
-        default=None, metadata={"help": "Number of completions of each prompt in evaluation. Default: num_generations."}
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Maximum prompt length in tokens, cut at the beginning. Default: no limit."}
-    )
-    max_completion_length: int | None = field(default=512, metadata={"help": "Maximum completion length in tokens."})
-    generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions sampled in a round, on all devices. Default: those of one step."}
-    )
-    steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Per-device batches trained on each sampled round."}
-    )
-    num_iterations: int = field(default=1, metadata={"help": "Number of times that each completion is trained on."})
-    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Use the prompts in a new order each epoch."})
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature, for sampling and training."})
     top_p: float = field(
         default=1.0, metadata={"help": "Nucleus sampling: total probability of the tokens sampled from."}
@@ -331,14 +327,17 @@ class RolloutFields:
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template, for every prompt."}
     )
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum tokens in a forward pass of training. Default: 1,024 on a CPU, 16,384 on an accelerator."
-        },
-    )
     max_cache_tokens: int | None = field(
         default=None, metadata={"help": "Maximum tokens in the key-value cache during sampling."}
+    )
+
+
+@dataclass
+class SamplerFields(SamplingFields):
+    """How completions of many prompts are sampled."""
+
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Maximum prompt length in tokens, cut at the beginning. Default: no limit."}
     )
     use_transformers_continuous_batching: bool = field(
         default=False,
@@ -346,6 +345,31 @@ class RolloutFields:
     )
     transformers_continuous_batching_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of transformers' ContinuousBatchingConfig, as a dict or JSON."}
+    )
+
+
+@dataclass
+class RolloutFields(SamplerFields):
+    """How completions are sampled and scored."""
+
+    num_generations: int = field(default=8, metadata={"help": "Number of completions of each prompt: a group."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Number of completions of each prompt in evaluation. Default: num_generations."}
+    )
+    max_completion_length: int | None = field(default=512, metadata={"help": "Maximum completion length in tokens."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions sampled in a round, on all devices. Default: those of one step."}
+    )
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Per-device batches trained on each sampled round."}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Number of times that each completion is trained on."})
+    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Use the prompts in a new order each epoch."})
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum tokens in a forward pass of training. Default: 1,024 on a CPU, 16,384 on an accelerator."
+        },
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}

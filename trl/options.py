@@ -157,7 +157,7 @@ CLIP = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _FLAT = Never("flat rows have no padding, and padded rows are as wide as their longest")
 
 UNUSED: dict[str, dict[str, Row]] = {
-    "ModelConfig": dict.fromkeys(
+    "ModelFields": dict.fromkeys(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), Needs("load_in_4bit")
     ),
     "BaseConfig": {

@@ -31,6 +31,10 @@ def commands() -> dict[str, Command]:
             for name, row in METHODS.items()
             if row.command
         },
+        "chat": Command("trl.cli.chat", "talk to a model, or to two side by side"),
+        "generate": Command("trl.cli.generate", "completions for a file of prompts"),
+        "merge": Command("trl.cli.merge", "an adapter into its base model, checked"),
+        "export": Command("trl.cli.export", "a model as safetensors or GGUF, checked"),
         "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and evaluate it"),
         "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
     }

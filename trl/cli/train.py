@@ -134,7 +134,7 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
 
     from trl import checkpoint
     from trl.models.adapters import check_resumed, lora_config
-    from trl.models.load import adapter_base, quantization_config
+    from trl.models.load import adapter_base, loading_arguments, quantization_config
 
     if "lora_task_type" not in values:
         # The adapter of a scoring model includes the scoring head.
@@ -223,18 +223,6 @@ def reward_functions(script: Any, config: Any) -> list[Any] | None:
     if not found:
         raise UsageError("--reward_funcs is missing: reward functions by name or as file.py:function.")
     return found
-
-
-def loading_arguments(model: Any) -> dict[str, Any]:
-    """The arguments of `from_pretrained` from a `ModelConfig`; options that are not set are left out."""
-    arguments: dict[str, Any] = {"dtype": model.dtype}
-    if model.model_revision != "main":
-        arguments["revision"] = model.model_revision
-    if model.attn_implementation is not None:
-        arguments["attn_implementation"] = model.attn_implementation
-    if model.trust_remote_code:
-        arguments["trust_remote_code"] = True
-    return arguments
 
 
 def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:

@@ -497,6 +497,17 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
     "ModelConfig": {
         "torch_dtype": Now("dtype", "trl < 1.0"),
     },
+    "AnswerFields": {
+        "torch_dtype": Now("dtype", "trl < 1.0"),
+    },
+    "ChatArguments": {
+        "examples_path": Gone("a file of prompts is read from standard input: trl chat ... < FILE", "trl 0.8 – 0.18"),
+        "verbose": Gone("the chat's settings are printed at its beginning", "trl 0.9 – 0.18"),
+        "current_model": Gone("/save writes a model's chats into a folder of its own", "trl 0.8 – 0.18"),
+        "generation_config": Refused(
+            "set the options themselves: --temperature, --top_p, --max_new_tokens", "transformers chat"
+        ),
+    },
     "ScriptArguments": {
         "gradient_checkpointing_use_reentrant": Gone(
             "checkpointing without reentrance is the default; gradient_checkpointing_kwargs changes it", "trl ≤ 0.16"
@@ -645,7 +656,7 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("disable_dropout_in_model",), "disable_dropout=True in a trainer's config does it"),
     (("generate_model_card",), "a trainer's create_model_card writes the card"),
-    (("chat",), "`transformers chat` talks with a model"),
+    (("chat",), "the command `trl chat` talks with a model, in Python it is trl.rollout.chat"),
     (("RewardFunc",), "a reward function is any callable that returns a list of numbers"),
 )
 

@@ -7,7 +7,7 @@ same shape and writes an ordinary folder, which `from_pretrained` opens.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import shutil
 import uuid
@@ -34,28 +34,12 @@ def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | N
     without the file, and ImportError without the package `gguf`.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
     gguf_file, folder = Path(gguf_file), Path(folder)
-    if not gguf_file.is_file():
-        raise FileNotFoundError(f"There is no GGUF file at {gguf_file}.")
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("Reading GGUF files needs the package `gguf`: pip install gguf")
-
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(gguf_file.parent),
-        "gguf_file": gguf_file.name,
-        "local_files_only": True,
-    }
     dtype = dtype or torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    left_out = ("quantization_config", "_model_name_or_path")
-    config = type(loaded.config).from_dict(
-        {key: value for key, value in loaded.config.to_dict().items() if key not in left_out}
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
+    model = read(gguf_file)
+    config = model.config
     model.to(dtype)
     # The configuration still has the dtype of before the cast.
     model.config.dtype = dtype
@@ -63,7 +47,7 @@ def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | N
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**_source(gguf_file))
     _split_digits_where_trained_so(tokenizer, gguf_file)
     tokenizer.model_max_length = config.max_position_embeddings
 
@@ -72,6 +56,41 @@ def convert(gguf_file: str | Path, folder: str | Path, *, dtype: torch.dtype | N
         tokenizer.save_pretrained(target)
 
     return write_folder(folder, write)
+
+
+def require_gguf(why: str) -> Any:
+    """The `gguf` package; ImportError with the remedy if it is not installed. `why` begins its sentence."""
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise ImportError(f"{why} needs the package `gguf`: pip install gguf") from error
+
+
+def read(gguf_file: Path) -> Any:
+    """The model of a GGUF file in float32, as a plain model of transformers. Errors are those of `convert`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not gguf_file.is_file():
+        raise FileNotFoundError(f"There is no GGUF file at {gguf_file}.")
+    require_gguf("Reading GGUF files")
+    loaded = AutoModelForCausalLM.from_pretrained(**_source(gguf_file), dtype=torch.float32)
+    left_out = ("quantization_config", "_model_name_or_path")
+    config = type(loaded.config).from_dict(
+        {key: value for key, value in loaded.config.to_dict().items() if key not in left_out}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    return model
+
+
+def _source(gguf_file: Path) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": str(gguf_file.parent),
+        "gguf_file": gguf_file.name,
+        "local_files_only": True,
+    }
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:

@@ -48,6 +48,8 @@ def adapter_base(path: str) -> str | None:
 def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel | Any:
     """A causal language model, or a trainable `PeftModel` if the path is an adapter's folder.
 
+    adapter                       the folder of an adapter for this model, in place of the base that its folder names
+    dequantise                    True: a checkpoint of quantised weights is unpacked at loading
     dtype                         "auto" (default: the checkpoint's), a name, or a `torch.dtype`; also `torch_dtype`
     quantization_config           a `BitsAndBytesConfig` or a dictionary of its fields
     load_in_4bit, load_in_8bit    True: quantise with the usual settings
@@ -61,7 +63,13 @@ def load_causal_lm(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
 
 def load_of(kind: Any, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel | Any:
     """A model of one of transformers' auto classes; arguments and errors are those of `load_causal_lm`."""
-    return _load(kind, str(name_or_path), _placed(_quantised(_typed(kwargs))))
+    kwargs = _placed(_quantised(_typed(kwargs)))
+    adapter = kwargs.pop("adapter", None)
+    if adapter is None:
+        return _load(kind, str(name_or_path), kwargs)
+    if not (Path(adapter).expanduser() / "adapter_config.json").exists():
+        raise ModelError(f"{adapter} is not the folder of an adapter: it has no adapter_config.json")
+    return _with_adapter(kind, str(name_or_path), str(Path(adapter).expanduser()), kwargs)
 
 
 def load_scorer(
@@ -82,6 +90,8 @@ def _load(kind: Any, name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
     if base is not None:
         return _with_adapter(kind, base, str(Path(name_or_path).expanduser()), kwargs)
     _check_path(name_or_path)
+    kwargs = dict(kwargs)
+    dequantise = kwargs.pop("dequantise", False)
     try:
         model, found = kind.from_pretrained(_expanded(name_or_path), output_loading_info=True, **kwargs)
     except (OSError, ValueError) as error:
@@ -96,7 +106,7 @@ def _load(kind: Any, name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
         notify_once(
             f"{name_or_path} has no scoring head: a new one ({', '.join(sorted(fresh))}) is trained from the start"
         )
-    return model
+    return _dequantised(model, name_or_path, kwargs.get("dtype")) if dequantise else model
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -159,8 +169,8 @@ def _with_adapter(kind: Any, base: str, folder: str, kwargs: dict[str, Any]) -> 
     if adapter_base(base) is not None:
         raise ModelError(
             f"the adapter in {folder} sits on another adapter, {base}. Merge that one first "
-            "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), then save_pretrained) "
-            "and name the merged folder in adapter_config.json"
+            f"(trl merge --model_name_or_path {base} --output_dir ...) and name the merged folder in "
+            "adapter_config.json"
         )
     model = _load(kind, base, kwargs)
     # An adapter trained with more tokens than the base has comes with its own, longer embeddings.
@@ -241,6 +251,18 @@ def _first_sentence(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def loading_arguments(settings: Any) -> dict[str, Any]:
+    """The arguments of `from_pretrained` from `ModelFields`; options that are not set are left out."""
+    arguments: dict[str, Any] = {"dtype": settings.dtype}
+    if settings.model_revision != "main":
+        arguments["revision"] = settings.model_revision
+    if settings.attn_implementation is not None:
+        arguments["attn_implementation"] = settings.attn_implementation
+    if settings.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    return arguments
+
+
 # --- dtype and bits -----------------------------------------------------------------------------------------------
 
 
@@ -312,6 +334,28 @@ def _quantised(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _require_bitsandbytes(why: str, cause: Exception | None = None) -> None:
     if cause is not None or importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"{why}, which needs the extra `quantization`: pip install 'trl[quantization]'") from cause
+
+
+def _dequantised(model: Any, name: str, dtype: Any) -> Any:
+    """The model with plain weights in `dtype`, if its weights are quantised."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    try:
+        plain = model.dequantize(dtype if isinstance(dtype, torch.dtype) else None)
+    except NotImplementedError as error:
+        raise ModelError(f"the weights of {name} are quantised, and transformers cannot unpack this format") from error
+    # transformers (5.23) would pack the weights again when it saves them, which it cannot.
+    plain._weight_conversions = [each for each in plain._weight_conversions or () if _is_reversible(each)]
+    notify_once(f"the weights of {name} are quantised: they are unpacked")
+    return plain
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 # --- place --------------------------------------------------------------------------------------------------------

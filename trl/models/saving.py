@@ -65,3 +65,21 @@ def try_saving(model: Any, tokenizer: Any, args: Any) -> None:
             except Exception as error:  # any error would occur again after training
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(f"the {what} cannot be saved, so the training would be lost: {reason}") from error
+
+
+def push_folder(folder: str | Path, repository: str, *, private: bool | None = None) -> str:
+    """Upload a model's folder to a repository on the Hub, which is made if need be; returns its address. ValueError
+    with the command to try again."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repository, private=private, exist_ok=True))
+        api.upload_folder(folder_path=str(folder), repo_id=repository)
+    except (OSError, ValueError) as error:  # the package's errors are among these
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{folder} is written, and was not pushed to {repository}: {reason} To try again: "
+            f"hf upload {repository} {folder}"
+        ) from error
+    return address

@@ -48,6 +48,32 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     return {each for each in found - {None} if each < base.get_input_embeddings().num_embeddings}
 
 
+def sampling_of(fields: Any, model: nn.Module, tokenizer: Any, max_new_tokens: int, **asked: Any) -> Sampling:
+    """The sampling that a config's `SamplingFields` describe. `generation_kwargs` override the fields, and `asked`,
+    further arguments of `generate`, override both."""
+    further = {**(fields.generation_kwargs or {}), **asked}
+    found = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": fields.temperature,
+        "top_k": fields.top_k,
+        "top_p": fields.top_p,
+        "min_p": fields.min_p,
+        "repetition_penalty": fields.repetition_penalty,
+    }
+    for name in list(found):
+        if name in further:
+            found[name] = further.pop(name)
+    stops = stop_ids(model, tokenizer) | set(_as_list(further.pop("eos_token_id", None)))
+    strings = tuple(_as_list(further.pop("stop_strings", None)))
+    for name in ("do_sample", "num_return_sequences", "use_cache", "pad_token_id", "bos_token_id"):
+        further.pop(name, None)
+    return Sampling(**found, stop_ids=tuple(sorted(stops - {None})), stop_strings=strings, further=further)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple | set) else [value]
+
+
 class InProcessSampler:
     """Draws completions with the model that trains, on its own device.
 
@@ -86,6 +112,24 @@ class InProcessSampler:
                     "ranks at once: train this model unsharded"
                 )
             return [_by_generate(model, request, sampling) for request in requests]
+
+    @torch.no_grad()
+    def stream(self, request: Request, sampling: Sampling) -> Iterator[Completion]:
+        """One completion of a request, as far as it goes, after each of its tokens; the last one is that of `generate`.
+        A model that is served by its own `generate` gives the last one alone."""
+        model = self.model
+        if model is None:
+            raise ValueError("the sampler has no model yet: call sync(model, version) first")
+        with evaluating(model), few_rows(model):
+            if not self._is_served(model):
+                yield _by_generate(model, request._replace(samples=1), sampling)[0]
+                return
+            run = _Run(self, model, [request._replace(samples=1)], sampling)
+            run._refill()
+            while run.active and (row := run.active[0]) is not None:
+                yield Completion(row.ids, row.logps, False)
+                run._advance()
+            yield run.done[0, request.first]
 
     def _is_served(self, model: nn.Module) -> bool:
         """Whether the model's first tokens after two prompts of different lengths are those without a cache: a numeric

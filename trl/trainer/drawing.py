@@ -9,7 +9,7 @@ from trl.data.reading import sources
 from trl.rewards.functions import RewardFunctions
 from trl.rollout.collect import Unjudged
 from trl.rollout.continuous import ContinuousSampler
-from trl.rollout.generate import InProcessSampler, stop_ids
+from trl.rollout.generate import InProcessSampler
 from trl.rollout.types import Sampler, Sampling
 
 LONGEST = 512  # tokens of a completion where nobody says
@@ -51,28 +51,3 @@ def sampler_of(args: Any, tokenizer: Any, sampling: Sampling) -> Sampler:
     sampler = ContinuousSampler(args.transformers_continuous_batching_config, max_cache_tokens=args.max_cache_tokens)
     sampler.check(sampling)
     return sampler
-
-
-def sampling_of(args: Any, model: Any, tokenizer: Any, **asked: Any) -> Sampling:
-    """What the sampler is asked for by default; `asked` are further arguments of `generate`."""
-    further = {**(args.generation_kwargs or {}), **asked}
-    fields = {
-        "max_new_tokens": args.max_completion_length or LONGEST,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-    }
-    for name in list(fields):
-        if name in further:
-            fields[name] = further.pop(name)
-    stops = stop_ids(model, tokenizer) | set(_as_list(further.pop("eos_token_id", None)))
-    strings = tuple(_as_list(further.pop("stop_strings", None)))
-    for name in ("do_sample", "num_return_sequences", "use_cache", "pad_token_id", "bos_token_id"):
-        further.pop(name, None)
-    return Sampling(**fields, stop_ids=tuple(sorted(stops - {None})), stop_strings=strings, further=further)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple | set) else [value]

@@ -38,6 +38,7 @@ from trl.rewards.functions import check as check_rewards
 from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, refilled
 from trl.rollout.completions import Table
 from trl.rollout.exchange import delivered
+from trl.rollout.generate import sampling_of
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
 from trl.rollout.rounds import RefillPrompts, Replay, StepSampler, evaluation_metrics, split_into_steps
 from trl.rollout.traces import ScoredTrace, TrainingTrace, grouped, trees
@@ -46,7 +47,7 @@ from trl.rollout.types import Environment, Sampler, Sampling
 from . import evaluation, overrides
 from .attributes import shows
 from .base import BaseTrainer
-from .drawing import LONGEST, judge_of, opened, sampler_of, sampling_of
+from .drawing import LONGEST, judge_of, opened, sampler_of
 from .loader import rounds_of, stream_of_rounds
 from .online_attributes import OnlineAttributes
 from .online_method import OnlineMethod
@@ -178,7 +179,8 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
 
     def sampling_of(self, **asked: Any) -> Sampling:
         """What the sampler is asked for by default; `asked` are further arguments of `generate`."""
-        return sampling_of(self.args, self.model, self.processing_class, **asked)
+        longest = self.args.max_completion_length or LONGEST
+        return sampling_of(self.args, self.model, self.processing_class, longest, **asked)
 
     def report(self) -> list[str]:
         lines = [line for line in super().report() if not line.startswith("steps: ")]

@@ -1,0 +1,61 @@
+"""`trl generate`: completions for a file of prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from trl.cli import hide_library_notes
+from trl.cli.chat import ANSWERING
+from trl.cli.parser import Parser
+from trl.cli.reply import ReplyFields, check_given, reply
+from trl.demo.stages import quiet
+
+COMMON = {
+    **ANSWERING,
+    "Prompts": dict.fromkeys(("dataset_name", "dataset_split", "prompt_column", "as_chat", "max_prompt_length"), ""),
+    "Completions": dict.fromkeys(("output_file", "num_generations", "batch_size", "overwrite", "json"), ""),
+}
+
+
+def run(argv: Sequence[str], command: str) -> int:
+    hide_library_notes()
+    quiet()
+    from trl.rollout.prompts_file import GenerateArguments, complete_file
+
+    parser = Parser(
+        [GenerateArguments, ReplyFields],
+        prog=f"trl {command}",
+        description="Samples completions of the prompts in a file (.jsonl, .json, .csv, .txt, ...) or a data set, and "
+        "writes one row each.",
+        common=COMMON,
+        notes=(
+            f"Example: trl {command} --model_name_or_path trainer_output --dataset_name prompts.jsonl "
+            "--output_file completions.jsonl --num_generations 4 --temperature 0.8",
+            "Completions are written as they come, into NAME.part.jsonl; the same command goes on from there. The same "
+            "options and --seed give the same file.",
+            "Exit status: 0 done, 1 an error, 2 a wrong command line, 130 interrupted.",
+        ),
+    )
+    asked, how = parser.parse(argv)
+    check_given(
+        asked,
+        {
+            "model_name_or_path": "the model that writes, a folder or a model's name",
+            "dataset_name": "the prompts, a file, a folder or a data set's name",
+        },
+    )
+    with reply(how.json) as answer:
+        found = complete_file(asked, _progress)
+        text = (
+            f"{found.completions:,} completions of {found.prompts:,} prompts ({found.tokens:,} tokens; {found.ended:,} "
+            f"ended by themselves, {found.completions - found.ended:,} at --max_new_tokens) are in {found.path}"
+        )
+        if found.resumed:
+            text += f"\n  {found.resumed:,} prompts were taken over from an earlier run"
+        answer(dataclasses.asdict(found), text)
+    return 0
+
+
+def _progress(done: int, of: int, speed: float) -> None:
+    print(f"{done:,} of {of:,} prompts, {speed:,.0f} tokens/s", flush=True)
