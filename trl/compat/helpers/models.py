@@ -113,11 +113,15 @@ def disable_dropout_in_model(model: nn.Module) -> None:
 
 def enable_gradient_checkpointing(model: Any, gradient_checkpointing_kwargs: Mapping[str, Any] | None) -> Any:
     """Turn gradient checkpointing on, also for a model whose embeddings are frozen, and return the model."""
-    kwargs = dict(gradient_checkpointing_kwargs or {})
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
-    if kwargs.get("use_reentrant", True):
-        model.enable_input_require_grads()
+    _turn_on(model, gradient_checkpointing_kwargs)
+    model.enable_input_require_grads()
     return model
+
+
+def _turn_on(model: Any, kwargs: Mapping[str, Any] | None) -> None:
+    # transformers 5.23 renamed the method.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(dict(kwargs) if kwargs else None)
 
 
 @contextlib.contextmanager
@@ -128,12 +132,12 @@ def disable_gradient_checkpointing(
     base = unwrap(model)
     was_on = bool(getattr(base, "is_gradient_checkpointing", False))
     if was_on:
-        base.gradient_checkpointing_disable()
+        (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
     try:
         yield
     finally:
         if was_on:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+            _turn_on(base, gradient_checkpointing_kwargs)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Whether optional packages are installed, under upstream's names `is_<package>_available`."""
 
+import functools
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -41,15 +42,19 @@ def _device(kind: str) -> bool:
     return device is not None and bool(device.is_available())
 
 
-_PACKAGES = frozenset((
-    *("aiohttp", "bitsandbytes", "deepspeed", "diffusers", "fastapi", "harbor", "jmespath", "joblib", "liger_kernel"),
-    *("llm_blender", "math_verify", "mergekit", "openreward", "peft", "pydantic", "requests", "rich", "sklearn"),
-    *("unsloth", "uvicorn", "vllm", "vllm_ascend", "wandb", "weave"),
-))  # fmt: skip
+_PACKAGES = {
+    name: name
+    for name in (
+        *("aiohttp", "bitsandbytes", "deepspeed", "diffusers", "fastapi", "harbor", "jmespath", "joblib"),
+        *("liger_kernel", "llm_blender", "math_verify", "mergekit", "openai", "openreward", "peft", "pydantic"),
+        *("requests", "rich", "sklearn", "torchvision", "unsloth", "uvicorn", "vllm", "vllm_ascend", "wandb", "weave"),
+    )
+} | {"liger": "liger_kernel", "llmblender": "llm_blender", "pil": "PIL"}
 
 
+@functools.cache
 def __getattr__(name: str) -> Callable[[], bool]:
     package = name.removeprefix("is_").removesuffix("_available")
     if name != f"is_{package}_available" or package not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return lambda: find_spec(package) is not None
+    return lambda: find_spec(_PACKAGES[package]) is not None

@@ -14,8 +14,8 @@ TRACKERS = {"wandb": "log", "mlflow": "log_metrics", "trackio": "log"}
 def profiling_context(trainer: Any, name: str) -> Iterator[None]:
     """Measure the block as `profiling/Time taken: <class of the trainer>.<name>`, in seconds.
 
-    The first rank sends it to those of wandb, mlflow and trackio that are in `report_to`. torch.profiler shows the block
-    under the same name.
+    The first rank sends it to those of wandb, mlflow and trackio that are in `report_to`. torch.profiler shows the
+    block under the same name.
     """
     args, accelerator = getattr(trainer, "args", None), getattr(trainer, "accelerator", None)
     with _measured(

@@ -12,8 +12,8 @@ from torch.utils.data import IterableDataset, Sampler
 
 
 class RepeatSampler(Sampler[int]):
-    """Indices of rows in batches of `batch_size`, each index `mini_repeat_count` times in turn, each batch `repeat_count`
-    times in turn. Rows that do not fill a batch are left out.
+    """Indices of rows in batches of `batch_size`: each index `mini_repeat_count` times in turn, each batch
+    `repeat_count` times in turn. Rows that do not fill a batch are left out.
 
     With `shuffle` the order is random: by `seed`, and different in each pass; or by torch's generator if it is None.
     """
