@@ -676,5 +676,8 @@ def test_classes_of_older_releases(capsys):
     assert (GMPOConfig("out", **quiet).loss_type, GMPOConfig("out", **quiet).epsilon) == ("gmpo", 0.4)
     assert GRPOWithReplayBufferConfig("out", **quiet).replay_buffer_size == 64
     assert GMPOTrainer is trl.GRPOTrainer and (PPOv2Config, PPOv2Trainer) == (trl.PPOConfig, trl.PPOTrainer)
+    older = trl.SftScriptArguments("x", dataset_text_field="text", packing=True)
+    assert (older.dataset_name, older.max_seq_length, older.packing) == ("x", 512, True)
+    assert (trl.DpoScriptArguments().beta, trl.SFTScriptArguments) == (0.1, trl.ScriptArguments)
     RichProgressCallback()
     assert "trainers show their progress themselves" in capsys.readouterr().out

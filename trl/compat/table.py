@@ -446,6 +446,17 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
             )
             for name in ("optimize_cuda_cache", "optimize_device_cache")
         },
+        "world_size": Gone("the launcher says how many processes there are", "trl 0.7 – 1.12"),
+        "base_model": Refused(_POLICY, "trl 0.9", nothing=(None, "EleutherAI/pythia-160m")),
+        "sanity_check": Refused(
+            "train on a slice of the rows, such as the split 'train[:1000]'", "trl 0.9", nothing=(None, False)
+        ),
+        "non_eos_penalty": Refused(
+            "missing_eos_penalty is subtracted from the score of a completion that did not end",
+            "trl 0.9",
+            nothing=(None, False),
+        ),
+        "penalty_reward_value": Gone("it was read with non_eos_penalty alone", "trl 0.9", nothing=(None, -1)),
         "compare_steps": Gone("it was read with push_to_hub_if_best_kwargs alone", "trl ≤ 0.11", nothing=(None, 1)),
         "push_to_hub_if_best_kwargs": Refused(
             "call push_to_hub where the loop sees its best reward", "trl ≤ 0.11", nothing=(None, {})
@@ -547,6 +558,16 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
     },
     "BCOTrainer": {name: _REFERENCE[name] for name in ("model_adapter_name", "ref_adapter_name")},
     "RewardTrainer": {"max_length": InConfig("max_length", "trl ≤ 0.11")},
+    "IterativeSFTTrainer": {
+        name: InConfig(name, "trl ≤ 0.19") for name in ("max_length", "truncation_mode", "optimize_device_cache")
+    },
+    "DistillationTrainer": {
+        "data_collator": Refused("prompts are read from the column `prompt`, and nothing is padded", "trl 1.1 – 1.9"),
+        **{
+            name: Refused("no logits are kept that it could read", "trl 1.1 – 1.9")
+            for name in ("compute_metrics", "preprocess_logits_for_metrics")
+        },
+    },
 }
 
 _PAIRS_OF_KTO = Refused("train with KTOTrainer, which reads pairs as two rows each", "trl ≤ 0.9")
@@ -573,10 +594,7 @@ KEYS: dict[str, dict[str, dict[str, str]]] = {
 
 # Public names that have another name today.
 NAMES = {
-    **{
-        f"{method}ScriptArguments": "ScriptArguments"
-        for method in ("SFT", "DPO", "Reward", "Sft", "Dpo")  # `trl.commands.cli_utils` had both spellings
-    },
+    **{f"{method}ScriptArguments": "ScriptArguments" for method in ("SFT", "DPO", "Reward")},
     "PPOv2Config": "PPOConfig",
     "PPOv2Trainer": "PPOTrainer",
     "GMPOTrainer": "GRPOTrainer",
@@ -720,7 +738,8 @@ _HELPERS = {
         empty_cache forward get_reward generate batch_generation respond_to_batch compute_flops_per_token compute_mfu
         adjusted_mfu get_peak_flops get_peak_flops_per_device""",
     "trl.compat.helpers.older": """
-        GMPOConfig GRPOWithReplayBufferConfig RichProgressCallback FDivergenceConstants init_zero_verbose
+        GMPOConfig GRPOWithReplayBufferConfig SftScriptArguments DpoScriptArguments RichProgressCallback
+        FDivergenceConstants init_zero_verbose
         suppress_experimental_warning RewardFunc RolloutFunc EnvironmentFactory DatasetType""",
     "trl.compat.helpers.packages": """
         TRLExperimentalWarning is_transformers_greater_than is_npu_available is_xpu_available""",

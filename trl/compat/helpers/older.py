@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, TrainerCallback
 
+from trl.config import ScriptArguments
 from trl.notices import notify_once
 from trl.trainer.grpo import GRPOConfig
 
@@ -31,6 +32,28 @@ class GRPOWithReplayBufferConfig(GRPOConfig):
     replay_buffer_size: int = field(
         default=64, metadata={"help": "Number of earlier groups kept to replace groups with equal rewards; 0: none."}
     )
+
+
+@dataclass
+class SftScriptArguments(ScriptArguments):
+    """The arguments of `trl sft` in 0.8, which a script hands to the trainer."""
+
+    dataset_text_field: str | None = field(default=None, metadata={"help": "Column of the texts."})
+    dataset_train_name: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_name: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    max_seq_length: int = field(default=512, metadata={"help": "Maximum tokens of a row."})
+    packing: bool = field(default=False, metadata={"help": "Join rows up to max_seq_length."})
+
+
+@dataclass
+class DpoScriptArguments(ScriptArguments):
+    """The arguments of `trl dpo` in 0.8, which a script hands to the trainer."""
+
+    beta: float = field(default=0.1, metadata={"help": "Weight of the divergence from the reference."})
+    max_length: int = field(default=512, metadata={"help": "Maximum tokens of a row."})
+    max_prompt_length: int = field(default=128, metadata={"help": "Maximum tokens of a prompt."})
+    max_target_length: int = field(default=128, metadata={"help": "Not read: it concerned encoder-decoders."})
+    generate_during_eval: bool = field(default=False, metadata={"help": "Show completions in evaluations."})
 
 
 class FDivergenceConstants:
