@@ -580,13 +580,13 @@ def test_modes_of_a_model(tokenizer):
             return model
 
     before = model.generation_config.top_p
-    with trl.models.unwrap_model_for_generation(model, Accelerator, generation_kwargs={"top_p": 0.5}) as inner:
+    with of_models.unwrap_model_for_generation(model, Accelerator, generation_kwargs={"top_p": 0.5}) as inner:
         assert inner is model and not model.is_gradient_checkpointing and model.generation_config.top_p == 0.5
     assert model.is_gradient_checkpointing and model.generation_config.top_p == before
     assert utils.get_kbit_device_map() == ({"": 0} if torch.cuda.is_available() else None)
     utils.empty_cache()
     ids, gradients = torch.tensor([[1, 2, 3, 4]]), []
-    offload = trl.models.get_act_offloading_ctx_manager(model, use_streams=False)
+    offload = of_models.get_act_offloading_ctx_manager(model, use_streams=False)
     for context in (offload, offload):
         with context:
             loss = model(ids, labels=ids).loss
@@ -650,7 +650,9 @@ def test_packages():
     from trl.import_utils import is_liger_kernel_available, is_peft_available, is_transformers_greater_than
 
     assert is_transformers_greater_than("5.0") and not is_transformers_greater_than("99")
-    assert is_peft_available() in (True, False) and is_liger_kernel_available() in (True, False)
+    assert is_peft_available() in (True, False) and is_liger_kernel_available("0.1") in (True, False)
+    assert imports.helper("is_rich_available") == ("trl.compat.helpers.packages", "is_rich_available")
+    assert utils.is_rich_available() and utils.is_rich_available("1.0") and not utils.is_rich_available("9999")
     with pytest.raises(ImportError, match="is_nothing_available"):
         from trl.import_utils import is_nothing_available  # noqa: F401
 
@@ -664,6 +666,16 @@ def test_profiling():
     with torch.profiler.profile() as profile:
         assert Trainer().step(1) == 2
     assert any(event.key == "Trainer.step" for event in profile.key_averages())
+
+
+def test_older_words_of_functions(capsys):
+    ids = torch.tensor([[5, 2, 7]])
+    equal(utils.truncate_right(ids, stop_token_id=2, pad_token_id=0)[0], [[5, 2, 0]])
+    assert "`stop_token_id` of truncate_right is `stop_token_ids` today" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="truncate_right: `stop_token_id` and `stop_token_ids` are the same argument"):
+        utils.truncate_right(ids, stop_token_id=2, stop_token_ids=2, pad_token_id=0)
+    assert trl.get_peft_config(model_config=trl.ModelConfig()) is None
+    assert trl.get_quantization_config(model_args=trl.ModelConfig()) is None
 
 
 def test_classes_of_older_releases(capsys):

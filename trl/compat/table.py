@@ -673,6 +673,10 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
         ("trl_sanitze_kwargs_for_tagging", "*to_hf*"),
         "push_to_hub of a trainer sends the model, with its card and its tags",
     ),
+    (
+        ("OffloadActivations",),
+        "get_act_offloading_ctx_manager(model) gives the context; activation_offloading=True too",
+    ),
     (("ProfilingContext",), "profiling_context(trainer, name) measures a part of a trainer"),
     (
         ("enable_selective_activation_checkpointing",),
@@ -734,7 +738,7 @@ _HELPERS = {
     "trl.compat.helpers.models": """
         SUPPORTED_ARCHITECTURES get_kbit_device_map create_model_from_path get_config_model_id prepare_peft_model
         peft_module_casting_to_bf16 use_adapter hash_module disable_dropout_in_model enable_gradient_checkpointing
-        disable_gradient_checkpointing unwrap_model_for_generation OffloadActivations get_act_offloading_ctx_manager
+        disable_gradient_checkpointing unwrap_model_for_generation get_act_offloading_ctx_manager
         empty_cache forward get_reward generate batch_generation respond_to_batch compute_flops_per_token compute_mfu
         adjusted_mfu get_peak_flops get_peak_flops_per_device""",
     "trl.compat.helpers.older": """

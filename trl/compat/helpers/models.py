@@ -147,11 +147,12 @@ def unwrap_model_for_generation(
     gather_deepspeed3_params: bool = True,
     generation_kwargs: Mapping[str, Any] | None = None,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    is_peft_model: bool | None = None,
 ) -> Iterator[Any]:
     """The model inside its wrappers, ready to generate: whole weights, no gradient checkpointing.
 
     `gather_deepspeed3_params` gathers ZeRO-3's weights once, not layer by layer. `generation_kwargs` hold in the
-    context alone, over the model's generation configuration.
+    context alone, over the model's generation configuration. `is_peft_model` is not read: the model tells.
     """
     inner = accelerator.unwrap_model(model)
     config = getattr(inner, "generation_config", None)
@@ -169,7 +170,7 @@ def unwrap_model_for_generation(
                 setattr(config, name, value)
 
 
-class OffloadActivations(contextlib.AbstractContextManager[None]):
+class _Offload(contextlib.AbstractContextManager[None]):
     """Keeps what the model's forward passes save for the backward pass in host memory; for any number of steps."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -182,9 +183,9 @@ class OffloadActivations(contextlib.AbstractContextManager[None]):
         self._open.close()
 
 
-def get_act_offloading_ctx_manager(model: nn.Module, **options: Any) -> OffloadActivations:
+def get_act_offloading_ctx_manager(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[None]:
     """A context for the forward passes of the model; `options` of upstream's streams and buffers have no effect."""
-    return OffloadActivations(model)
+    return _Offload(model)
 
 
 def empty_cache() -> None:

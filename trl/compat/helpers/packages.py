@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 
 
@@ -12,17 +12,17 @@ class TRLExperimentalWarning(UserWarning):
 
 def is_transformers_greater_than(current_version: str) -> bool:
     """Whether the installed transformers is newer than a version such as "4.57"."""
-    return is_package_greater_than("transformers", current_version)
-
-
-def is_package_greater_than(package: str, current_version: str) -> bool:
-    """Whether an installed package is newer than a version; False if it is not installed."""
     from packaging.version import Version
 
-    try:
-        return Version(version(package)) > Version(current_version)
-    except PackageNotFoundError:
+    return Version(version("transformers")) > Version(current_version)
+
+
+def _installed(package: str, min_version: str | None = None) -> bool:
+    from packaging.version import Version
+
+    if find_spec(package) is None:
         return False
+    return min_version is None or Version(version(package)) >= Version(min_version)
 
 
 def is_npu_available() -> bool:
@@ -53,8 +53,8 @@ _PACKAGES = {
 
 
 @functools.cache
-def __getattr__(name: str) -> Callable[[], bool]:
+def __getattr__(name: str) -> Callable[..., bool]:
     package = name.removeprefix("is_").removesuffix("_available")
     if name != f"is_{package}_available" or package not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return lambda: find_spec(_PACKAGES[package]) is not None
+    return functools.partial(_installed, _PACKAGES[package])

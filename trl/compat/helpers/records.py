@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.compat.words import older_words
+
 WANDB_PADDING = -1  # fills up the shorter ones of stacked statistics
 
 # --- dictionaries of tensors ----------------------------------------------------------------------------------------
@@ -31,6 +33,7 @@ def split_tensor_dict(tensor_dict: Mapping[str, Tensor | None], num_chunks: int)
     ]
 
 
+@older_words(tensor_dict="seq_dict")
 def shuffle_sequence_dict(seq_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The rows of tensors and lists, all in one random order of torch's generator; None stays."""
     rows = next((len(each) for each in seq_dict.values() if each is not None), 0)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl.compat.words import older_words
 from trl.data.tokenizing.chat import chat_template, end_tokens
 from trl.data.tokenizing.spans import GENERATION_MARKER, assistant_spans
 from trl.models.load import tokenizer_of
@@ -25,6 +26,7 @@ def has_generation_markers(chat_template: str | Mapping[str, str]) -> bool:
     return GENERATION_MARKER.search(text) is not None
 
 
+@older_words(tokenizer="processing_class")
 def is_chat_template_prefix_preserving(processing_class: Any) -> bool:
     """Whether the template writes earlier messages the same, whatever follows them."""
     template = chat_template(tokenizer_of(processing_class))
@@ -111,6 +113,7 @@ def get_training_chat_template(processing_class: Any = None, tokenizer: Any = No
 # --- tool calls that a model wrote ----------------------------------------------------------------------------------
 
 
+@older_words(tokenizer="processing_class")
 def add_response_schema(processing_class: Any) -> Any:
     """Set the tokenizer's `response_template`, so that `parse_response` finds tool calls, and return what was given.
 
@@ -147,6 +150,7 @@ def add_response_schema(processing_class: Any) -> Any:
     return processing_class
 
 
+@older_words(processing_class="tokenizer")
 def parse_response(
     tokenizer: Any, ids: Sequence[int], prefix: Sequence[int] | None = None, tools: Any = None
 ) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trl.compat.words import older_words
+
 # --- padding --------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +181,7 @@ def first_true_indices(bools: Tensor, dtype: torch.dtype = torch.long) -> Tensor
     return torch.where(bools, columns, width).amin(-1).to(dtype) if width else bools.sum(-1).to(dtype)
 
 
+@older_words(stop_token_id="stop_token_ids")
 def truncate_right(input_ids: Tensor, stop_token_ids: int | Sequence[int], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """The ids [B, T] with padding after the first stop token of each row, and the mask [B, T] of what is left."""
     stops = torch.as_tensor(stop_token_ids, device=input_ids.device).reshape(-1)
