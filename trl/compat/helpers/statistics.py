@@ -1,7 +1,6 @@
 """Statistics of tensors with gaps: NaN entries, masks, several processes."""
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ def nanmax(tensor: Tensor) -> Tensor:
     return kept.max() if len(kept) else tensor.new_tensor(torch.nan)
 
 
-def nanstd(tensor: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
+def nanstd(tensor: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     """The standard deviation (divided by n - 1) of the entries that are not NaN, over `dim` (None: all dimensions).
 
     NaN where fewer than two entries are left.
     """
-    dims = list(range(tensor.dim())) if dim is None else dim
+    dims = tuple(range(tensor.dim())) if dim is None else dim
     mean = tensor.nanmean(dims, keepdim=True)
     count = (~tensor.isnan()).sum(dims, keepdim=keepdim)
     squares = (tensor - mean).square().nansum(dims, keepdim=keepdim)
