@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(("rewards", "plan"), 2),
     **dict.fromkeys(("rollout",), 3),
     **dict.fromkeys(("trainer",), 4),
-    **dict.fromkeys(("demo", "callbacks"), 5),
+    **dict.fromkeys(("demo", "callbacks", "helpers"), 5),
     **dict.fromkeys(("cli",), 6),
 }
 # Arrows that would run downward and are still wrong: what computes numbers knows no loss.
@@ -29,7 +29,12 @@ def modules() -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    return path.relative_to(ROOT / "trl").with_suffix("").parts[0]
+    return floor_of(path.relative_to(ROOT / "trl").with_suffix("").parts)
+
+
+def floor_of(parts: Sequence[str]) -> str:
+    """Of compat the helpers have a floor of their own: nothing below may need them."""
+    return "helpers" if tuple(parts[:2]) == ("compat", "helpers") else parts[0]
 
 
 def imported(source: str, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
@@ -53,7 +58,7 @@ def violations(source: str, path: Path) -> list[str]:
             if room == "losses" and top != "torch" and top not in sys.stdlib_module_names:
                 found.append(f"{where}; losses import torch alone")
             continue
-        target = rest[0] if rest else ""
+        target = floor_of(rest) if rest else ""
         if target == room:
             continue
         if target not in LAYERS:
@@ -121,7 +126,7 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
         walk(name, [])
 
 
-LONG = {"compat/table.py": 850}  # tables
+LONG = {"compat/table.py": 1000}  # tables
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -292,6 +292,8 @@ def __getattr__(name: str) -> Any:
     if home is None:
         if today := imports.renamed(name):
             return getattr(import_module("trl"), today)
+        if place := imports.helper(name):
+            return getattr(import_module(place[0]), place[1])
         raise AttributeError(imports.absence("trl", name))
     value = getattr(import_module(home), name)
     globals()[name] = value

@@ -332,6 +332,24 @@ def test_what_the_older_rloo_had_and_is_gone(word, value, sentence):
     assert str(error.value) == f"RLOOConfig: `{word}` is gone: {sentence}"
 
 
+@pytest.mark.parametrize(
+    ("word", "value", "sentence"),
+    [
+        ("non_eos_penalty", True, "missing_eos_penalty is subtracted from the score"),
+        ("sanity_check", True, "train on a slice of the rows"),
+        ("base_model", "gpt2", "pass the policy as the trainer's model"),
+    ],
+)
+def test_what_the_older_ppo_had_and_is_gone(word, value, sentence):
+    with pytest.raises(ArgumentError, match=f"`{word}` is gone: {sentence}"):
+        trl.PPOv2Config("out", **{word: value})
+
+
+def test_what_the_older_ppo_computed(capsys):
+    assert values(trl.PPOConfig("out", world_size=4)) == values(trl.PPOConfig("out"))
+    assert "`world_size` has no effect: the launcher says how many processes there are" in capsys.readouterr().out
+
+
 def test_arguments_of_the_older_rloo_trainer(capsys):
     names = {"model", "args", "ref_model", "reward_funcs"}
     older = {"config": 1, "policy": 2, "ref_policy": 3, "reward_model": 4, "data_collator": None}

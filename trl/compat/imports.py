@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from trl.compat.table import ABSENT, NAMES, PATHS, PLACES
+from trl.compat.table import ABSENT, HELPERS, NAMES, PATHS, PLACES
 from trl.notices import notify_once
 
 
@@ -66,11 +66,19 @@ def _open(module: ModuleType) -> None:
             public = importlib.import_module(home)
             if NAMES.get(name, name) in public.__all__:
                 return getattr(public, name)
-            if place := PLACES.get((module.__name__.rpartition(".")[2], name)):
+            place = PLACES.get((module.__name__.rpartition(".")[2], name)) or helper(name)
+            if place:
                 return getattr(importlib.import_module(place[0]), place[1])
         raise AttributeError(absence(module.__name__, name))
 
     module.__getattr__ = __getattr__  # type: ignore[method-assign]
+
+
+def helper(name: str) -> tuple[str, str] | None:
+    """The module of one of upstream's helpers, and its name there; None for other names."""
+    if name.startswith("is_") and name.endswith("_available"):
+        return HELPERS.get(name, ("trl.compat.helpers.packages", name))
+    return HELPERS.get(name)
 
 
 def instead(name: str) -> str | None:

@@ -446,6 +446,17 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
             )
             for name in ("optimize_cuda_cache", "optimize_device_cache")
         },
+        "world_size": Gone("the launcher says how many processes there are", "trl 0.7 – 1.12"),
+        "base_model": Refused(_POLICY, "trl 0.9", nothing=(None, "EleutherAI/pythia-160m")),
+        "sanity_check": Refused(
+            "train on a slice of the rows, such as the split 'train[:1000]'", "trl 0.9", nothing=(None, False)
+        ),
+        "non_eos_penalty": Refused(
+            "missing_eos_penalty is subtracted from the score of a completion that did not end",
+            "trl 0.9",
+            nothing=(None, False),
+        ),
+        "penalty_reward_value": Gone("it was read with non_eos_penalty alone", "trl 0.9", nothing=(None, -1)),
         "compare_steps": Gone("it was read with push_to_hub_if_best_kwargs alone", "trl ≤ 0.11", nothing=(None, 1)),
         "push_to_hub_if_best_kwargs": Refused(
             "call push_to_hub where the loop sees its best reward", "trl ≤ 0.11", nothing=(None, {})
@@ -558,6 +569,16 @@ ARGUMENTS: dict[str, dict[str, Row]] = {
     },
     "BCOTrainer": {name: _REFERENCE[name] for name in ("model_adapter_name", "ref_adapter_name")},
     "RewardTrainer": {"max_length": InConfig("max_length", "trl ≤ 0.11")},
+    "IterativeSFTTrainer": {
+        name: InConfig(name, "trl ≤ 0.19") for name in ("max_length", "truncation_mode", "optimize_device_cache")
+    },
+    "DistillationTrainer": {
+        "data_collator": Refused("prompts are read from the column `prompt`, and nothing is padded", "trl 1.1 – 1.9"),
+        **{
+            name: Refused("no logits are kept that it could read", "trl 1.1 – 1.9")
+            for name in ("compute_metrics", "preprocess_logits_for_metrics")
+        },
+    },
 }
 
 _PAIRS_OF_KTO = Refused("train with KTOTrainer, which reads pairs as two rows each", "trl ≤ 0.9")
@@ -583,17 +604,19 @@ KEYS: dict[str, dict[str, dict[str, str]]] = {
 }
 
 # Public names that have another name today.
-NAMES = {"SFTScriptArguments": "ScriptArguments", "DPOScriptArguments": "ScriptArguments"}
+NAMES = {
+    **{f"{method}ScriptArguments": "ScriptArguments" for method in ("SFT", "DPO", "Reward")},
+    "PPOv2Config": "PPOConfig",
+    "PPOv2Trainer": "PPOTrainer",
+    "GMPOTrainer": "GRPOTrainer",
+    "GRPOWithReplayBufferTrainer": "GRPOTrainer",
+}
 
 
 # Names of upstream that this library lacks, by pattern, and their replacements. The first match counts.
 _RELEASE = "this release has no"
 ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("distillation",), "the command `trl` runs it, as in `trl distillation --help`"),
-    (
-        ("modeling_*", "PreTrainedModelWrapper"),
-        "models with a value head are AutoModelForCausalLMWithValueHead",
-    ),
     (
         (
             *("*Distillation*", "*distillation*", "GOLD*", "gold*", "SDFT*", "sdft*", "SDPO*", "sdpo*"),
@@ -606,7 +629,6 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
         ("A2PO*", "a2po*", "TPO*", "tpo*", "AsyncGRPO*", "async_grpo*", "async_rollout*", "vllm_client"),
         f"{_RELEASE} such trainer; GRPOTrainer is the nearest",
     ),
-    (("GMPO*", "gmpo*"), 'it is GRPOTrainer with loss_type="gmpo"'),
     (
         ("Judge", "*Judge"),
         "FunctionJudge makes a judge of a function; derive others from BasePairwiseJudge",
@@ -614,50 +636,84 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("GeometricMixtureWrapper",), "NashMDTrainer mixes logits in its sampler, trl.rollout.two_models.MixtureSampler"),
     (("*DDPO*", "*ddpo*", "AlignProp*", "alignprop*", "*StableDiffusion*"), "models of images are not offered"),
     (
-        ("TextEnvironment*", "TextHistory", "environment*", "Environment*", "harbor*", "Harbor*", "open*reward*"),
-        f"{_RELEASE} environments and tools",
-    ),
-    (
-        ("OpenReward*", "RolloutFunc", "add_response_schema", "parse_response", "supports_tool_calling"),
+        (
+            *("TextEnvironment*", "TextHistory", "environment*", "harbor*", "Harbor*", "open*reward*", "Open*Reward*"),
+            *("openenv", "generate_rollout_completions"),
+        ),
         f"{_RELEASE} environments and tools",
     ),
     (("*Vision*", "*multimodal*", "*pixel_values*", "strip_images*"), f"{_RELEASE} images"),
     (("VLLM*", "vllm*", "generation"), "completions are sampled in this process; no server is needed"),
-    (
-        ("get_training_chat_template", "has_generation_markers", "*chat_template_stop*", "*_training_chat_template"),
-        "assistant_only_loss=True finds the assistant's tokens with any chat template, without replacing it",
-    ),
-    (
-        ("*_chat_template", "*_schema", "*_template", "is_chat_template_prefix_preserving"),
-        "no chat templates are kept here; chat_template_path and clone_chat_template take one from a tokenizer",
-    ),
-    (("setup_chat_format",), "clone_chat_template brings a chat template and its tokens"),
-    (("truncate_dataset",), "max_length in the trainer's config truncates rows, and counts them"),
-    (("pack_examples", "ConstantLengthDataset"), "packing=True in SFTConfig packs rows, and pack_dataset a data set"),
-    (("get_kbit_device_map", "get_quantized*"), "leave device_map out: the model goes to its process's device"),
-    (("is_*_available",), "importlib.util.find_spec tells whether a package is installed"),
-    (("init_zero_verbose",), "logging needs no set-up here"),
-    (("BEMA*", "bema*"), f"{_RELEASE} moving average of the weights; SyncRefModelCallback moves a reference"),
-    (
-        ("RichProgressCallback",),
-        "log_completions=True in GRPOConfig shows and keeps completions, and transformers' callbacks show progress",
-    ),
     (("merge_models", "MergeConfig"), "trl.callbacks.merging merges models through mergekit"),
-    (("*rofiling*",), "torch.profiler measures; transformers.Trainer runs it as a callback"),
-    (("LengthSampler",), "random.randint draws a length"),
-    (("DataCollatorForChatML", "*DataCollatorWithPadding"), "rows are tokenised and laid out by the trainer"),
-    (("create_model_from_path",), "a trainer loads a model that is given by its name; else from_pretrained does"),
-    (("prepare_peft_model", "prepare_model_for_kbit*", "peft_module_casting*"), "peft_config= of a trainer does it"),
-    (("prepare_deepspeed", "prepare_fsdp"), "trainers prepare their reference; accelerator.prepare_model does yours"),
-    (("unwrap_model_for_generation",), "accelerator.unwrap_model gives the model that generates"),
     (
         ("sft", "dpo", "kto", "reward", "grpo", "rloo", "distillation", "env"),
         "the command `trl` runs it, as in `trl sft --help`",
     ),
-    (("disable_dropout_in_model",), "disable_dropout=True in a trainer's config does it"),
     (("generate_model_card",), "a trainer's create_model_card writes the card"),
-    (("chat",), "the command `trl chat` talks with a model, in Python it is trl.rollout.chat"),
-    (("RewardFunc",), "a reward function is any callable that returns a list of numbers"),
+    (("chat", "ChatArguments"), "the command `trl chat` talks with a model, in Python it is trl.rollout.chat"),
+    (("PAPO*", "papo"), f"{_RELEASE} images"),
+    (
+        ("DPPO*", "dppo", "GFPO*", "gfpo", "GroupFilterFunc", "SSD*", "ssd", "A2PO*"),
+        f"{_RELEASE} such trainer; GRPOTrainer is the nearest",
+    ),
+    (
+        ("*_chat_template", "*_chat_template_*", "*_schema", "*_template"),
+        "no chat templates are kept here; chat_template_path and clone_chat_template take one from a tokenizer",
+    ),
+    (("prepare_deepspeed", "prepare_fsdp"), "trainers prepare their reference; accelerator.prepare_model does yours"),
+    (
+        ("*lm_head*", "forward_masked_logits", "FusedCausalLMOutput", "CausalLMOutput*FlatLogits"),
+        "the head of every model projects only trained tokens, a chunk at a time, without a patch",
+    ),
+    (("neftune_post_forward_hook",), "neftune_noise_alpha in a trainer's config adds the noise"),
+    (("ReplayBuffer",), "replay_buffer_size in GRPOConfig keeps groups of earlier rounds"),
+    (("PolicyAndValueWrapper",), "the values are a head of the policy itself, which PPOTrainer puts there"),
+    (("OnPolicyConfig", "OnpolicyRuntimeConfig", "OnlineTrainerState"), "PPOConfig and RLOOConfig have its fields"),
+    (("get_trackio_space_url", "*comet*"), "create_model_card of a trainer names the tracker's run"),
+    (("*event_loop_in_daemon",), "a reward function may be a coroutine: trainers run it in a loop of their own"),
+    (("ensure_master_addr_port",), "`accelerate launch` and torchrun set the address and the port"),
+    (("global_then_local_main_first",), "accelerate.PartialState().main_process_first() does it"),
+    (("YamlConfigParser", "SftArgumentParser", "_hf_argparser"), "TrlParser reads the command line and a YAML file"),
+    (("get_git_commit_hash", "print_env"), "`trl env` prints the versions"),
+    (("skills", "*_skill", "*_skills"), "this library has no skills to install; `trl --help` lists what it does"),
+    (("PeftSavingCallback",), "an adapter is saved as one, at every checkpoint"),
+    (("PPODecorators",), "PPOTrainer keeps nothing on the device between steps that it could free"),
+    (("truncate_with_protected_tokens",), "prompts are cut by max_prompt_length, whole ends kept"),
+    (
+        ("trl_sanitze_kwargs_for_tagging", "*to_hf*"),
+        "push_to_hub of a trainer sends the model, with its card and its tags",
+    ),
+    (
+        ("OffloadActivations",),
+        "get_act_offloading_ctx_manager(model) gives the context; activation_offloading=True too",
+    ),
+    (("ProfilingContext",), "profiling_context(trainer, name) measures a part of a trainer"),
+    (
+        ("enable_selective_activation_checkpointing",),
+        "gradient_checkpointing_kwargs={'selective': True} in a trainer's config does it",
+    ),
+    (("add_hooks", "remove_hooks", "iter_params", "get_all_parameters"), "unwrap_model_for_generation gathers weights"),
+    (("maybe_gather_lm_head_ctx",), "trl.models.shards.whole(parameters) gathers weights that ZeRO-3 has partitioned"),
+    (("MultitaskPrompt*",), "import it from peft"),
+    (
+        ("*byte_offsets", "*_byte_level_tokenizer", "piece_byte_len"),
+        "it compared two tokenizers, which no trainer does",
+    ),
+    (
+        (
+            "randn_tensor",
+            "PerPromptStatTracker",
+            "auxiliary_modules",
+            "sd_utils",
+            "aesthetic_scorer",
+            "*pipeline_step*",
+        ),
+        "models of images are not offered",
+    ),
+    (("PreferenceCollator",), "DataCollatorForPreference pads pairs"),
+    (("DistributedBackend",), "accelerate's PartialState and Accelerator tell how processes share the work"),
+    (("shift_tokens_right",), "it concerned encoder-decoders, which are not supported"),
+    (("get_high_entropy_mask",), "top_entropy_quantile in GRPOConfig trains on the tokens of high entropy alone"),
 )
 
 
@@ -687,6 +743,59 @@ PLACES: dict[tuple[str, str], tuple[str, str]] = {
         for module in ("mergekit_utils", "merge_model_callback")
         for name in ("MergeConfig", "merge_models")
     },
+    ("dataset_formatting", "FORMAT_MAPPING"): ("trl.compat.helpers.rows", "FORMAT_MAPPING"),
+}
+
+# Helpers that upstream offers beside its trainers: the module of each, and its name there if that is another one. They
+# are importable from `trl` and from every path below, and are no public names.
+_HELPERS = {
+    "trl.compat.helpers.collators": "DPODataCollatorWithPadding RewardDataCollatorWithPadding DataCollatorForChatML",
+    "trl.compat.helpers.models": """
+        SUPPORTED_ARCHITECTURES get_kbit_device_map create_model_from_path get_config_model_id prepare_peft_model
+        peft_module_casting_to_bf16 use_adapter hash_module disable_dropout_in_model enable_gradient_checkpointing
+        disable_gradient_checkpointing unwrap_model_for_generation get_act_offloading_ctx_manager
+        empty_cache forward get_reward generate batch_generation respond_to_batch compute_flops_per_token compute_mfu
+        adjusted_mfu get_peak_flops get_peak_flops_per_device""",
+    "trl.compat.helpers.older": """
+        GMPOConfig GRPOWithReplayBufferConfig SftScriptArguments DpoScriptArguments RichProgressCallback
+        FDivergenceConstants init_zero_verbose
+        suppress_experimental_warning RewardFunc RolloutFunc EnvironmentFactory DatasetType""",
+    "trl.compat.helpers.packages": """
+        TRLExperimentalWarning is_transformers_greater_than is_npu_available is_xpu_available""",
+    "trl.compat.helpers.profiling": "profiling_context profiling_decorator",
+    "trl.compat.helpers.records": """
+        WANDB_PADDING split_tensor_dict shuffle_sequence_dict flatten_dict stack_dicts convert_to_scalar stats_to_np
+        remove_none_values identity exact_div strtobool get_callable_name is_async_callable compute_accuracy
+        print_prompt_completions_sample print_rich_table shuffle_tensor_dict=shuffle_sequence_dict""",
+    "trl.compat.helpers.rows": """
+        RepeatSampler RepeatRandomSampler=RepeatSampler get_dataset_column_names truncate_dataset pack_examples
+        ConstantLengthDataset conversations_formatting_function instructions_formatting_function
+        get_formatting_func_from_dataset decode_and_strip_padding add_bos_token_if_needed add_eos_token_if_needed
+        repeat_iterable_dataset""",
+    "trl.compat.helpers.statistics": """
+        nanmin nanmax nanstd masked_mean masked_var masked_whiten whiten get_global_statistics RunningMoments
+        LengthSampler""",
+    "trl.compat.helpers.templates": """
+        has_generation_markers is_chat_template_prefix_preserving is_chat_template_stop_token_trained
+        get_training_chat_template supports_tool_calling add_response_schema parse_response setup_chat_format
+        ChatMlSpecialTokens FORMAT_MAPPING SIMPLE_CHAT_TEMPLATE SIMPLE_SFT_CHAT_TEMPLATE SIMPLE_QUERY_CHAT_TEMPLATE""",
+    "trl.compat.helpers.tensors": """
+        pad pad_to_length flush_left flush_right selective_log_softmax selective_log_softmax_and_entropy
+        entropy_from_logits logprobs_from_logits dft_loss log1mexp top_k_top_p_filtering first_true_indices
+        truncate_right truncate_response clip_by_value get_exp_cap cap_exp""",
+    "trl.data.tokenizing.chat": "common_prefix_length",
+    "trl.models.value_head": "ValueHead",
+    "trl.models.with_value_head": "PreTrainedModelWrapper=AutoModelForCausalLMWithValueHead",
+    "trl.config": "BaseConfig",
+    "trl.trainer.base": "BaseTrainer",
+    "transformers": "set_seed",
+    "contextlib": "NoOpManager=nullcontext",
+    "peft": "prepare_model_for_kbit_training",
+}
+HELPERS: dict[str, tuple[str, str]] = {
+    word.partition("=")[0]: (home, word.rpartition("=")[2])
+    for home, words in _HELPERS.items()
+    for word in words.split()
 }
 
 _ROWS = (("rows",), "`rows`, which returns the data set as the method trains on it")
@@ -795,5 +904,19 @@ PATHS = {
     "trl.commands.cli_utils": "its names are in `trl` today",
     "trl.extras": "its names are in `trl` today",
     "trl.extras.dataset_formatting": "its names are in `trl` today",
+    "trl.extras.best_of_n_sampler": "its names are in `trl` today",
+    "trl.extras.profiling": "",
     "trl.utils": "its names are in `trl` today",
+    "trl.env_utils": "its names are in `trl` today",
+    **{f"trl.models.{part}": "" for part in ("modeling_base", "modeling_value_head", "activation_offloading")},
+    **{f"trl.trainer.ppov2_{part}": "PPOTrainer is in `trl` today" for part in ("trainer", "config")},
+    "trl.experimental.ppo.modeling_value_head": "",
+    "trl.experimental.winrate_callback": "",
+    **{f"trl.experimental.bema_for_ref_model{part}": "" for part in ("", ".callback", ".dpo_trainer")},
+    **{f"trl.experimental.gspo_token{part}": "" for part in ("", ".grpo_trainer")},
+    **{
+        f"trl.experimental.{method}{part}": ""
+        for method in ("gmpo", "grpo_with_replay_buffer")
+        for part in ("", f".{method}_config", f".{method}_trainer")
+    },
 }

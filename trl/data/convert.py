@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from trl.compat.words import older_words
 from trl.data.reading.errors import DataError
 from trl.data.tokenizing.chat import common_prefix_length
 
@@ -47,6 +48,7 @@ def _has_messages(value: Any, keys: set[str]) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and keys <= set(value[0])
 
 
+@older_words(tokenizer="processing_class")
 def apply_chat_template(
     example: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase,
@@ -103,6 +105,7 @@ def apply_chat_template(
     return rendered
 
 
+@older_words(tokenizer="processing_class")
 def maybe_apply_chat_template(
     example: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase,

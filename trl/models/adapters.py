@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl.compat.words import older_words
 from trl.notices import notify_once
 
 from .shards import local_weights
@@ -29,13 +30,14 @@ def require_peft(why: str) -> Any:
         raise ImportError(f"{why}, which needs the extra `peft`: pip install 'trl[peft]'") from error
 
 
-def lora_config(settings: Any) -> Any:
+@older_words(model_config="model_args")
+def lora_config(model_args: Any) -> Any:
     """The `LoraConfig` that a `ModelConfig` describes, or None if it describes no adapter."""
-    if not settings.use_peft:
+    if not model_args.use_peft:
         return None
-    targets = _targets(settings.lora_target_modules)
+    targets = _targets(model_args.lora_target_modules)
     peft = require_peft("--use_peft trains a LoRA adapter")
-    dropout, parameters = settings.lora_dropout, settings.lora_target_parameters
+    dropout, parameters = model_args.lora_dropout, model_args.lora_target_parameters
     if parameters and dropout:
         notify_once(
             f"lora_dropout={dropout} is left out: an adapter of lora_target_parameters is added to the weight itself, "
@@ -43,15 +45,15 @@ def lora_config(settings: Any) -> Any:
         )
         dropout = 0.0
     return peft.LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
         lora_dropout=dropout,
         target_modules=targets,
         **({"target_parameters": parameters} if parameters else {}),
-        modules_to_save=settings.lora_modules_to_save,
-        task_type=settings.lora_task_type,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
+        modules_to_save=model_args.lora_modules_to_save,
+        task_type=model_args.lora_task_type,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
         bias="none",
     )
 

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trl.compat.words import older_words
 from trl.notices import notify_once
 
 from .adapters import require_peft
@@ -284,25 +285,26 @@ def _typed(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def quantization_config(settings: Any) -> BitsAndBytesConfig | None:
+@older_words(model_config="model_args")
+def quantization_config(model_args: Any) -> BitsAndBytesConfig | None:
     """The `BitsAndBytesConfig` that a `ModelConfig` describes, or None if it does not quantise.
 
     The compute dtype of 4-bit weights is `dtype`, or bfloat16 if that is "auto".
     """
-    if settings.load_in_4bit and settings.load_in_8bit:
+    if model_args.load_in_4bit and model_args.load_in_8bit:
         raise ModelError("load_in_4bit and load_in_8bit are both set: choose one")
-    if not (settings.load_in_4bit or settings.load_in_8bit):
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return None
-    _require_bitsandbytes(f"load_in_{4 if settings.load_in_4bit else 8}bit is set")
-    if settings.load_in_8bit:
+    _require_bitsandbytes(f"load_in_{4 if model_args.load_in_4bit else 8}bit is set")
+    if model_args.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = torch_dtype(settings.dtype)
+    dtype = torch_dtype(model_args.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
-        bnb_4bit_quant_storage=settings.bnb_4bit_quant_storage,
+        bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
     )
 
 
