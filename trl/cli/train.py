@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trl.cli import UsageError, hide_library_notes, launch
+from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
 from trl.methods import METHODS
 
@@ -103,29 +104,18 @@ def _run(argv: Sequence[str], command: str) -> int:
     set_environment(argv)
     hide_library_notes()
 
-    import trl
-    from trl.config import RewardArguments
-    from trl.data.mixture import DatasetMixtureConfig
-    from trl.options import check_trackers
-
     method = METHODS[command]
-    config_class, trainer_class = getattr(trl, f"{method.name}Config"), getattr(trl, f"{method.name}Trainer")
-    parser = Parser(
-        [
-            RewardArguments if method.judged else trl.ScriptArguments,
-            *(DatasetMixtureConfig, trl.ModelConfig, config_class),
-        ],
-        prog=f"trl {command}",
-        description=f"{method.title[0].upper()}{method.title[1:]}: trains on {method.summary}.",
-        common=COMMON,
-        notes=NOTES,
-        foreign=launch.options,
-    )
+    parser = training_parser(command)
     values, elsewhere, own = parser.read_apart(argv)
     _check(values)
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
-    script, mixture, model, config = parser.instances(values)
+
+    import trl
+    from trl.options import check_trackers
+
+    trainer_class = getattr(trl, f"{method.name}Trainer")
+    script, mixture, model, config = parser.instances(values, classes(command))
     script.dataset_streaming = mixture.streaming = script.dataset_streaming or mixture.streaming
     check_trackers(config)
 
@@ -163,6 +153,31 @@ def _run(argv: Sequence[str], command: str) -> int:
         pad = trainer.processing_class.pad_token_id
         print(closing(command, method.head, trainer.args.output_dir, script, pad), flush=True)
     return 0
+
+
+def classes(command: str) -> list[type]:
+    """The dataclasses whose fields are the options of a training command."""
+    import trl
+    from trl.config import RewardArguments
+    from trl.data.mixture import DatasetMixtureConfig
+
+    method = METHODS[command]
+    script = RewardArguments if method.judged else trl.ScriptArguments
+    return [script, DatasetMixtureConfig, trl.ModelConfig, getattr(trl, f"{method.name}Config")]
+
+
+def training_parser(command: str) -> Parser:
+    """The parser of a training command. Its options come from the cache, without the classes, if they are there."""
+    method = METHODS[command]
+    flags = remembered(command, lambda: Flags.of(classes(command), launch.options()))
+    return Parser(
+        flags=flags,
+        prog=f"trl {command}",
+        description=f"{method.title[0].upper()}{method.title[1:]}: trains on {method.summary}.",
+        common=COMMON,
+        notes=NOTES,
+        foreign=lambda: flags.foreign,
+    )
 
 
 def _check(values: Mapping[str, Any]) -> None:
