@@ -221,11 +221,11 @@ class SequenceFields:
 
     def __post_init__(self) -> None:
         if isinstance(self.columns, str):
-            self.columns = _names(self.columns)
+            self.columns = columns_of(self.columns)
         super().__post_init__()  # type: ignore[misc]  # of the configuration that the fields are mixed into
 
 
-def _names(columns: str) -> dict[str, str]:
+def columns_of(columns: str) -> dict[str, str]:
     """`a=b,c=d`, or an object in JSON, as a dictionary."""
     try:
         found = (

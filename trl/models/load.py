@@ -128,18 +128,22 @@ def tokenizer_of(processing_class: Any) -> Any:
     return tokenizer
 
 
-def check_window(name_or_path: str, max_length: int | None, **kwargs: Any) -> None:
-    """Raise `ModelError` if `max_length` exceeds the model's positions, before any weight is read."""
-    if max_length is None:
-        return
+def positions(name_or_path: str, **kwargs: Any) -> int | None:
+    """The longest sequence that a model takes, in tokens, by its configuration; None if that does not say, or if it
+    cannot be read (loading the model reports the error)."""
     path = adapter_base(name_or_path) or name_or_path
     wanted = {key: kwargs[key] for key in ("revision", "trust_remote_code", "max_position_embeddings") if key in kwargs}
     try:
         config = AutoConfig.from_pretrained(_expanded(path), **wanted).get_text_config()
-    except (OSError, ValueError):  # loading the model reports the error
-        return
-    window = getattr(config, "max_position_embeddings", None)
-    if window and max_length > window:
+    except (OSError, ValueError):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_window(name_or_path: str, max_length: int | None, **kwargs: Any) -> None:
+    """Raise `ModelError` if `max_length` exceeds the model's positions, before any weight is read."""
+    window = None if max_length is None else positions(name_or_path, **kwargs)
+    if window and max_length is not None and max_length > window:
         raise ModelError(
             f"max_length={max_length} is beyond the model's window of {window:,} tokens: lower max_length (its default "
             "is the window), or take a model with a longer one (model_init_kwargs={'max_position_embeddings': ...} "
