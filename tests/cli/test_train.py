@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trl.cli import UsageError
-from trl.cli.train import _check
+from trl.cli.train import check
 
 from .conftest import Command
 
@@ -190,7 +190,7 @@ def test_bare_resume_goes_on_from_the_newest_checkpoint(
 )
 def test_which_data_is_meant(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError) as error:
-        _check({"model_name_or_path": "x", **values})
+        check({"model_name_or_path": "x", **values})
     assert sentence in str(error.value)
 
 

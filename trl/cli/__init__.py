@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
+from typing import NoReturn
 
 from trl.near import near
 
 
 class UsageError(Exception):
     """A wrong command line: printed as one sentence, with exit status 2."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command with options of its own. `examples` end its help. Raises UsageError."""
+
+    def __init__(self, prog: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. `{self.prog} --help` lists the options.")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

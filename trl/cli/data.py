@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from trl.cli import UsageError, hide_library_notes, nearest
+from trl.cli import CommandParser, UsageError, hide_library_notes, nearest
 from trl.methods import METHODS
 
 DESCRIPTION = """Shows what a training run would see of a data set: how its rows are read, their lengths, what the
@@ -38,7 +37,7 @@ def run(argv: Sequence[str], command: str) -> int:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = _Parser(f"trl {command}", DESCRIPTION, EXAMPLE)
+    parser = CommandParser(f"trl {command}", DESCRIPTION, EXAMPLE)
     parser.add_argument("file", metavar="FILE", help="data set: a file, a folder, or a name that `datasets` knows")
     parser.add_argument("--model_name_or_path", required=True, metavar="NAME", help="model whose tokenizer is used")
     parser.add_argument("--method", metavar="NAME", help="method to train with, such as dpo [by the columns]")
@@ -61,7 +60,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _convert_parser(command: str) -> argparse.ArgumentParser:
-    parser = _Parser(f"trl {command} convert", CONVERT, CONVERT_EXAMPLE)
+    parser = CommandParser(f"trl {command} convert", CONVERT, CONVERT_EXAMPLE)
     parser.add_argument("file", metavar="FILE", help="data set: a file, a folder, or a name that `datasets` knows")
     parser.add_argument("output", metavar="OUTPUT.jsonl", help="file to write; it must not exist yet")
     parser.add_argument("--to", required=True, choices=TARGETS, help="shape of the new rows")
@@ -80,20 +79,6 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them"
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}. `{self.prog} --help` lists the options.")
 
 
 def _inspect(options: argparse.Namespace) -> int:

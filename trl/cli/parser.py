@@ -115,22 +115,32 @@ class Parser:
         config = typed.pop("config", None)
         values: dict[str, Any] = {}
         if config is not None:
-            content, elsewhere = read_yaml(config), {}
-            content.pop("env", None)
-            for name, value in content.items():
-                if name in self.kinds or name in self.older:
-                    values[name] = self._convert(name, value, where=f"{config}: {name}")
-                elif self.foreign is not None and name in self.foreign():
-                    elsewhere[name] = value
-                else:
-                    meant = nearest(str(name), self.kinds)
-                    raise UsageError(f"{config}: there is no option `{name}`{meant}")
+            values, elsewhere, problems = self.read_file(config)
+            if problems:
+                raise UsageError(problems[0])
             foreign = elsewhere | foreign
         # The command line overrides the file, also if one uses an older name of the option.
         values = {name: value for name, value in values.items() if not any(self._same(name, each) for each in typed)}
         for name, value in typed.items():
             values[name] = self._convert(name, value, where=f"--{name}")
         return values, foreign, words
+
+    def read_file(self, path: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """The converted values of a YAML file, the foreign options in it, and a sentence for each wrong line."""
+        content = read_yaml(path)
+        content.pop("env", None)
+        values, foreign, problems = {}, {}, []
+        for name, value in content.items():
+            if name in self.kinds or name in self.older:
+                try:
+                    values[name] = self._convert(name, value, where=f"{path}: {name}")
+                except UsageError as error:
+                    problems.append(str(error))
+            elif self.foreign is not None and name in self.foreign():
+                foreign[name] = value
+            else:
+                problems.append(f"{path}: there is no option `{name}`{nearest(str(name), self.kinds)}")
+        return values, foreign, problems
 
     def help(self, everything: bool) -> str:
         formatter = argparse.HelpFormatter(self.prog, max_help_position=34, width=110)

@@ -107,7 +107,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     method = METHODS[command]
     parser = training_parser(command)
     values, elsewhere, own = parser.read_apart(argv)
-    _check(values)
+    check(values)
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
 
@@ -180,7 +180,7 @@ def training_parser(command: str) -> Parser:
     )
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def check(values: Mapping[str, Any]) -> None:
     """Raise UsageError for missing and conflicting options, before anything is started or loaded."""
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
