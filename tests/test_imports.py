@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(("rewards",), 2),
     **dict.fromkeys(("rollout",), 3),
     **dict.fromkeys(("trainer",), 4),
-    **dict.fromkeys(("demo", "callbacks"), 5),
+    **dict.fromkeys(("demo", "callbacks", "evaluate"), 5),
     **dict.fromkeys(("cli",), 6),
 }
 # Arrows that would run downward and are still wrong: what computes numbers knows no loss.

@@ -34,6 +34,7 @@ def commands() -> dict[str, Command]:
         "config": Command("trl.cli.config", "write a YAML file with every option of a method, or check one"),
         "data": Command("trl.cli.data", "show a data set as it would be trained on; `data convert`: other shapes"),
         "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and evaluate it"),
+        "eval": Command("trl.cli.eval", "measure a model on a data set, each number with a confidence interval"),
         "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
     }
 
