@@ -1,4 +1,4 @@
-"""What a stranger adds: a loss, a method with its own config, an environment.
+"""What a stranger adds: a loss, a reward, a shape of rows, a method with its own config, an environment.
 
 Each is one file, and at most one row in a table; nothing else is edited.
 """
@@ -16,10 +16,12 @@ import trl
 from tests.trainer.helpers import DEFAULTS, pair_rows, tiny
 from tests.trainer.test_online import PROMPTS, assert_same, first_step, make, reward
 from trl.cli.main import main
+from trl.data.reading import formats
+from trl.data.reading.readings import Part, Reading
 from trl.losses.policy import SEQUENCES, PolicyLoss, by_sequence, clip, ratio_bounds
 from trl.methods import METHODS, Method
 from trl.rollout.types import Completion
-from trl.trainer.online import kl_of_trace
+from trl.trainer.online_method import kl_of_trace
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,61 @@ def test_a_policy_loss(tmp_path, tokenizer, stranger):
     assert_same(ours, expected)
     with pytest.raises(ValueError, match="loss_type='nosuch' is not one of grpo, bnpo"):
         make(tmp_path, tokenizer, loss_type="nosuch")
+
+
+# --- a reward, a shape of rows ---------------------------------------------------------------------------------------
+
+
+def test_a_reward(tmp_path, tokenizer, stranger):
+    """It is named where others are, may read a column of the data, and is weighed and logged under its own name."""
+    stranger(
+        "rewards_of_mine",
+        """
+        def near(completions, length, **rest):
+            return [-abs(len(text) - wanted) / 10 for text, wanted in zip(completions, length)]
+        """,
+    )
+    rows = [{**row, "length": 4 * place} for place, row in enumerate(PROMPTS)]
+    by_name, line = first_step(make(tmp_path, tokenizer, rows=rows, reward_funcs="rewards_of_mine:near"))
+    by_function, other = first_step(
+        make(tmp_path, tokenizer, rows=rows, reward_funcs=sys.modules["rewards_of_mine"].near)
+    )
+    assert_same(by_name, by_function)
+    assert line["rewards/near/mean"] == other["reward"] < 0
+    with pytest.raises(ValueError, match="length"):
+        make(tmp_path, tokenizer, reward_funcs="rewards_of_mine:near")
+
+
+def test_a_shape_of_rows(tmp_path, tokenizer, monkeypatch):
+    """New names of columns are a row of the table; another structure is a function."""
+    riddle = Reading(
+        "dialogue",
+        "riddles in {prompt} and solutions in {completion}",
+        (Part("prompt", ("riddle",), ("text",)), Part("completion", ("solution",), ("text",))),
+    )
+    monkeypatch.setattr(formats, "READINGS", (*formats.READINGS, riddle))
+    said = [("who flies at night", "the owl"), ("who swims", "the old fish")]
+
+    def prepared(rows, **options):
+        args = trl.SFTConfig(**{**DEFAULTS, "output_dir": str(tmp_path)})
+        trainer = trl.SFTTrainer(tiny(tokenizer), args, train_dataset=rows, processing_class=tokenizer, **options)
+        return trainer.train_dataset["input_ids"], trainer.reports["train"].sentence
+
+    messages = [
+        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
+        for ask, answer in said
+    ]
+    expected, _ = prepared(messages)
+    ids, sentence = prepared([{"riddle": ask, "solution": answer} for ask, answer in said])
+    assert ids == expected
+    assert "riddles in `riddle` and solutions in `solution`" in sentence
+    ids, sentence = prepared(
+        [{"turns": list(pair)} for pair in said],
+        formatting_func=lambda row: [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant"), row["turns"], strict=True)
+        ],
+    )
+    assert ids == expected
 
 
 # --- a method -------------------------------------------------------------------------------------------------------

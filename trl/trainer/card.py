@@ -9,7 +9,9 @@ import torch
 import transformers
 import yaml
 
+from trl import checkpoint
 from trl.methods import METHODS
+from trl.models.unwrap import unwrap
 from trl.version import __version__
 
 _CARD = """---
@@ -93,3 +95,36 @@ def model_card(
         datasets=datasets.__version__,
         citation=f"\n## The method's paper\n\n```bibtex\n{paper.bibtex()}\n```\n" if paper else "",
     )
+
+
+def write_card(
+    trainer: Any,
+    folder: Path,
+    name: str | None,
+    datasets_used: Any,
+    tags: str | Sequence[str] | None,
+    header: dict[str, Any],
+) -> None:
+    """Write the card of a trainer's model into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base, args, seen = unwrap(trainer.model), trainer.args, trainer.state
+    header = dict(header)
+    card = model_card(
+        name=name or args.hub_model_id or checkpoint.published_name(folder),
+        base=header.pop("finetuned_from", None) or getattr(base.config, "_name_or_path", None) or None,
+        model_class=type(base).__name__,
+        method=trainer.method,
+        adapter=hasattr(trainer.model, "peft_config"),
+        data=[line for report in trainer.reports.values() for line in report.lines()[:2]],
+        facts={
+            "learning rate": args.learning_rate,
+            "rows a step": trainer.rows_of_a_step(),
+            "steps": seen.global_step,
+            "epochs": round(seen.epoch or 0.0, 2),
+            "seed": args.seed,
+        },
+        datasets_used=datasets_used or header.pop("dataset", None),
+        tags=[tags] if isinstance(tags, str) else tags or (),
+        header=header,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")

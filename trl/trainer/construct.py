@@ -1,12 +1,15 @@
 """A model and a tokenizer on their way into a trainer: opened, checked, and made ready to train."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers.trainer_utils import set_seed
 
 from trl.models import adapters, load, low_bits, saving, shards, vocabulary
+from trl.models.compiled import compile_tokenwise
 from trl.models.shards import keep_precision
 from trl.notices import notify_once
 from trl.trainer.loader import set_special_tokens
@@ -90,6 +93,34 @@ def configure_sharding(accelerator: Any, args: Any) -> None:
         # A checkpoint without it holds parts that no `from_pretrained` opens.
         settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         settings["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def compiled(model: nn.Module, accelerator: Any) -> int | None:
+    """Compile what keeps its shape from batch to batch, where that is asked for: the number of parts.
+
+    accelerate would compile the whole model, which torch gives up after some batches: each has other segments.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return None
+    options = plugin.to_kwargs()
+    plugin.backend = DynamoBackend.NO
+    # `TrainingArguments` puts the wish into the environment, where every later run of the process would find it.
+    os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
+    return compile_tokenwise(model, backend=options["backend"], mode=options.get("mode"))
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """Let accelerate wrap a model that an evaluation has prepared.
+
+    An evaluation before training prepares the model without DistributedDataParallel and marks it as prepared, so that
+    it would never be wrapped: each process would train on its own gradients. Goes when accelerate (1.15) keeps the two
+    apart.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.args.world_size > 1 and not sharded and trainer.model_wrapped is trainer.model:
+        trainer.model._is_accelerate_prepared = False
+        trainer.accelerator._models = [each for each in trainer.accelerator._models if each is not trainer.model]
 
 
 def _check_something_trains(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ from trl.losses.tokens import Metric, mean_metric
 from trl.rollout.traces import ScoredTrace
 from trl.rollout.types import Environment, Sampler
 
-from .online import OnlineConfig, OnlineTrainer
+from .online import OnlineTrainer
+from .online_config import OnlineConfig
 from .step import Step
 from .teacher import Teacher
 

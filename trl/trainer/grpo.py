@@ -30,8 +30,10 @@ from trl.models.unwrap import evaluating
 from trl.rollout.traces import ScoredTrace, TrainingTrace
 from trl.rollout.types import Environment, Sampler
 
+from . import evaluation
 from .attributes import shows
-from .online import OnlineConfig, OnlineTrainer
+from .online import OnlineTrainer
+from .online_config import OnlineConfig
 from .step import Statistics, Step
 
 LEVELS = ("token", "sequence", "sequence_token")
@@ -351,7 +353,7 @@ class GRPOTrainer(OnlineTrainer):
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         """In an evaluation the part of the loss that is not the bonus; a router's term would be in it too."""
         found = super().derived(means)
-        part = self.part(policy_loss(self.args.loss_type).divide_by)
+        part = evaluation.part(policy_loss(self.args.loss_type).divide_by)
         if self.bonus.is_used and part in means and not self.aux_loss_enabled:
             found["policy_loss"] = means[part]
         return found

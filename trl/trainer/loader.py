@@ -9,12 +9,14 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch.utils.data import DataLoader, IterableDataset
 
+from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.batching.collate import PaddableRow, Tree, labelled
 from trl.data.reading import sources
 from trl.engine.forest import Batch, gridded, padded, unshared, with_labels
 from trl.engine.score import Attachment
 from trl.models import vocabulary
 from trl.notices import notify_once
+from trl.rollout.rounds import StepSampler
 
 
 class Collate:
@@ -147,3 +149,76 @@ def row_loader(dataset: Any, batches: Any, collate: Callable, args: Any) -> Data
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+
+
+IN_ITS_OWN_ORDER = "a stream is read in its own order: {} needs a data set that is loaded whole"
+
+
+def stream_loader(dataset: Any, batch_size: int, collate: Callable, args: Any, is_training: bool) -> DataLoader:
+    """A loader of this rank's batches of a stream.
+
+    In training it has no end: `Trainer` counts the batches of a pass whose length it does not know, so that a run
+    resumed in a later pass would begin the first one again.
+    """
+    if is_training and args.train_sampling_strategy == "group_by_length":
+        raise ValueError(IN_ITS_OWN_ORDER.format("train_sampling_strategy='group_by_length'"))
+    if is_training and "epoch" in (args.eval_strategy, args.save_strategy, args.logging_strategy):
+        notify_once("a stream has no epochs: what is asked for once an epoch comes at the end; count in steps")
+    stream = StreamBatches(
+        dataset,
+        batch_size,
+        ranks=args.world_size,
+        rank=args.process_index,
+        drop_last=is_training and args.dataloader_drop_last,
+        forever=is_training,
+    )
+    return DataLoader(BatchStream(stream), batch_size=None, collate_fn=collate)
+
+
+def batches_of(dataset: Any, batch_size: int, args: Any, is_training: bool) -> RowBatches:
+    """The order of the rows of a data set, and this rank's share of it."""
+    return RowBatches(
+        len(dataset),
+        batch_size,
+        shuffle=is_training and args.train_sampling_strategy != "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        ranks=args.world_size,
+        rank=args.process_index,
+        drop_last=is_training and args.dataloader_drop_last,
+        lengths=lengths_of(dataset) if is_training and args.train_sampling_strategy == "group_by_length" else None,
+        step_rows=batch_size * args.gradient_accumulation_steps * args.world_size,
+    )
+
+
+def stream_of_rounds(dataset: Any, prompts: int, turns: int, collate: Callable, args: Any) -> DataLoader:
+    """A loader of a stream's prompts, a round at a time, each followed by placeholders for its further `turns`.
+
+    Every rank gets all prompts of the round: the samples of one prompt may be drawn on several.
+    """
+    stream = StreamBatches(dataset, prompts, drop_last=args.dataloader_drop_last, forever=True)
+    return DataLoader(BatchStream(StepSampler(stream, turns)), batch_size=None, collate_fn=collate)
+
+
+def rounds_of(dataset: Any, prompts: int, args: Any) -> RowBatches:
+    """The order of the prompts of a data set, a round at a time, for every rank alike."""
+    return RowBatches(
+        len(dataset),
+        prompts,
+        shuffle=bool(args.shuffle_dataset) and args.train_sampling_strategy != "sequential",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def check_order(strategy: str, takes_lengths: bool, trainer: str) -> None:
+    """ValueError for a `train_sampling_strategy` that the named trainer cannot follow."""
+    if strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' is not supported: the rows of a step are a run of the "
+            "epoch's order here. Use 'group_by_length' for ranks of about equal work, or 'random'"
+        )
+    if strategy == "group_by_length" and not takes_lengths:
+        raise ValueError(
+            f"train_sampling_strategy='group_by_length' has no meaning for {trainer}: the lengths of its completions "
+            "are not known beforehand; leave it out"
+        )

@@ -15,87 +15,47 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig
 
-from trl.config import BaseConfig, ReferenceFields, RolloutFields, RouterFields, SequenceFields
-from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.batching.collate import Tree
 from trl.data.mixture import is_stream, prepare
-from trl.data.reading import sources
 from trl.data.tokenizing.prompts import Prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
-from trl.engine.score import score
 from trl.losses.advantages import total_reward
 from trl.losses.tokens import Metric, largest, smallest
 from trl.models import offload
 from trl.models.shards import without_ddp
-from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
-from trl.rewards.functions import RewardFunctions
 from trl.rewards.functions import check as check_rewards
-from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, Unjudged, refilled
+from trl.rollout.collect import Collected, Collector, Judge, Place, Scorer, refilled
 from trl.rollout.completions import Table
-from trl.rollout.continuous import ContinuousSampler
-from trl.rollout.exchange import delivered, packed, packed_tokens, rehomed, unpacked
-from trl.rollout.filters import as_generation_config, describe
-from trl.rollout.generate import InProcessSampler, stop_ids
+from trl.rollout.exchange import delivered
 from trl.rollout.pack import columns_of_tokens, deal, equally_many, micro_batches
-from trl.rollout.rounds import (
-    RefillPrompts,
-    Replay,
-    RoundSizes,
-    StepSampler,
-    evaluation_metrics,
-    round_sizes,
-    split_into_steps,
-)
-from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace, grouped, trees
+from trl.rollout.rounds import RefillPrompts, Replay, StepSampler, evaluation_metrics, split_into_steps
+from trl.rollout.traces import ScoredTrace, TrainingTrace, grouped, trees
 from trl.rollout.types import Environment, Sampler, Sampling
 
-from . import overrides
+from . import evaluation, overrides
 from .attributes import shows
 from .base import BaseTrainer
-from .loader import BatchStream
+from .drawing import LONGEST, judge_of, opened, sampler_of, sampling_of
+from .loader import rounds_of, stream_of_rounds
+from .online_attributes import OnlineAttributes
+from .online_method import OnlineMethod
 from .reference import ReferencePolicy
-from .round_metrics import round_metrics, table_rows
+from .report import round_lines
+from .round_metrics import of_all_ranks, round_metrics, table_rows
+from .round_state import joined_tokens, load_rounds, round_state
+from .scoring import by_policy, scored
 from .step import Step
-
-
-@dataclass
-class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields, BaseConfig):
-    """What all methods share that learn from the model's own completions."""
-
-    least_generations = 1  # completions of each prompt that the method needs
-
-    _VALID_DICT_FIELDS = [
-        *BaseConfig._VALID_DICT_FIELDS,
-        *("generation_kwargs", "chat_template_kwargs", "transformers_continuous_batching_config"),
-    ]
-
-    def __post_init__(self) -> None:
-        if self.num_generations < self.least_generations:
-            raise ValueError(
-                f"num_generations={self.num_generations}: completions are compared with others of their prompt; "
-                f"give {self.least_generations} or more"
-            )
-        if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ValueError("generation_batch_size and steps_per_generation say the same thing: give one of them")
-        if self.dynamic_sampling and self.max_refills < 1:
-            raise ValueError(f"max_refills={self.max_refills} leaves nothing of dynamic_sampling: give 1 or more")
-        if self.replay_buffer_size < 0:
-            raise ValueError(f"replay_buffer_size={self.replay_buffer_size}: give a number of groups, 0 for none")
-        super().__post_init__()
 
 
 @shows(
@@ -107,12 +67,9 @@ class OnlineConfig(RolloutFields, ReferenceFields, RouterFields, SequenceFields,
     ),
     continuous_batching_config="transformers_continuous_batching_config",
 )
-class OnlineTrainer(BaseTrainer):
+class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
     """A trainer on completions that the model samples itself and reward functions score."""
 
-    takes_grids = False
-    prepared_columns = frozenset({"prompt", "prompt_ids", "row"})
-    takes_lengths = False
     collector: Collector
 
     def __init__(
@@ -139,7 +96,7 @@ class OnlineTrainer(BaseTrainer):
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
         reward_funcs = reward_funcs if is_judged and judge is None else []
         check_rewards(reward_funcs)
-        train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
+        train_dataset, eval_dataset = opened(train_dataset), opened(eval_dataset)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
         for dataset in (train_dataset, *(eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset])):
             if isinstance(columns := getattr(dataset, "column_names", None), list):
@@ -167,123 +124,6 @@ class OnlineTrainer(BaseTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-
-    # --- what a method supplies -----------------------------------------------------------------------------------
-
-    least_generations = 1  # completions of each prompt that `credit` needs at least
-    whole_groups = False  # whether a group is sampled and judged on one rank, and no step cuts it
-    together = 1  # traces in turn that the loss reads in one forward pass
-    needs_rewards = True  # whether the method learns nothing without reward functions
-
-    def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
-        """The advantage of each trace, [S], fp32. Traces come in groups of `generations` of one prompt.
-
-        Where the tokens of a trace differ, the column `advantages` of its holder has them, and the number given here is
-        any that is not zero.
-        """
-        raise NotImplementedError
-
-    def has_no_gradient(self, trace: TrainingTrace) -> bool:
-        """Whether every coefficient of the trace is zero, so that it need not be forwarded."""
-        return not trace.trained
-
-    def parts_of(self) -> tuple[Any, ...]:
-        """The parts of the trainer that have a state of their own."""
-        return (self.reference,)
-
-    def trains(self, place: int) -> bool:
-        """Whether the trace at this place of its group is trained on."""
-        return True
-
-    @staticmethod
-    def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
-        return round_sizes(args, accumulation)
-
-    def kl_in_reward(self) -> bool:
-        return False
-
-    def divergence_of(self, columns: Columns) -> float:
-        """The divergence of a trace from the reference, where it is a part of the reward."""
-        return kl_of_trace(columns)
-
-    @property
-    def scoring_temperature(self) -> float:
-        """What logits are divided by for the log-probs that the loss reads."""
-        return self.args.temperature
-
-    def needs_reference(self) -> bool:
-        return self.args.beta != 0.0
-
-    def is_on_policy(self) -> bool:
-        """Whether every step trains the policy that sampled its traces: one step a round, and nothing replayed."""
-        return self.round_sizes.parts * self.args.num_iterations == 1 and not self.args.replay_buffer_size
-
-    def is_below_fp32(self) -> bool:
-        """Whether products are rounded to less than fp32, so that a sampler's log-probs differ from the engine's."""
-        half = (torch.float16, torch.bfloat16)
-        return (
-            self.accelerator.mixed_precision != "no"
-            or getattr(unwrap(self.model), "is_quantized", False)
-            or any(parameter.dtype in half for parameter in self.model.parameters())
-        )
-
-    def needs_old(self) -> bool:
-        """Whether the trainer computes log-probs of its own for what the sampler wrote: where a ratio is taken to them
-        and the sampler's would make another one of it before anything has moved."""
-        return not self.is_on_policy() and self.is_below_fp32()
-
-    # --- what callers of upstream's trainers read -----------------------------------------------------------------
-
-    use_vllm = False
-
-    @property
-    def rewards(self) -> Any:
-        return self.collector.judge
-
-    @property
-    def sampling(self) -> Sampling:
-        return self.collector.sampling
-
-    @sampling.setter
-    def sampling(self, sampling: Sampling) -> None:
-        self.collector.sampling = sampling
-
-    @property
-    def sampler(self) -> Sampler:
-        return self.collector.sampler
-
-    @sampler.setter
-    def sampler(self, sampler: Sampler) -> None:
-        self.collector.sampler = sampler
-
-    @property
-    def reward_funcs(self) -> list[Any]:
-        return self.rewards.functions
-
-    @property
-    def reward_func_names(self) -> list[str]:
-        return list(self.rewards.names)
-
-    @property
-    def reward_weights(self) -> Tensor:
-        return self.rewards.weights
-
-    @property
-    def reward_processing_classes(self) -> list[Any]:
-        return [getattr(judge, "tokenizer", None) for judge in self.rewards.judges]
-
-    @property
-    def num_generations_eval(self) -> int:
-        return self.args.num_generations_eval or self.args.num_generations
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        return list(self.sampling.stop_ids)
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """What the sampler is asked for, as transformers writes it."""
-        return as_generation_config(self.sampling, self.processing_class)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -316,10 +156,11 @@ class OnlineTrainer(BaseTrainer):
         reward_funcs, processing_classes, sampler, environment, judge = self._given
         if environment is not None and args.use_transformers_continuous_batching:
             raise ValueError("use_transformers_continuous_batching has single turns alone: leave it out")
-        sampling = self._sampling()
+        sampling = self.sampling_of()
+        conversational = any(getattr(each, "conversational", False) for each in self.reports.values())
         self.collector = Collector(
-            sampler=sampler or self._sampler(sampling),
-            judge=judge or self._judge_of(reward_funcs, processing_classes),
+            sampler=sampler or sampler_of(args, self.processing_class, sampling),
+            judge=judge or judge_of(args, reward_funcs, processing_classes, self.processing_class, conversational),
             sampling=sampling,
             decode=functools.partial(self.processing_class.batch_decode, skip_special_tokens=True),
             seed=args.seed,
@@ -336,91 +177,26 @@ class OnlineTrainer(BaseTrainer):
         self._evaluated: list[tuple[float, list[float]]] = []  # for each prompt its mean reward and its rewards
         self.replay = Replay(args.replay_buffer_size, args.seed) if args.replay_buffer_size else None
 
-    def _judge_of(self, reward_funcs: Any, processing_classes: Any) -> Any:
-        if isinstance(reward_funcs, list) and not reward_funcs:
-            for name in ("dynamic_sampling", "replay_buffer_size"):
-                if getattr(self.args, name):
-                    raise ValueError(f"{name} compares rewards, and there are no reward_funcs: leave it out")
-            return Unjudged()
-        return RewardFunctions(
-            reward_funcs,
-            weights=self.args.reward_weights,
-            processing_classes=processing_classes,
-            tokenizer=self.processing_class,
-            chat=any(getattr(report, "conversational", False) for report in self.reports.values()),
-            timeout=self.args.reward_timeout,
-        )
-
-    def _sampler(self, sampling: Sampling) -> Sampler:
-        args = self.args
-        if not args.use_transformers_continuous_batching:
-            return InProcessSampler(self.processing_class, max_cache_tokens=args.max_cache_tokens)
-        sampler = ContinuousSampler(
-            args.transformers_continuous_batching_config, max_cache_tokens=args.max_cache_tokens
-        )
-        sampler.check(sampling)
-        return sampler
-
-    def _sampling(self, **asked: Any) -> Sampling:
+    def sampling_of(self, **asked: Any) -> Sampling:
         """What the sampler is asked for by default; `asked` are further arguments of `generate`."""
-        args, tokenizer = self.args, self.processing_class
-        further = {**(args.generation_kwargs or {}), **asked}
-        fields = {
-            "max_new_tokens": args.max_completion_length or LONGEST,
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-            "min_p": args.min_p,
-            "repetition_penalty": args.repetition_penalty,
-        }
-        for name in list(fields):
-            if name in further:
-                fields[name] = further.pop(name)
-        stops = stop_ids(self.model, tokenizer) | set(_as_list(further.pop("eos_token_id", None)))
-        strings = tuple(_as_list(further.pop("stop_strings", None)))
-        for name in ("do_sample", "num_return_sequences", "use_cache", "pad_token_id", "bos_token_id"):
-            further.pop(name, None)
-        return Sampling(**fields, stop_ids=tuple(sorted(stops - {None})), stop_strings=strings, further=further)
+        return sampling_of(self.args, self.model, self.processing_class, **asked)
 
     def report(self) -> list[str]:
-        sizes, args = self.round_sizes, self.args
         lines = [line for line in super().report() if not line.startswith("steps: ")]
-        lines.append(
-            f"rounds: {sizes.prompts} prompts × {args.num_generations} completions each, drawn at once; trained on "
-            f"in {sizes.parts} step{'s' if sizes.parts > 1 else ''} of {sizes.step} completions"
-            + (f", {args.num_iterations} times" if args.num_iterations > 1 else "")
-        )
-        if args.dynamic_sampling:
-            lines.append(f"prompts whose completions are all worth the same: others instead, {args.max_refills} times")
-        if args.replay_buffer_size:
-            lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
-        if self.rewards.names:
-            lines.append(f"rewards: {', '.join(self.rewards.names)}")
-        by = "; by transformers' continuous batching" if args.use_transformers_continuous_batching else ""
-        return [*lines, f"sampling: {describe(self.sampling)}{by}"]
+        return [*lines, *round_lines(self.args, self.round_sizes, self.rewards.names, self.sampling)]
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:  # fmt: skip
-        args = self.args
         if not is_training:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        # Every rank gets the prompts of the round: the samples of one prompt may be drawn on several.
+        prompts, turns = self.round_sizes.prompts, self.round_sizes.parts * self.args.num_iterations
         if isinstance(dataset, IterableDataset):
-            stream = StreamBatches(dataset, self.round_sizes.prompts, drop_last=args.dataloader_drop_last, forever=True)
-            placeholders = StepSampler(stream, self.round_sizes.parts * args.num_iterations)
-            return DataLoader(BatchStream(placeholders), batch_size=None, collate_fn=self._collate)
-        rounds = RowBatches(
-            len(dataset),
-            self.round_sizes.prompts,
-            shuffle=bool(args.shuffle_dataset) and args.train_sampling_strategy != "sequential",
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=args.dataloader_drop_last,
-        )
+            return stream_of_rounds(dataset, prompts, turns, self._collate, self.args)
+        rounds = rounds_of(dataset, prompts, self.args)
         if sampler_fn is not None and overrides.is_overridden(self, "_get_train_sampler"):
             rounds = overrides.in_sampler_order(self, sampler_fn(dataset), rounds)
         self._collate.labels = overrides.reads_batches(self) is not None
-        placeholders = StepSampler(rounds, self.round_sizes.parts * args.num_iterations)
-        return DataLoader(dataset, batch_sampler=placeholders, collate_fn=self._collate)
+        return DataLoader(dataset, batch_sampler=StepSampler(rounds, turns), collate_fn=self._collate)
 
     # --- rounds ---------------------------------------------------------------------------------------------------
 
@@ -509,29 +285,7 @@ class OnlineTrainer(BaseTrainer):
 
     def scorer(self, ask: Callable[..., TokenStats], columns: Mapping[str, str]) -> Scorer:
         """A forward pass by `ask`; `columns` says which of its results becomes which column."""
-        return functools.partial(self._scored, ask, columns)
-
-    def _scored(
-        self,
-        ask: Callable[..., TokenStats],
-        names: Mapping[str, str],
-        rows: Sequence[Mapping[str, Any]],
-        columns: Sequence[Columns],
-    ) -> list[Columns]:
-        """Results of a forward pass for every token of the traces."""
-        blank = []
-        for row, own in zip(rows, columns, strict=True):
-            length = len(own["ids"])
-            blank.append(TrainingTrace(int(row["row"]), row["prompt_ids"], length, 0.0, length, {"ids": own["ids"]}))
-        found: list[Columns] = []
-        for group in self._micro_batches(blank):
-            batch = self._prepare_inputs(self._collate.to_batch(trees(group)))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                stats = ask(batch, temperature=self.scoring_temperature)
-            lengths = [each.length for each in group]
-            parts = {name: getattr(stats, of).float().cpu().split(lengths) for name, of in names.items()}
-            found += [{name: part[place].numpy().copy() for name, part in parts.items()} for place in range(len(group))]
-        return found
+        return functools.partial(scored, self, ask, columns)
 
     def rewards_of(self, traces: Sequence[ScoredTrace]) -> Tensor:
         """The reward of each trace by each function, [S, F]; NaN where one does not apply."""
@@ -572,14 +326,8 @@ class OnlineTrainer(BaseTrainer):
         """The table of completions, written by the first rank; every rank brings the texts that it has."""
         args, step = self.args, self.state.global_step
         rows = table_rows(traces, advantages, self.rewards.names, step, mode)
-        if args.world_size > 1:
-            every: list[Any] | None = [None] * args.world_size if self.is_world_process_zero() else None
-            torch.distributed.gather_object(rows, every)
-            rows = [row for part in every or [] for row in part]
+        table = of_all_ranks(rows, args.world_size, in_order=mode == "train")  # the places are those of the round
         if self.is_world_process_zero():
-            if mode == "train":  # the places are those of the round
-                rows.sort(key=lambda row: row[0])
-            table = [row for _, row in rows]
             self.completions.write(table, step, mode)
             self.completions.show(table, step, args.num_completions_to_print, args.log_unique_prompts)
 
@@ -618,7 +366,7 @@ class OnlineTrainer(BaseTrainer):
         if args.world_size == 1:
             return steps
         traces = [each for step in steps for each in step]
-        holders = [holder for step in steps for holder in self._holders(step)]
+        holders = [holder for step in steps for holder in self.holders(step)]
         rest = iter(delivered(traces, holders, self._columns(), args.device))
         return [[next(rest) for _ in step] for step in steps]
 
@@ -627,7 +375,7 @@ class OnlineTrainer(BaseTrainer):
         names = ["ids", "logps", *["ref_logps"] * self.needs_reference(), *["old_logps"] * self.needs_old()]
         return [*names, *["mask"] * (self.collector.environment is not None)]
 
-    def _holders(self, step: Sequence[TrainingTrace]) -> list[int]:
+    def holders(self, step: Sequence[TrainingTrace]) -> list[int]:
         """The rank that trains on each trace of a step; -1 for those of weight zero, whose columns nobody reads."""
         active = [place for place, each in enumerate(step) if not self.has_no_gradient(each)]
         holders = deal([step[place] for place in active], self.args.world_size, self.together)
@@ -706,16 +454,16 @@ class OnlineTrainer(BaseTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 batch = self._prepare_inputs(batch)
                 if overrides.has_own_loss(self):
-                    total += self.own_evaluation(model, batch, counts_of_step, batch["row_S"].shape[0])
+                    total += evaluation.own_evaluation(self, model, batch, counts_of_step, batch["row_S"].shape[0])
                     continue
                 sums, metrics = self.loss(model, batch, step)
-            self._add("eval", {**metrics, **self.parts(sums, dict.fromkeys(sums, 0.0))})
+            self._add("eval", {**metrics, **evaluation.parts(sums, dict.fromkeys(sums, 0.0))})
             total += torch.stack([each / max(found[kind], 1.0) for kind, each in sums.items()]).sum()
         zero = torch.zeros((), device=self.args.device)
         if overrides.has_own_loss(self):
-            self._add_own(zero, 0)  # also where this rank has no rows
+            evaluation.add_own(self, zero, 0)  # also where this rank has no rows
         else:
-            self._add("eval", self.parts(dict.fromkeys(found, zero), found))
+            self._add("eval", evaluation.parts(dict.fromkeys(found, zero), found))
         return total, None, None
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
@@ -730,69 +478,11 @@ class OnlineTrainer(BaseTrainer):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        rank, replayed = self.args.process_index, [] if self.replay is None else list(self.replay.groups)
-        state = {
-            **super().method_state(),
-            "round_tokens": packed_tokens(self.round, rank),
-            "replay_tokens": packed_tokens(replayed, rank),
-        }
-        if rank > 0:
-            return state
-        return {
-            **state,
-            "round": packed(self.round),
-            "replay": packed(replayed),
-            "rounds_sampled": self.rounds_sampled,
-            "refill_position": self.refills.position,
-        }
+        return {**super().method_state(), **round_state(self)}
 
     def joined_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        names = [name for name in ("round_tokens", "replay_tokens") if name in states[0]]
-        tokens: dict[str, Any] = {name: [each[name] for each in states] for name in names}
-        return {**super().joined_state(states), **tokens}
+        return {**super().joined_state(states), **joined_tokens(states)}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self.rounds_sampled, self.refills.position = state.get("rounds_sampled", 0), state.get("refill_position", 0)
-        self.round = self._resumed("round", state, self._holders)
-        if self.replay is not None:
-            ranks = self.args.world_size
-            self.replay.groups.extend(self._resumed("replay", state, lambda group: deal(group, ranks, self.together)))
-
-    def _resumed(
-        self, name: str, state: dict[str, Any], holders: Callable[[Sequence[TrainingTrace]], list[int]]
-    ) -> list[list[TrainingTrace]]:
-        """Steps out of a checkpoint. If another number of ranks wrote it, `holders` gives the ranks of the tokens."""
-        if name not in state:
-            return []
-        tokens, rank = state[f"{name}_tokens"], self.args.process_index
-        if isinstance(tokens, list):
-            return rehomed(unpacked(state[name], dict(enumerate(tokens))), holders, rank)
-        return unpacked(state[name], {rank: tokens})
-
-
-LONGEST = 512  # tokens of a completion where nobody says
-
-
-def kl_of_trace(columns: Columns) -> float:
-    """The divergence of a trace from the reference, as the policy's own tokens estimate it."""
-    logps, own = columns.get("old_logps", columns["logps"]), columns.get("mask", slice(None))
-    return float(logps[own].sum(dtype=np.float64) - columns["ref_logps"][own].sum(dtype=np.float64))
-
-
-def by_policy(model: nn.Module, batch: Batch, **asked: Any) -> TokenStats:
-    """A batch scored by the policy as it samples, without dropout."""
-    with evaluating(model):
-        return score(model, batch, **asked)
-
-
-def _opened(dataset: Any) -> Any:
-    """A data set given by its rows or by a path, opened, so that its columns are known before the model is; each of a
-    dictionary of them."""
-    if type(dataset) is dict and all(map(sources.is_data_set, dataset.values())):
-        return {name: _opened(value) for name, value in dataset.items()}
-    return sources.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple | set) else [value]
+        load_rounds(self, state)

@@ -21,7 +21,8 @@ from trl.rollout.traces import ScoredTrace, TrainingTrace
 from trl.rollout.types import Environment, Sampler
 
 from .attributes import shows
-from .online import OnlineConfig, OnlineTrainer
+from .online import OnlineTrainer
+from .online_config import OnlineConfig
 
 
 @dataclass

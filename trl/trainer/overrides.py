@@ -78,6 +78,24 @@ def scaled(trainer: Any, batch: Batch, value: Tensor, by_items: bool) -> Tensor:
     return value * (batch["row_S"].shape[0] * ranks / trainer.step_for(batch).count(ROWS))
 
 
+def by_loss_func(trainer: Any, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+    """The micro-batch's share of the step's loss by `compute_loss_func`, and the model's outputs, where it has rows."""
+    if batch["row_S"].shape[0] == 0:
+        return loss_of_nothing(trainer, model, batch), None
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    items = Items.of(trainer.step_for(batch).count(None))
+    loss = trainer.compute_loss_func(outputs, batch["labels"], num_items_in_batch=items)
+    return scaled(trainer, batch, loss, items.used), outputs
+
+
+def loss_of_nothing(trainer: Any, model: nn.Module, batch: Batch) -> Tensor:
+    """Zero, with a gradient of zero for every parameter that trains: what a rank without rows adds."""
+    sums, metrics = trainer.loss(model, batch, trainer.step_for(batch))
+    if trainer.compute_loss_func is None and trainer.calls_ours:
+        trainer._add(trainer.mode, metrics)
+    return torch.stack(list(sums.values())).sum()
+
+
 @contextlib.contextmanager
 def completed(trainer: Any) -> Iterator[None]:
     """While it lasts, an overridden `compute_loss` returns its micro-batch's share of the step's loss.
@@ -96,7 +114,7 @@ def completed(trainer: Any) -> Iterator[None]:
         model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if inputs["row_S"].shape[0] == 0:
-            nothing = trainer.own_loss_of_nothing(model, inputs)
+            nothing = loss_of_nothing(trainer, model, inputs)
             return (nothing, None) if return_outputs else nothing
         items = Items.of(trainer.step_for(inputs).count(None) if num_items_in_batch is None else num_items_in_batch)
         trainer.calls_ours = False

@@ -9,6 +9,8 @@ from transformers.trainer_utils import set_seed
 
 from trl.models import saving
 
+from . import construct, report
+
 
 class OwnLoop:
     """Prepares the trainer's model and optimizer as `Trainer.train` does, and takes one step at a time.
@@ -27,8 +29,8 @@ class OwnLoop:
         trainer = self.trainer
         saving.try_saving(trainer.model, trainer.processing_class, trainer.args)
         set_seed(trainer.args.seed)
-        trainer._print_report()
-        trainer._forget_evaluation()
+        report.show(trainer)
+        construct.forget_evaluation(trainer)
         if trainer.args.gradient_checkpointing:
             model = trainer.model  # another name from transformers 5.2x on
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from .online import OnlineConfig
+from .online_config import OnlineConfig
 
 # What a field is if it is left out: for `trainer.train()`, and for a loop of one's own around `trainer.step`.
 DEFAULTS: dict[str, tuple[Any, Any]] = {

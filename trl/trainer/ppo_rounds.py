@@ -27,10 +27,11 @@ from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace
 from trl.rollout.types import Sampling
 
 from .kl_control import AdaptiveKLController, FixedKLController, RunningMoments
-from .online import OnlineTrainer, by_policy
+from .online import OnlineTrainer
 from .ppo_config import DEFAULTS, PPOConfig
 from .ppo_guards import Guards
 from .returns import Judged, give_returns
+from .scoring import by_policy
 from .step import Step
 from .value_function import ValueFunction
 
@@ -112,8 +113,8 @@ class PPORounds(OnlineTrainer):
     def parts_of(self) -> tuple[Any, ...]:
         return (*super().parts_of(), self.value_function)
 
-    def _sampling(self, **asked: Any) -> Sampling:
-        found, args = super()._sampling(**asked), self.args
+    def sampling_of(self, **asked: Any) -> Sampling:
+        found, args = super().sampling_of(**asked), self.args
         end = self.processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
         return found if end is None else replace(found, stop_ids=(end,))
 
@@ -301,7 +302,7 @@ class PPORounds(OnlineTrainer):
             f"divergence in the reward: {args.kl_penalty}, weighted {self.kl_ctl.value:g}{steers}",
         ]
 
-    def _full_rate(self) -> float:
+    def full_rate(self) -> float:
         return DEFAULTS["learning_rate"][self.in_steps]
 
 

@@ -164,7 +164,7 @@ class PPOStepTrainer(PPORounds):
         kwargs = {name: each for name, each in kwargs.items() if name not in ("min_length", "attention_mask")}
         if "top_k" in kwargs:
             kwargs["top_k"] = int(kwargs["top_k"])
-        found = self._sampling(**kwargs)
+        found = self.sampling_of(**kwargs)
         if found.temperature not in (0.0, self.args.temperature):
             notify_once(
                 f"responses are sampled at temperature {found.temperature:g} and trained at {self.args.temperature:g}: "

@@ -24,7 +24,8 @@ from trl.engine.reference import Frozen, Itself, Reference, choose, frozen
 from trl.models import load, shards
 from trl.models.shards import is_sharded
 from trl.models.unwrap import unwrap
-from trl.trainer.base import BaseTrainer, Component
+from trl.trainer.base import BaseTrainer
+from trl.trainer.method import Component
 from trl.trainer.metrics import sums_device
 
 # Rows whose reference log-probs are computed together and kept in one file; of a stream, that many are read ahead.

@@ -1,12 +1,20 @@
 """The lines that a trainer prints before step 1, beside those of the data."""
 
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from trl.engine.score import Attachment
 from trl.models import adapters
+from trl.rollout.filters import describe
+from trl.rollout.rounds import RoundSizes
+from trl.rollout.types import Sampling
+
+from . import overrides
 
 
 def model_lines(model: nn.Module, rate: float, full_rate: float, precision: str) -> list[str]:
@@ -63,3 +71,51 @@ def steps_line(rows: int, args: Any) -> str:
         f"steps: {math.ceil(steps):,}, each on {batch * accumulated * ranks} rows ({batch} a batch × {accumulated} "
         f"accumulated × {ranks} process{'es' if ranks > 1 else ''})"
     )
+
+
+def round_lines(args: Any, sizes: RoundSizes, rewards: Sequence[str], sampling: Sampling) -> list[str]:
+    """How rounds of completions are drawn, judged and trained on."""
+    lines = [
+        f"rounds: {sizes.prompts} prompts × {args.num_generations} completions each, drawn at once; trained on "
+        f"in {sizes.parts} step{'s' if sizes.parts > 1 else ''} of {sizes.step} completions"
+        + (f", {args.num_iterations} times" if args.num_iterations > 1 else "")
+    ]
+    if args.dynamic_sampling:
+        lines.append(f"prompts whose completions are all worth the same: others instead, {args.max_refills} times")
+    if args.replay_buffer_size:
+        lines.append(f"then groups of earlier rounds instead, of the last {args.replay_buffer_size} that taught")
+    if rewards:
+        lines.append(f"rewards: {', '.join(rewards)}")
+    by = "; by transformers' continuous batching" if args.use_transformers_continuous_batching else ""
+    return [*lines, f"sampling: {describe(sampling)}{by}"]
+
+
+def lines_of(trainer: Any) -> list[str]:
+    """What will be trained on what."""
+    args, dataset = trainer.args, trainer.train_dataset
+    lines = [line for each in trainer.reports.values() for line in each.lines()]
+    lines += model_lines(trainer.model, args.learning_rate, trainer.full_rate(), _update_precision(trainer))
+    reader, users = overrides.reads_batches(trainer), trainer.data_collator.users
+    lines += engine_lines(trainer.attachment, reader, users, trainer._compiled_parts)
+    if hasattr(dataset, "__len__") and not overrides.is_overridden(trainer, "get_train_dataloader"):
+        lines.append(steps_line(len(dataset), args))
+    return [*lines, *(line for each in trainer.components for line in each.report(trainer))]
+
+
+def _update_precision(trainer: Any) -> str:
+    """Where the bits of an update are that a bfloat16 weight has no room for."""
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed keeps float32 copies of the bfloat16 weights"
+    if trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no":
+        return "FSDP holds the weights in float32"
+    return "the lower halves of bfloat16 weights are kept beside them (2 bytes a weight), moments are float32"
+
+
+def show(trainer: Any) -> None:
+    """Print the report, and write what is known of the data into the output folder."""
+    if not trainer.is_world_process_zero():
+        return
+    print("\n".join(f"trl: {line}" for line in trainer.report()), flush=True)
+    if trainer.reports and trainer.args.should_save:
+        found = {name: each.to_dict() for name, each in trainer.reports.items()}
+        Path(trainer.args.output_dir, "data_report.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))

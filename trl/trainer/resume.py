@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from trl import checkpoint
+from trl.models import adapters
+from trl.models.unwrap import unwrap
 from trl.notices import notify_once
 
 RANK_STATE = "trl_state_{rank}.pt"
@@ -96,3 +99,68 @@ def rank_state(
     state["sums"] = {}
     state["loss_since_log"] = torch.stack([each["loss_since_log"] for each in states]).mean()
     return state
+
+
+def identity(trainer: Any) -> dict[str, str | None]:
+    """What tells a run from others in the same folder; None for what is not known."""
+    base = unwrap(trainer.model)
+    name = getattr(base.config, "_name_or_path", "") if hasattr(base, "config") else ""
+    own = name and Path(trainer.args.output_dir).resolve() in (Path(name).resolve(), *Path(name).resolve().parents)
+    return {
+        "method": trainer.method,
+        "model": f"{Path(name).name} ({type(base).__name__})" if name and not own else None,
+        "data": checkpoint.fingerprint(trainer.train_dataset),
+    }
+
+
+def folder_to_resume(trainer: Any, wanted: str | bool | None) -> Path | None:
+    """The checkpoint that a run goes on from, or None for a run from the start. What lies in the output folder is
+    said."""
+    output_dir = Path(trainer.args.output_dir)
+    if not wanted:
+        if trainer.is_world_process_zero():
+            for sentence in checkpoint.earlier(output_dir, trainer._run):
+                notify_once(sentence)
+        return None
+    folder, passed = checkpoint.resolve(output_dir, wanted, trainer._run)
+    for sentence in passed:
+        notify_once(sentence)
+    adapters.check_resumed(folder, adapters.active_config(trainer.model))
+    notify_once(f"resumed from {folder}: {checkpoint.step(folder)} steps are done")
+    return folder
+
+
+def load_between_logs(trainer: Any, folder: Path) -> None:
+    """Take up what a checkpoint keeps beyond `Trainer`'s own: totals, and the state of the method."""
+    args = trainer.args
+    state = rank_state(folder, args.process_index, args.world_size, trainer.joined_state)
+    if state is None:
+        return
+    trainer._tokens_seen = state["tokens_seen"]
+    trainer.load_method_state(state["method"])
+    trainer._sums["train"].load(state["sums"], args.device)
+    trainer._between_logs = state
+
+
+class BeforeTraining(TrainerCallback):
+    """Puts back what `Trainer` resets when a run is resumed. `on_train_begin` is the first call after it has."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore_between_logs()
+        self.trainer._check_what_users_made(kwargs.get("train_dataloader"))
+        if state.global_step >= state.max_steps:
+            done = f"all {state.max_steps:,} steps are done already" if state.max_steps else "max_steps is 0"
+            notify_once(f"nothing is trained: {done}. Raise max_steps or num_train_epochs to train on")
+
+    def _restore_between_logs(self) -> None:
+        trainer = self.trainer
+        if trainer._between_logs is None:
+            return
+        state, trainer._between_logs = trainer._between_logs, None
+        trainer._tr_loss = state["loss_since_log"].to(trainer.args.device)
+        # The final summary is of this call's steps alone: what was already earned is taken off.
+        trainer._total_loss_scalar -= trainer._tr_loss.item()
+        trainer._globalstep_last_logged = state["last_logged_step"]

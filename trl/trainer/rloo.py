@@ -14,7 +14,8 @@ from trl.losses.tokens import Metric, largest, mean_metric, seq_sum, smallest
 from trl.rollout.traces import ScoredTrace, TrainingTrace
 
 from .attributes import shows
-from .online import OnlineConfig, OnlineTrainer
+from .online import OnlineTrainer
+from .online_config import OnlineConfig
 from .step import Step
 
 

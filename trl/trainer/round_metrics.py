@@ -70,6 +70,17 @@ def table_rows(
     return rows
 
 
+def of_all_ranks(rows: list[tuple[int, dict[str, Any]]], ranks: int, in_order: bool) -> list[dict[str, Any]]:
+    """The rows of all ranks on the first one, by their places if `in_order`. Every rank calls it."""
+    if ranks > 1:
+        every: list[Any] | None = [None] * ranks if torch.distributed.get_rank() == 0 else None
+        torch.distributed.gather_object(rows, every)
+        rows = [row for part in every or [] for row in part]
+    if in_order:
+        rows = sorted(rows, key=lambda row: row[0])
+    return [row for _, row in rows]
+
+
 def _std(values: Tensor) -> Tensor:
     good = values[~values.isnan()]
     return good.std() if len(good) > 1 else values.new_zeros(())

@@ -11,7 +11,8 @@ from trl.engine.teacher import predictions
 from trl.models import load, shards
 from trl.models.unwrap import unwrap
 from trl.notices import notify_once
-from trl.trainer.base import BaseTrainer, Component
+from trl.trainer.base import BaseTrainer
+from trl.trainer.method import Component
 
 # The share of token ids that may stand for other tokens: tokenizers of one family rename some reserved ones.
 RENAMED = 0.01

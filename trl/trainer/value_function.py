@@ -22,7 +22,8 @@ from trl.models.value_head import (
 )
 from trl.notices import notify_once
 
-from .base import BaseTrainer, Component
+from .base import BaseTrainer
+from .method import Component
 from .reference import placed
 
 

@@ -69,7 +69,7 @@ def detect(
     text_field: str = "text",
     columns: Mapping[str, str] | None = None,
     formatting_func: Callable[[Any], Any] | None = None,
-    readings: Sequence[Reading] = READINGS,
+    readings: Sequence[Reading] | None = None,
     understood: str = UNDERSTOOD,
 ) -> Shape:
     """Finds how the rows of a table are read.
@@ -82,13 +82,14 @@ def detect(
         formatting_func: takes a row and returns a text or a list of messages, or takes a batch of rows (a dict of
             lists) and returns a list of texts. It is called on the first rows to find out which. None by default. It
             takes precedence over `columns`.
-        readings: the readings to try; the first that fits is taken. By default those of rows for SFT.
+        readings: the readings to try; the first that fits is taken. None (the default): those of rows for SFT.
         understood: describes the readings in the error message.
 
     Raises `DataError`, which lists the columns and the shapes that are understood, if no reading fits.
     """
     if formatting_func is not None:
         return _detect_formatting(dataset, formatting_func)
+    readings = READINGS if readings is None else readings
     contents = {column: _contents(dataset, column) for column in dataset.column_names}
     if columns:
         return _detect_named(dataset, contents, columns, readings, understood)
