@@ -359,6 +359,13 @@ class RolloutFields:
         default=0,
         metadata={"help": "Number of earlier groups kept to replace groups with equal rewards; 0: none."},
     )
+    stop_after_constant_rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": "End training once every completion of this many rounds in a row got the same total reward: "
+            "nothing is learnt from it. Default: never."
+        },
+    )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not train on completions that reach max_completion_length."}
     )

@@ -133,7 +133,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
     notices = _Notices()
     logging.getLogger("trl").addHandler(notices)
-    train_rows, test_rows = rows(script, mixture if mixture.datasets else None, config, notices)
+    train_rows, test_rows = rows(script, mixture, config, notices)
     judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
     trainer = trainer_class(
         model=model.model_name_or_path,
@@ -205,12 +205,11 @@ def check(values: Mapping[str, Any]) -> None:
             f"--output_dir is the folder of the model itself, {model}: the adapter needs that model, so it is "
             "saved in another folder. Name another --output_dir."
         )
-    if values.get("test_split_size") is not None:
-        if not mixes:
-            raise UsageError(
-                "--test_split_size belongs to --datasets; of one data set, set rows aside with "
-                "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
-            )
+    if values.get("test_split_size") is not None and values.get("dataset_test_split"):
+        raise UsageError(
+            "--test_split_size and --dataset_test_split both say which rows to evaluate on: keep one. "
+            "--test_split_size draws them from the split that is trained on."
+        )
 
 
 class _Notices(logging.Handler):
@@ -254,23 +253,28 @@ def loading_arguments(model: Any) -> dict[str, Any]:
 def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
     """The rows for training and for evaluation; None without evaluation. Raises UsageError if the evaluation rows are
     missing, or would be the training rows."""
-    from trl.data.mixture import load_mixture
+    from trl.data.mixture import DatasetMixtureConfig, load_mixture
     from trl.data.reading.sources import load
     from trl.notices import notify_once
 
     evaluates = config.eval_strategy != "no" or config.do_eval
     if not evaluates and script.dataset_test_split != "test":
         notify_once(f"dataset_test_split={script.dataset_test_split!r} has no effect without eval_strategy")
-    if not evaluates and mixture is not None and mixture.test_split_size is not None:
+    if not evaluates and mixture.test_split_size is not None:
         notify_once(
             f"test_split_size={mixture.test_split_size} sets rows aside that are not used without eval_strategy"
         )
-    if mixture is not None:
+    if mixture.datasets:
         if evaluates and mixture.test_split_size is None:
             raise UsageError("evaluation needs rows of its own: set some aside with --test_split_size 0.05.")
         parts = load_mixture(mixture, seed=config.seed)
         return parts["train"], parts["test"] if evaluates else None
     name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming
+    if mixture.test_split_size is not None:
+        one = {"path": name, "name": config_name, "split": script.dataset_train_split}
+        split = load_mixture(DatasetMixtureConfig([one], streams, mixture.test_split_size), seed=config.seed)
+        train, test = (split[side].parts[0].rows for side in ("train", "test"))
+        return train, test if evaluates else None
     train = load(name, script.dataset_train_split, config_name, streaming=streams)
     if not evaluates:
         return train, None
@@ -288,8 +292,8 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
             print(f"trl: {sentence}", flush=True)
     if another or (not streams and test._fingerprint == train._fingerprint):
         raise UsageError(
-            f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. Set some aside: "
-            "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
+            f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. Set some aside, "
+            "drawn at random: --test_split_size 0.05"
         )
     return train, test
 
