@@ -94,13 +94,13 @@ class Flags:
         return {**dataclasses.asdict(dataclasses.replace(self, fields={})), "fields": fields}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Flags:
+    def from_dict(cls, content: Mapping[str, Any]) -> Flags:
         """The options from what `to_dict` gave. Raises KeyError or TypeError for anything else."""
         fields = {
-            name: Flag(**{**flag, "kind": Kind.from_dict(flag["kind"])}) for name, flag in stored["fields"].items()
+            name: Flag(**{**flag, "kind": Kind.from_dict(flag["kind"])}) for name, flag in content["fields"].items()
         }
-        older = {word: Older(**row) for word, row in stored["older"].items()}
-        return cls(fields, older, dict(stored["older_values"]), dict(stored["foreign"]))
+        older = {word: Older(**row) for word, row in content["older"].items()}
+        return cls(fields, older, dict(content["older_values"]), dict(content["foreign"]))
 
 
 def _flag(cls: type, field: dataclasses.Field[Any], kind: Kind) -> Flag:
@@ -155,18 +155,26 @@ def cache_folder() -> Path:
 def remembered(name: str, make: Callable[[], Flags]) -> Flags:
     """The options `name`: from the cache if they were stored under the present key, else from `make`, then stored. A
     cache that cannot be read or written changes nothing."""
-    path = cache_folder() / f"{name}.json"
     key = _key()
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["key"] == key:
-            return Flags.from_dict(stored["flags"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # there is no such file yet, or another program wrote it
-    flags = make()
-    with contextlib.suppress(OSError):
-        _write(path, json.dumps({"key": key, "flags": flags.to_dict()}, default=str))
+    flags = stored(name, key)
+    if flags is None:
+        flags = make()
+        with contextlib.suppress(OSError):
+            _write(_path(name), json.dumps({"key": key, "flags": flags.to_dict()}, default=str))
     return flags
+
+
+def stored(name: str, key: str | None = None) -> Flags | None:
+    """The options `name` in the cache, or None if they are not there under `key` (default: the present one)."""
+    try:
+        content = json.loads(_path(name).read_text(encoding="utf-8"))
+        return Flags.from_dict(content["flags"]) if content["key"] == (key or _key()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # there is no such file yet, or another program wrote it
+
+
+def _path(name: str) -> Path:
+    return cache_folder() / f"{name}.json"
 
 
 def _write(path: Path, text: str) -> None:

@@ -31,6 +31,7 @@ def commands() -> dict[str, Command]:
             for name, row in METHODS.items()
             if row.command
         },
+        "completion": Command("trl.cli.completion", "print a script that completes commands and options in a shell"),
         "config": Command("trl.cli.config", "write a YAML file with every option of a method, or check one"),
         "data": Command("trl.cli.data", "show a data set as it would be trained on; `data convert`: other shapes"),
         "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and evaluate it"),
