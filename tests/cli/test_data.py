@@ -15,7 +15,7 @@ def test_data_shows_rows_and_answers_programs(trl_here: Command, rows_file: Path
     answer = trl_here(*line, "--rows", "1")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith("guessed from the columns: rows for sft\ntrain: 8 rows read, 8 kept")
-    assert "longest rows: " in answer.stdout and "rows cut: 8: " in answer.stdout
+    assert "longest rows: " in answer.stdout and "rows cut: 8 in all: row " in answer.stdout
     assert "row 0: " in answer.stdout and "row 1: " not in answer.stdout
     found = json.loads(trl_here(*line, "--rows", "2", "--json").stdout)
     assert (found["method"], found["rows_cut"], len(found["rows"])) == ("sft", 8, 2)

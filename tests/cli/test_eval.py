@@ -19,7 +19,7 @@ def test_eval_prints_writes_and_answers_programs(trl_here: Command, tmp_path: Pa
     assert answer.returncode == 0, answer.stderr
     assert "exact_match  0  95% interval 0 to 0.6576 (Wilson, 2 prompts)" in answer.stdout
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    found = [json.loads(trl_here(*line, "--json").stdout.splitlines()[-1]) for _ in range(2)]
+    found = [json.loads(trl_here(*line, "--json").stdout) for _ in range(2)]
     assert found[0] == found[1]
     assert found[0]["estimates"]["perplexity"]["method"] == "bootstrap"
     assert found[0]["settings"]["rows"] == 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from trl.near import near
@@ -33,6 +35,13 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the word that was probably meant, or a full stop."""
     meant = near(word, words)
     return f"; did you mean {meant}?" if meant else "."
+
+
+@contextlib.contextmanager
+def notices_aside(aside: bool) -> Iterator[None]:
+    """With `aside`, what is printed within goes to stderr: stdout is for the JSON that a program reads."""
+    with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext():
+        yield
 
 
 def hide_library_notes() -> None:

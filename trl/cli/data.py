@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes, nearest
+from trl.cli import CommandParser, UsageError, hide_library_notes, nearest, notices_aside
 from trl.methods import METHODS
 
 DESCRIPTION = """Shows what a training run would see of a data set: how its rows are read, their lengths, what the
@@ -29,11 +29,18 @@ TARGETS = ("messages", "prompt-completion", "prompt", "preference", "unpaired")
 
 def run(argv: Sequence[str], command: str) -> int:
     if list(argv[:1]) == ["convert"]:
-        return _convert(_convert_parser(command).parse_args(argv[1:]))
+        options = _convert_parser(command).parse_args(argv[1:])
+        with notices_aside(options.json):
+            done, lines = _convert(options)
+        print(json.dumps(done, ensure_ascii=False) if options.json else "\n".join(lines))
+        return 0
     options = _parser(command).parse_args(argv)
     if options.method is not None and options.method not in METHODS:
         raise UsageError(f"--method: there is no method {options.method}{nearest(options.method, METHODS)}")
-    return _inspect(options)
+    with notices_aside(options.json):
+        found = _inspect(options)
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if options.json else "\n".join(found.lines()))
+    return 0
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -81,7 +88,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def _inspect(options: argparse.Namespace) -> Any:
     hide_library_notes()
     import datasets
 
@@ -99,7 +106,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if max_length is None:
         limits = (positions(options.model_name_or_path), getattr(tokenizer, "model_max_length", None))
         max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
-    found = inspect(
+    return inspect(
         load(options.file, options.split, options.dataset_config),
         tokenizer,
         options.method,
@@ -114,11 +121,10 @@ def _inspect(options: argparse.Namespace) -> int:
         columns=columns_of(options.columns) if options.columns else None,
         skip_bad_rows=options.skip_bad_rows,
     )
-    print(json.dumps(found.to_dict(), ensure_ascii=False) if options.json else "\n".join(found.lines()))
-    return 0
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """What was done, for programs and for people."""
     output = Path(options.output)
     if output.suffix != ".jsonl":
         raise UsageError(f"{output} does not end in .jsonl: one JSON object a line is written.")
@@ -143,9 +149,6 @@ def _convert(options: argparse.Namespace) -> int:
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
-    if options.json:
-        done = {"output": str(output), "to": options.to, "rows_read": found.rows_read, "rows_written": len(found.rows)}
-        print(json.dumps({**done, "unreadable": found.unreadable, "unused": found.unused, "read_as": found.sentence}))
-    else:
-        print("\n".join(found.lines()), f"{output} holds them", sep="\n", file=sys.stdout)
-    return 0
+    done = {"output": str(output), "to": options.to, "rows_read": found.rows_read, "rows_written": len(found.rows)}
+    done |= {"unreadable": found.unreadable, "unused": found.unused, "read_as": found.sentence}
+    return done, [*found.lines(), f"{output} holds them"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes
+from trl.cli import CommandParser, UsageError, hide_library_notes, notices_aside
 
 DESCRIPTION = """Measures a model, or an adapter on one, on a data set: exact match, pass@k, reward, win rate,
 perplexity. Each number has a confidence interval: Wilson's for shares, else the bootstrap's over prompts or rows. The
@@ -31,33 +31,10 @@ def run(argv: Sequence[str], command: str) -> int:
         raise UsageError(f"--metrics is missing: some of {', '.join(METRICS)}.")
     if options.output and Path(options.output).exists():
         raise UsageError(f"{options.output} exists: name another file, or remove it.")
-    hide_library_notes()
-    import datasets
-
-    datasets.disable_progress_bars()
-    if options.dataset_name:  # before the model is loaded, which takes longer
-        from trl.data.reading.sources import load
-
-        rows = load(options.dataset_name, options.split, options.dataset_config)
-        rows = rows.select(range(min(options.limit or len(rows), len(rows))))
-    model, tokenizer = _opened(options)
-    estimates: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
-    if options.dataset_name:
-        found = _measured(model, tokenizer, rows, options)
-        estimates, settings = dict(found.estimates), found.settings
-        if options.output:
-            with open(options.output, "x", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples)
-    if options.tasks:
-        from trl.evaluate.harness import evaluate_tasks
-
-        estimates |= evaluate_tasks(
-            model, tokenizer, options.tasks, num_fewshot=options.num_fewshot, limit=options.limit, seed=options.seed
-        )
+    with notices_aside(options.json):
+        estimates, settings = _measured(options)
     if options.json:
         named = {name: estimate.to_dict() for name, estimate in estimates.items()}
-        settings = {"model": options.model_name_or_path, "dataset": options.dataset_name, **settings}
         print(json.dumps({"estimates": named, "settings": settings}, ensure_ascii=False))
     else:
         wide = max(map(len, estimates))
@@ -65,6 +42,41 @@ def run(argv: Sequence[str], command: str) -> int:
         if options.output and options.dataset_name:
             print(f"{options.output} holds the completions")
     return 0
+
+
+def _measured(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The estimates by name, and how they were made."""
+    hide_library_notes()
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    # What can be wrong is looked at before the model is loaded, which takes longer.
+    if options.tasks:
+        from trl.evaluate.harness import evaluate_tasks, require_lm_eval
+
+        require_lm_eval(options.tasks)
+    if options.dataset_name:
+        from trl.data.reading.sources import load
+
+        split = options.split or ("train" if Path(options.dataset_name).is_file() else "test")  # a file has one split
+        rows = load(options.dataset_name, split, options.dataset_config)
+        rows = rows.select(range(min(options.limit or len(rows), len(rows))))
+    model, tokenizer = _opened(options)
+    estimates: dict[str, Any] = {}
+    settings: dict[str, Any] = {"model": options.model_name_or_path, "dataset": options.dataset_name}
+    if options.dataset_name:
+        found = _on_rows(model, tokenizer, rows, options)
+        estimates, settings = dict(found.estimates), {**settings, **found.settings}
+        if options.output:
+            with open(options.output, "x", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples)
+    if options.tasks:
+        estimates |= evaluate_tasks(
+            model, tokenizer, options.tasks, num_fewshot=options.num_fewshot, limit=options.limit, seed=options.seed
+        )
+    return estimates, settings
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -81,7 +93,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add = data.add_argument
     add("--dataset_name", metavar="NAME", help="data set: a file, a folder, or a name that `datasets` knows")
     add("--dataset_config", metavar="NAME", help="configuration of a named data set")
-    add("--split", default="test", metavar="NAME", help="split, or a slice of one: test[:100] [test]")
+    add("--split", metavar="NAME", help="split, or a slice of one: test[:100] [test; a file: all of it]")
     add("--columns", metavar="NAMES", help="which column is which part: prompt=question")
     add("--limit", type=_count, metavar="N", help="rows to measure on, from the first on [all]")
     add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"some of {', '.join(METRICS)}")
@@ -138,7 +150,7 @@ def _opened(options: argparse.Namespace, name: str | None = None) -> tuple[Any, 
     return model, tokenizer
 
 
-def _measured(model: Any, tokenizer: Any, rows: Any, options: argparse.Namespace) -> Any:
+def _on_rows(model: Any, tokenizer: Any, rows: Any, options: argparse.Namespace) -> Any:
     from trl.config import columns_of
     from trl.evaluate.evaluation import evaluate
 

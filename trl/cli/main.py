@@ -53,6 +53,8 @@ def help_text() -> str:
         "  -h, --help     this text; after a command, its options",
         "  -V, --version  the version of trl",
         "  --debug        show the traceback of an error (or set TRL_DEBUG=1)",
+        "",
+        "exit status: 0 done, 1 failed (the demo: did not learn), 2 wrong command line or file, 130 interrupted",
     ]
     return "\n".join(lines)
 

@@ -101,14 +101,15 @@ class Inspection:
         lines = [how, *self.report.lines()[:-1]]  # the sample, which is shortened, is left out
         lines.append("longest rows: " + ", ".join(f"{row} ({tokens:,} tokens)" for row, tokens in self.longest))
         if self.rows_cut:
-            each = [f"{found['row']} ({found['lost']:,} of {found['tokens']:,} tokens)" for found in self.cut]
+            each = [f"row {at['row']} loses {at['lost']:,} of {at['tokens']:,} tokens" for at in self.cut]
             more = ", …" if self.rows_cut > len(each) else ""
-            lines.append(f"rows cut: {self.rows_cut:,}: {', '.join(each)}{more}")
+            lines.append(f"rows cut: {self.rows_cut:,} in all: {', '.join(each)}{more}")
         else:
             lines.append("rows cut: none")
         more = ", …" if self.rows_repeated > len(self.duplicates) else ""
-        each = [f"{row} is row {first}" for row, first in self.duplicates]
-        lines.append(f"duplicates: {self.rows_repeated:,}: {', '.join(each)}{more}" if each else "duplicates: none")
+        each = [f"row {row} is row {first} again" for row, first in self.duplicates]
+        found = f"{self.rows_repeated:,} in all: {', '.join(each)}{more}" if each else "none"
+        lines.append(f"duplicates: {found}")
         if self.prompts_repeated:
             lines.append(f"prompts that an earlier row has too: {self.prompts_repeated:,}")
         if self.rows:

@@ -9,6 +9,18 @@ from torch import nn
 from trl.evaluate.intervals import Estimate, normal
 
 
+def require_lm_eval(tasks: Sequence[str]) -> Any:
+    """The module `lm_eval`. ImportError, which names the tasks and the extra, without it."""
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ImportError(
+            f"the tasks {', '.join(tasks)} are those of lm-eval, which is not installed: pip install 'trl[lm-eval]' "
+            f"({error})"
+        ) from error
+    return lm_eval
+
+
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -32,14 +44,9 @@ def evaluate_tasks(
     Returns the numbers as "task/metric", with the interval of the normal distribution by the library's standard error;
     without an interval where it gives none. ImportError without lm-eval.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError(
-            f"the tasks {', '.join(tasks)} are those of lm-eval, which is not installed: pip install 'trl[lm-eval]' "
-            f"({error})"
-        ) from error
+    lm_eval = require_lm_eval(tasks)
+    from lm_eval.models.huggingface import HFLM
+
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     answer = lm_eval.simple_evaluate(
         model=wrapped,
