@@ -182,7 +182,8 @@ def inspect(
     wanted = recipe_of(method, **options)
     _, report = recipe.prepare(wanted, dataset, tokenizer, name=name, num_proc=num_proc)
     limits = ("max_length", "max_prompt_length", "max_completion_length")
-    free = replace(wanted, **{limit: None for limit in limits if limit in type(wanted).__dataclass_fields__})
+    none: dict[str, Any] = {limit: None for limit in limits if limit in type(wanted).__dataclass_fields__}
+    free = replace(wanted, **none)
     whole, _ = recipe.prepare(free, dataset, tokenizer, name=name, num_proc=num_proc)
     parts = [column for column in _PARTS if column in whole.column_names]
     shown = [_inspected(wanted, tokenizer, whole[at], parts) for at in range(min(rows, len(whole)))]

@@ -150,7 +150,7 @@ def _read(shape: Shape, values: Mapping[str, Any], row: int) -> Sample:
         answer = answer_of(values["completion"], wheres["completion"])
         prompt = dialogue_of(asked, values.get("input"), values.get("system"))
         return Sample(prompt, ([{"role": "assistant", "content": answer}],), (True,))
-    sides = []
+    sides: list[Any] = []
     for part, role in (("prompt", "user"), ("completion", "assistant")):
         value = values[part]
         if not shape.conversational:

@@ -123,8 +123,9 @@ def evaluate(
             max_new_tokens, heat, top_k=top_k, top_p=top_p, stop_ids=tuple(sorted(stop_ids(model, tokenizer)))
         )
         settings |= {"num_generations": num_generations, "temperature": heat, "max_new_tokens": max_new_tokens}
-        options = {"columns": columns, "chat_template_kwargs": chat_template_kwargs}
-        rows, _ = prepare_prompts(dataset, tokenizer, name="test", **options)
+        rows, _ = prepare_prompts(
+            dataset, tokenizer, name="test", columns=columns, chat_template_kwargs=chat_template_kwargs
+        )
         drawn = _Drawn(rows, tokenizer, model, sampling, num_generations, seed)
         samples = drawn.shown()
         exact = "exact_match" in metrics or ("pass@k" in metrics and reward_funcs is None)
