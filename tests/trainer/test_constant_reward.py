@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import trl
+from trl import notices
 from tests.trainer.helpers import DEFAULTS, tiny
 
 PROMPTS = [{"prompt": f"say {word} and stop"} for word in ("red", "old", "stone", "cat")]
@@ -55,6 +56,7 @@ def run(path, tokenizer, values, method="GRPO", **settings):
     ],
 )
 def test_when_a_run_ends(tmp_path, tokenizer, capsys, values, limit, steps):
+    notices._printed.clear()
     trainer = run(tmp_path, tokenizer, values, stop_after_constant_rounds=limit)
     assert trainer.state.global_step == steps
     said = "every completion of the last 3 rounds got the reward" in capsys.readouterr().out

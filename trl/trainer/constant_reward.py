@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl.losses.advantages import total_reward
+from trl.notices import notify_once
 from trl.rollout.traces import ScoredTrace
 
 from .method import Component
@@ -34,12 +35,11 @@ class ConstantReward(Component):
         trainer.control.should_training_stop = True
         if trainer.is_world_process_zero():
             names = ", ".join(trainer.rewards.names)
-            print(
-                f"trl: training ends after step {trainer.state.global_step + 1}: every completion of the last "
+            notify_once(
+                f"training ends after step {trainer.state.global_step + 1}: every completion of the last "
                 f"{self.rounds} rounds got the reward {low:g}, from which nothing is learnt "
                 f"(stop_after_constant_rounds={limit}). Check {names} on the completions that log_completions shows, "
-                "give easier or harder prompts, or raise the temperature",
-                flush=True,
+                "give easier or harder prompts, or raise the temperature"
             )
 
     def state(self, trainer: Any) -> dict[str, Any]:
