@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import trl
-from trl import notices
 from tests.trainer.helpers import DEFAULTS, tiny
+from trl import notices
 
 PROMPTS = [{"prompt": f"say {word} and stop"} for word in ("red", "old", "stone", "cat")]
 

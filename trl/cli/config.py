@@ -33,6 +33,7 @@ def run(argv: Sequence[str], command: str) -> int:
     options = parser.parse_args(argv)
     if options.method not in methods:
         raise UsageError(f"there is no method {options.method}{nearest(options.method, methods)}")
+    hide_library_notes()
     if options.file is not None:
         return _check(options.method, options.file, options.json)
     flags = train.training_parser(options.method).flags
@@ -104,7 +105,6 @@ def _check(method: str, path: str, as_json: bool) -> int:
 def _tried(parser: Any, method: str, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What is wrong with options, and what is to be said of them, as a training command would say it. What the command
     line usually adds, the model and the data, may be missing."""
-    hide_library_notes()
     from trl.options import check_trackers
 
     added = {} if values.get("datasets") else {"dataset_name": "data"}
