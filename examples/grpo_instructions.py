@@ -173,7 +173,15 @@ def write_csv(file: Path, trained: Sequence[Point], held_out: Sequence[Point]) -
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def svg(trained: Sequence[Point], held_out: Sequence[Point], title: str) -> str:
+def svg(
+    trained: Sequence[Point],
+    held_out: Sequence[Point],
+    title: str,
+    *,
+    axis: str = "mean reward",
+    across: str = "optimizer step",
+    what: str = "prompts",
+) -> str:
     """The two curves as a picture: training rewards, and held-out rewards with whiskers for their intervals."""
     left, top, wide, high = 64, 44, 600, 280  # the frame of the curves
     last = max(each.step for each in [*trained, *held_out]) or 1
@@ -208,8 +216,8 @@ def svg(trained: Sequence[Point], held_out: Sequence[Point], title: str) -> str:
         parts += [text(x(step), top + high + 20, str(step))]
     parts += [
         line([(left, top), (left, top + high), (left + wide, top + high)], 'stroke="#222"'),
-        text(left + wide / 2, top + high + 42, "optimizer step"),
-        text(0, 0, "mean reward", more=f' transform="translate(18 {top + high / 2}) rotate(-90)"'),
+        text(left + wide / 2, top + high + 42, across),
+        text(0, 0, axis, more=f' transform="translate(18 {top + high / 2}) rotate(-90)"'),
         line([(x(each.step), y(each.reward)) for each in trained], f'stroke="{grey}" stroke-width="1.5"'),
         line([(x(each.step), y(each.reward)) for each in held_out], f'stroke="{blue}" stroke-width="2.5"'),
     ]
@@ -218,7 +226,8 @@ def svg(trained: Sequence[Point], held_out: Sequence[Point], title: str) -> str:
         whisker = [(at - 5, low), (at + 5, low), (at, low), (at, high_end), (at - 5, high_end), (at + 5, high_end)]
         parts += [line(whisker, f'stroke="{blue}" stroke-width="1.5"')]
         parts += [f'<circle cx="{at:.1f}" cy="{y(each.reward):.1f}" r="4" fill="{blue}"/>']
-    for place, (colour, name) in enumerate([(blue, "held-out prompts, 95 % interval"), (grey, "training prompts")]):
+    names = [(blue, f"held-out {what}, 95 % interval"), *([(grey, f"training {what}")] if trained else [])]
+    for place, (colour, name) in enumerate(names):
         level = top + high - 40 + 20 * place
         parts += [
             line([(left + wide - 240, level), (left + wide - 212, level)], f'stroke="{colour}" stroke-width="2.5"')

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     **dict.fromkeys(("losses", "data", "config", "compat", "options", "methods", "near", "notices", "version"), 0),
     **dict.fromkeys(("engine", "models", "checkpoint"), 1),
-    **dict.fromkeys(("rewards",), 2),
+    **dict.fromkeys(("rewards", "plan"), 2),
     **dict.fromkeys(("rollout",), 3),
     **dict.fromkeys(("trainer",), 4),
     **dict.fromkeys(("demo", "callbacks", "evaluate"), 5),

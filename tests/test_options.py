@@ -14,7 +14,7 @@ from trl.losses import policy, preference, reference_free
 
 METHODS = (
     *("SFT", "DPO", "KTO", "ORPO", "CPO", "BCO", "Reward", "PRM", "GRPO", "RLOO", "PPO"),
-    *("OnlineDPO", "XPO", "NashMD", "GKD", "Distillation", "MiniLLM"),
+    *("OnlineDPO", "XPO", "NashMD", "GKD", "Distillation", "MiniLLM", "IterativeSFT"),
 )
 CONFIGS = [getattr(trl, f"{name}Config") for name in METHODS]
 

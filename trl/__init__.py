@@ -15,7 +15,13 @@ if TYPE_CHECKING:
         LogCompletionsCallback as LogCompletionsCallback,
     )
     from .callbacks import (
+        MergeModelCallback as MergeModelCallback,
+    )
+    from .callbacks import (
         SyncRefModelCallback as SyncRefModelCallback,
+    )
+    from .callbacks import (
+        WeaveCallback as WeaveCallback,
     )
     from .callbacks import (
         WinRateCallback as WinRateCallback,
@@ -255,10 +261,12 @@ _HOMES = {
     "FDivergenceType": "trl.compat.table",
     "FixedKLController": "trl.trainer.kl_control",
     "LogCompletionsCallback": "trl.callbacks",
+    "MergeModelCallback": "trl.callbacks",
     "ModelConfig": "trl.config",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
     "TrlParser": "trl.cli.parser",
+    "WeaveCallback": "trl.callbacks",
     "WinRateCallback": "trl.callbacks",
     "apply_chat_template": "trl.data.convert",
     "clone_chat_template": "trl.models.vocabulary",

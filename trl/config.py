@@ -213,7 +213,8 @@ class SequenceFields:
         },
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Skip and count rows that cannot be read, instead of stopping."}
+        default=False,
+        metadata={"help": "Skip and count rows, and lines of files, that cannot be read, instead of stopping."},
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that preprocess the data."})
     eos_token: str | None = field(default=None, metadata={"help": "End-of-sequence token. Default: the tokenizer's."})

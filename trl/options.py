@@ -205,6 +205,16 @@ UNUSED: dict[str, dict[str, Row]] = {
         "eval_packing": _EVALUATES,
         "share_prompt": Never("each row of SFT is one sequence, so no prompt is shared"),
     },
+    "IterativeSFTConfig": {
+        "packing": Given("eval_dataset", "evaluation rows alone are packed; those of a step have no padding as it is"),
+        "eval_steps": _EVALUATES,
+        "eval_delay": Never("eval_steps says when step evaluates"),
+        "num_train_epochs": Never("each call of step trains on its rows once"),
+        **dict.fromkeys(
+            ("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+            Never("the loop is your own: call save_model where it should save"),
+        ),
+    },
     "PreferenceFields": {"generate_during_eval": _EVALUATES},
     "ReferenceFields": {
         "precompute_ref_batch_size": Needs("precompute_ref_log_probs"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -42,18 +41,13 @@ def trl_command(tmp_path: Path) -> Command:
 def trl_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The same in this process, which has loaded everything: for what a process of its own does not change."""
     monkeypatch.chdir(tmp_path)
-    handlers = logging.getLogger("trl").handlers
-    before = list(handlers)
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         typed = [*map(str, arguments)]
         notices._printed.clear()
         out, err = io.StringIO(), io.StringIO()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = main(typed)
-        finally:
-            handlers[:] = before
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(typed)
         return subprocess.CompletedProcess(typed, status, out.getvalue(), err.getvalue())
 
     return run

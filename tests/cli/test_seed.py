@@ -12,8 +12,17 @@ from safetensors.torch import load_file
 
 from tests.trainer.helpers import chat_rows, labelled_rows, pair_rows, step_rows
 from trl.cli.main import main
+from trl.methods import METHODS
 
-JUDGED = ("--num_generations", 2, "--max_completion_length", 4, "--reward_funcs", "get_length_reward(target=3)")
+SHORT = ("--max_completion_length", 4)
+JUDGED = (*SHORT, "--reward_funcs", "get_length_reward(target=3)")
+TAUGHT = ("--teacher_model_name_or_path", "TINY")
+
+
+def prompt_rows(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": row["prompt"]} for row in pair_rows(count)]
+
+
 COMMANDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "sft": (chat_rows, ()),
     "dpo": (pair_rows, ()),
@@ -23,16 +32,30 @@ COMMANDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bco": (labelled_rows, ()),
     "reward": (pair_rows, ()),
     "prm": (step_rows, ()),
-    "grpo": (pair_rows, JUDGED),
-    "rloo": (pair_rows, JUDGED),
+    "grpo": (prompt_rows, (*JUDGED, "--num_generations", 2)),
+    "rloo": (prompt_rows, (*JUDGED, "--num_generations", 2)),
+    "ppo": (prompt_rows, JUDGED),
+    "online-dpo": (prompt_rows, JUDGED),
+    "xpo": (prompt_rows, JUDGED),
+    "nash-md": (prompt_rows, JUDGED),
+    "gkd": (chat_rows, (*TAUGHT, "--max_new_tokens", 4, "--lmbda", 1)),
+    "distillation": (prompt_rows, (*TAUGHT, *SHORT)),
+    "minillm": (prompt_rows, (*TAUGHT, *SHORT, "--num_generations", 2)),
 }
+SLOW = ("nash-md", "gkd", "distillation", "minillm")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_here() -> None:
+    assert set(COMMANDS) == {name for name, method in METHODS.items() if method.command}
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
+)
 def test_equal_seeds_give_equal_adapters(tiny_path: str, tmp_path: Path, command: str) -> None:
     make, options = COMMANDS[command]
-    rows = [{"prompt": row["prompt"]} for row in make(4)] if options else make(4)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make(4)))
+    options = tuple(tiny_path if option == "TINY" else option for option in options)
 
     def trained(name: str, seed: int, drawn: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(drawn)
@@ -43,7 +66,9 @@ def test_equal_seeds_give_equal_adapters(tiny_path: str, tmp_path: Path, command
             *("--save_strategy", "no", "--report_to", "none", *options),
         )
         assert main([str(each) for each in arguments]) == 0
-        return load_file(tmp_path / name / "adapter_model.safetensors")
+        files = sorted((tmp_path / name).glob("*.safetensors"))  # a value head has one of its own
+        assert (tmp_path / name / "adapter_model.safetensors") in files
+        return {f"{file.name}: {key}": weight for file in files for key, weight in load_file(file).items()}
 
     first, again = trained("first", 7, drawn=1), trained("again", 7, drawn=2)
     assert first.keys() == again.keys()

@@ -54,6 +54,20 @@ def test_sft_trains_an_adapter_and_says_what_comes_next(
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").base_model.model.config.hidden_size == 64
 
 
+def test_broken_lines_and_rows_are_left_out(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:
+    rows_file.write_text('{"messages": [\n{"messages": null}\n' + rows_file.read_text())
+    typed = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--output_dir", "out", *FEW)
+    answer = trl_here(*typed)
+    assert answer.returncode != 0 and "line 1 is not valid JSON" in answer.stderr
+    assert "--skip_bad_rows" in answer.stderr and not (tmp_path / "out").exists()
+    answer = trl_here(*typed, "--skip_bad_rows")
+    assert answer.returncode == 0, answer.stderr
+    # Once, in the second command of this process too.
+    assert answer.stdout.count("1 line cannot be read and is left out by skip_bad_rows: line 1 is not valid") == 1
+    assert "9 rows read" in answer.stdout
+    assert "1 row dropped: cannot be read, left out by skip_bad_rows (row 0)" in answer.stdout
+
+
 def test_a_yaml_file_gives_options_and_the_command_line_overrides_them(
     trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +117,7 @@ def test_evaluation_without_rows_of_its_own(trl_here: Command, tiny_path: str, r
     )
     assert answer.returncode == 2
     assert "has no split `test`" in answer.stderr
-    assert "--dataset_test_split" in answer.stderr
+    assert "--test_split_size 0.05" in answer.stderr
 
 
 def test_rows_that_cannot_be_read(trl_here: Command, tiny_path: str, tmp_path: Path) -> None:
@@ -248,7 +262,12 @@ def test_a_random_share_of_one_data_set_is_set_aside(
     )  # fmt: skip
     mixture = types.SimpleNamespace(datasets=[], test_split_size=0.25)
     asked = [
-        train.rows(options, mixture, types.SimpleNamespace(eval_strategy="steps", do_eval=True, seed=seed), None)
+        train.rows(
+            options,
+            mixture,
+            types.SimpleNamespace(eval_strategy="steps", do_eval=True, seed=seed, skip_bad_rows=False),
+            None,
+        )
         for seed in (0, 0, 1, 2, 3)
     ]
     texts = [[row["messages"][0]["content"] for row in test] for _, test in asked]

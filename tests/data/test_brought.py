@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from trl.data.batching.batches import StreamBatches
 from trl.data.mixture import DatasetMixtureConfig, load_mixture
 from trl.data.reading.errors import DataError
 from trl.data.reading.formats import detect
+from trl.data.reading.lines import line_of
 from trl.data.reading.messages import messages_of, pop_flags
 from trl.data.reading.sources import load
 from trl.data.report import show
@@ -303,9 +306,96 @@ def test_the_first_twenty(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="^At least 30 rows cannot be read. These are the first 20. skip_"):
         prepare_sequences(load(rows).select(range(31)), word_tokenizer(), num_proc=None)
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n{"text":\n{"text": "b"}\n[]\n')
-    with pytest.raises(DataError, match="line 2 is not valid JSON .* line 4 is not a JSON object"):
+    path.write_text('{"text": "a"}\n' + '{"text":\n[]\n' * 11)
+    with pytest.raises(DataError) as error:
         load(str(path))
+    faults = [f"line {number} is not {'valid JSON (Expecting value)' if number % 2 == 0 else 'a JSON object'}."
+              for number in range(2, 22)]  # fmt: skip
+    assert str(error.value) == (
+        f"Cannot read '{path}': {' '.join(faults)} And 2 more. Correct or remove the line. skip_bad_rows=True "
+        "(--skip_bad_rows) leaves such lines out."
+    )
+
+
+LINES = [  # of a file: three rows and what is no row
+    b'\xef\xbb\xbf{"text": "hello"}',
+    b'{"text": ',
+    b"",
+    b'["hello"]',
+    b'{"text": "good", "text": "day"}',
+    b'{"text": "caf\xe9"}',
+    b'{"text": "\\ud800"}',
+    b'{"text": null}',
+    b'{"text": "bye"}',
+]
+FAULTS = (
+    "line 2 is not valid JSON (Expecting value). line 4 is not a JSON object. line 5 has the field 'text' twice. "
+    "line 6 is not UTF-8 (byte 0xe9). line 7 holds half of a surrogate pair, which is no character."
+)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.jsonl.zst"])
+def test_broken_lines_are_named_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    path = tmp_path / name
+    content = b"\n".join(LINES)
+    if name.endswith("zst"):
+        with pyarrow.output_stream(str(path), compression="zstd") as packed:
+            packed.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(DataError, match=re.escape(f"Cannot read '{path}': {FAULTS} Correct or remove the line.")):
+        load(path)
+    rows = load(path, skip_bad_rows=True)
+    assert rows["text"][:] == ["hello", None, "bye"]
+    assert caplog.messages == [f"{path}: 5 lines cannot be read and are left out by skip_bad_rows: {FAULTS}"]
+    with pytest.raises(DataError, match=f"line 8 of '{path}'"):  # a row's line is that of the file
+        prepare_sequences(rows, word_tokenizer())
+    prepared, report = prepare_sequences(rows, word_tokenizer(), skip_bad_rows=True)
+    assert prepared["row"][:] == [0, 2] and report.rows_read == 3
+    mixed = load_mixture([str(path)], skip_bad_rows=True)["train"]
+    assert len(mixed) == 3
+
+
+def test_broken_lines_of_streams_folders_and_tables(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    path = tmp_path / "rows" / "b.jsonl"
+    path.write_bytes(b"\n".join(LINES))
+    (tmp_path / "rows" / "a.jsonl").write_text('{"text": "first"}\n')
+    left = ["hello", None, "bye"]
+
+    with pytest.raises(DataError, match=re.escape(f"Cannot read '{path}': {FAULTS}")):
+        prepare_sequences(load(path, streaming=True), word_tokenizer())
+    stream = load(path, streaming=True, skip_bad_rows=True)
+    assert [row["text"] for row in stream] == left
+    with pytest.raises(DataError, match=f"line 8 of '{path}'"):
+        prepare_sequences(stream, word_tokenizer())
+    assert [row["row"] for row in prepare_sequences(stream, word_tokenizer(), skip_bad_rows=True)[0]] == [0, 2]
+
+    with pytest.raises(DataError, match="b.jsonl': line 2 is not valid JSON"):
+        load(tmp_path / "rows")
+    for streaming in (False, True):
+        rows = load(tmp_path / "rows", skip_bad_rows=True, streaming=streaming)
+        assert [row["text"] for row in rows] == ["first", *left]
+        rows = load("json", data_files={"train": [str(path)]}, skip_bad_rows=True, streaming=streaming)
+        assert [row["text"] for row in rows] == left
+    with pytest.raises(DataError, match="b.jsonl': line 2 is not valid JSON"):
+        load("json", data_files=str(path))
+    with pytest.raises(DataError, match="b.jsonl': line 2 is not valid JSON"):
+        prepare_sequences(load(tmp_path / "rows", streaming=True), word_tokenizer())
+
+    table = tmp_path / "rows.csv"
+    table.write_text('prompt,completion\na,b\nc,"d\nd",e\nf,"g\ng"\n')
+    with pytest.raises(DataError, match="line 3 has 3 fields, but the first line names 2 columns. Put quotes around"):
+        load(table)
+    with pytest.raises(DataError, match="rows.csv': line 3 has 3 fields"):
+        prepare_sequences(load(table, streaming=True), word_tokenizer())
+    rows = load(table, skip_bad_rows=True)
+    assert rows["prompt"][:] == ["a", "f"] and rows["completion"][:] == ["b", "g\ng"]
+    assert line_of(rows, [0, 1]) == f" (line 2, 5 of '{table}')"
+
+    path.write_text("nothing\n" * 3)  # no line is left
+    with pytest.raises(DataError, match="line 1 is not valid JSON"):
+        load(path, skip_bad_rows=True)
 
 
 # -- the end of a turn ----------------------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ def test_streams(files: dict[str, str]) -> None:
     stream, report = mixture.prepare(Sequences(assistant_only_loss=True), chatml())
     lists, _ = load_mixture(config.datasets)["train"].prepare(Sequences(assistant_only_loss=True), chatml())
     assert [row["input_ids"] for row in stream] == lists["input_ids"][:]
+    assert lists["row"][:] == [0, 1, 2, 3, 4]
+    assert [row["row"] for row in stream] == [0, 1, 2, 3, 10**12]  # by part, whose length a stream does not tell
     assert (report.rows_read, report.looked_at) == (5, 5)
     half = DatasetMixtureConfig([{"path": files["talks"], "fraction": 0.5}], streaming=True)
     rows = [row["id"] for row in load_mixture(half, seed=1)["train"].parts[0].rows]

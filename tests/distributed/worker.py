@@ -173,8 +173,17 @@ def sharded_preferences(out, tokenizer):
         assert any((before[name] != weight).any() for name, weight in after.items())
         torch.save(run.method_state(), out / f"state-{dist.get_rank()}.pt")
         run.reference.policy.follow(run.model, 1.0)
-        run.load_method_state(torch.load(out / f"state-{dist.get_rank()}.pt", weights_only=True))
+        state = torch.load(out / f"state-{dist.get_rank()}.pt", weights_only=True)
+        run.load_method_state(state)
         assert all(torch.equal(weight, after[name]) for name, weight in run.reference.policy.weights().items())
+        if adapter:  # a resumed run reads the checkpoint before the policy, and the twin in it, is sharded
+            again = preferring("dpo", out / "run", tokenizer, 5, True, per_device_train_batch_size=2,
+                               sync_ref_model=True, ref_model_sync_steps=100, bf16=half)  # fmt: skip
+            again.load_method_state(state)
+            fsdp2_prepare_model(Cpu(half), again.model)
+            again.accelerator.prepare_model = lambda model, **_: model
+            again.train()
+            assert all(torch.equal(weight, after[name]) for name, weight in again.reference.policy.weights().items())
         try:
             run.load_method_state({"reference": {name: each.new_zeros(99) for name, each in after.items()}})
         except ValueError as error:

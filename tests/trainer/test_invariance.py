@@ -1,12 +1,15 @@
 """Any split of the same rows gives the same loss and gradient. Later methods add a line to `METHODS`."""
 
+import datasets
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+import trl
 import trl.engine.probe as engine_probe
 from tests.trainer import test_distillation
 from tests.trainer.helpers import (
+    DEFAULTS,
     chat_rows,
     first_gradient,
     labelled_rows,
@@ -48,8 +51,27 @@ def comparing(name, **fixed):
     return make
 
 
+class StepOnChats(trl.IterativeSFTTrainer):
+    """A loop of one's own in the place of `train`: one call of `step` on 16 conversations, their answers labelled."""
+
+    def train(self):
+        rows, _ = self.rows(datasets.Dataset.from_list(chat_rows(16)), "train")
+        labels = [
+            [token if trains else -100 for token, trains in zip(row["input_ids"], row["loss_mask"], strict=True)]
+            for row in rows
+        ]
+        self.step(input_ids=[row["input_ids"] for row in rows], labels=labels)
+
+
+def stepping(path, tokenizer, **settings):
+    settings = {**DEFAULTS, "assistant_only_loss": True, **settings, "max_steps": -1}
+    config = trl.IterativeSFTConfig(output_dir=str(path), **settings)
+    return StepOnChats(tiny(tokenizer), config, processing_class=tokenizer)
+
+
 METHODS = {
     "sft": lambda path, tokenizer, **settings: sft(path, tiny(tokenizer), tokenizer, chat_rows(16), **settings),
+    "iterative-sft": stepping,
     "dpo": preferring("DPO", pair_rows),
     "dpo-mixed": preferring(
         "DPO", pair_rows, loss_type=["aot_unpaired", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from tests.trainer.helpers import tiny
@@ -76,6 +77,8 @@ def test_ids_padding_and_labels_are_the_texts(tokenizer, tmp_path):
         ({"input_ids": torch.tensor([[1, 2]])}, "must be a list"),
         ({"input_ids": [torch.tensor([1, 2])], "labels": [torch.tensor([1])]}, "1 entries for 2"),
         ({"input_ids": [torch.tensor([1, 2])], "labels": [torch.tensor([-100, -100])]}, "no trained token"),
+        ({"input_ids": [[1, 10**6]]}, "outside the model's vocabulary"),
+        ({"texts": []}, "texts is empty"),
     ],
 )
 def test_what_does_not_fit_is_an_error_before_anything_changes(given, said, tokenizer, tmp_path):
@@ -83,3 +86,25 @@ def test_what_does_not_fit_is_an_error_before_anything_changes(given, said, toke
     with pytest.raises(ValueError, match=said):
         trainer.step(**given)
     assert trainer.state.global_step == 0 and trainer.loop.model is None
+
+
+def test_options_without_effect_are_said(tokenizer, tmp_path, capsys):
+    make(tmp_path, tokenizer, packing=True, num_train_epochs=2, save_steps=7)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "packing=True has no effect without eval_dataset: evaluation rows alone are packed" in said
+    assert "num_train_epochs=2 has no effect here: each call of step trains on its rows once" in said
+    assert "save_steps=7 has no effect here: the loop is your own" in said
+
+
+def test_adapters_and_bfloat16_weights_train(tokenizer, tmp_path):
+    """bfloat16 weights take the steps of float32 ones: none is lost to rounding."""
+    model = tiny(tokenizer).to(torch.bfloat16)
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    for given, further in ((model, {}), (tiny(tokenizer), {"peft_config": peft_config})):
+        args = IterativeSFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, learning_rate=1e-3)
+        trainer = IterativeSFTTrainer(given, args, processing_class=tokenizer, **further)
+        before = {name: each.clone() for name, each in trainer.model.named_parameters()}
+        losses = [trainer.step(texts=TEXTS)["loss"] for _ in range(4)]
+        assert losses == sorted(losses, reverse=True)
+        for name, each in trainer.model.named_parameters():
+            assert each.requires_grad != torch.equal(each, before[name]), name

@@ -73,7 +73,7 @@ def make(
         model=model or tiny(tokenizer),
         reward_funcs=reward_funcs,
         args=getattr(trl, f"{method}Config")(**{**DEFAULTS, **settings}),
-        train_dataset=rows or PROMPTS,
+        train_dataset=PROMPTS if rows is None else rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
     )
@@ -261,6 +261,21 @@ def test_a_completion_ends_at_every_end_token_of_model_tokenizer_and_template(tm
     model.generation_config.eos_token_id = [text, 17, len(tokenizer) + 5]  # the last has no row in the model
     trainer = make(tmp_path, tokenizer, model=model, generation_kwargs={"eos_token_id": 23})
     assert set(trainer.sampling.stop_ids) == {text, turn, 17, 23}
+
+    ends, drawn = set(range(0, len(tokenizer), 9)), []  # of a random model, every ninth token
+    model.generation_config.eos_token_id = sorted(ends)
+
+    def kept(completion_ids, **_):
+        drawn.extend(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    make(tmp_path, tokenizer, model=model, reward_funcs=kept, canned=False, max_completion_length=9).train()
+    found = [[place for place, token in enumerate(ids, start=1) if token in ends | {text, turn}] for ids in drawn]
+    assert all(places in ([len(ids)], []) for places, ids in zip(found, drawn, strict=True))
+    ended = [len(ids) for places, ids in zip(found, drawn, strict=True) if places]
+    assert len(drawn) == 8 and 0 < len(ended) < 8 and min(ended) < 9
+    # A completion without an end token reaches the limit.
+    assert all(len(ids) == 9 for places, ids in zip(found, drawn, strict=True) if not places)
 
 
 def test_a_text_prompt_has_one_beginning(tmp_path, tokenizer):

@@ -2,14 +2,17 @@
 
 import json
 
+import datasets
 import pytest
 from datasets import IterableDataset, IterableDatasetDict
 from transformers import AutoTokenizer
 
-from tests.trainer.helpers import chat_rows, sft, tiny
+import trl
+from tests.trainer.helpers import chat_rows, sft, tiny, tiny_scorer
 from tests.trainer.test_online import PROMPTS, Canned, make
 from trl import SFTConfig, SFTTrainer
-from trl.data.mixture import load_mixture
+from trl.data.mixture import DatasetMixtureConfig, Mixture, MixturePart, load_mixture
+from trl.data.reading.sources import load
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,57 @@ def test_a_mix_of_prompts_is_drawn_from(tmp_path, tokenizer):
     assert set(seen) == {row["wanted"] for row in PROMPTS}
 
 
+def test_rows_of_mixed_streams_are_drawn_apart(tmp_path, tokenizer, capsys):
+    """Equal prompts at equal places of two streams: random numbers are named by the row."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(PROMPTS[0]) + "\n" for _ in range(2)))
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    mix = load_mixture(DatasetMixtureConfig(datasets=files, streaming=True))["train"]
+    trainer = make(tmp_path, tokenizer, rows=mix, per_device_train_batch_size=8, max_steps=1)
+    drawn = []
+
+    class Watched(Canned):
+        def generate(self, requests, sampling):
+            drawn.extend(requests)
+            return super().generate(requests, sampling)
+
+    trainer.sampler = Watched()
+    trainer.train()
+    assert [request.seed[-1] for request in drawn] == [0, 1, 10**12, 10**12 + 1]
+    assert len({request.seed for request in drawn}) == 4
+    assert "train: 4 prompts; a mix of 2 streams" in capsys.readouterr().out  # it is not read a second time
+
+
+@pytest.mark.parametrize("method", ["GRPO", "OnlineDPO"])
+def test_a_missing_column_of_a_mix_is_told_before_the_model_loads(tmp_path, method):
+    def reward(wanted, sought, **_):
+        return [0.0] * len(wanted)
+
+    def of(*parts):
+        streams = [{"rows": load(rows), **more} for rows, more in parts]
+        return Mixture([MixturePart(label="part", **part) for part in streams])
+
+    def trainer(**given):
+        args = getattr(trl, f"{method}Config")(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        return getattr(trl, f"{method}Trainer")("nowhere", reward_funcs=reward, args=args, **given)
+
+    bare, renamed = (PROMPTS, {}), (PROMPTS, {"columns": {"wanted": "sought"}})
+    whole = [{**row, "sought": 1} for row in PROMPTS]
+    missing = "reward function 'reward': it requires `sought`, and the data have no such column"
+    for given in (
+        {"train_dataset": of(bare, bare)},
+        {"train_dataset": {"train": load(PROMPTS), "test": load(whole)}},
+        {"train_dataset": whole, "eval_dataset": of(bare)},
+        {"train_dataset": whole, "eval_dataset": datasets.DatasetDict({"a": load(whole), "b": load(PROMPTS)})},
+    ):
+        with pytest.raises(ValueError, match=missing):
+            trainer(**given)
+    # A part that lacks it has None there; a column has its old name and its new one.
+    for mix in (of(bare, (whole, {})), of(bare, renamed)):
+        with pytest.raises(Exception, match="nowhere"):
+            trainer(train_dataset=mix)
+
+
 class Processor:
     """As a vision model's: a tokenizer, and a template of its own."""
 
@@ -131,6 +185,20 @@ def test_a_length_beyond_the_window_is_told_before_the_weights_load(tmp_path, ti
     config = SFTConfig(output_dir=str(tmp_path), max_length=4096, report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="max_length=4096 is beyond the model's window of 2,048 tokens: lower"):
         SFTTrainer(tiny_path, config, train_dataset=chat_rows(2))
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "Reward"])
+def test_a_length_beyond_the_window_of_a_model_at_hand(tmp_path, tokenizer, monkeypatch, method):
+    trainer = getattr(trl, f"{method}Trainer")
+    monkeypatch.setattr(trainer, "rows", lambda *_: pytest.fail("the rows were read"))
+    config = getattr(trl, f"{method}Config")(
+        output_dir=str(tmp_path), max_length=4096, report_to="none", use_cpu=True, bf16=False
+    )
+    model = tiny_scorer(tokenizer) if method == "Reward" else tiny(tokenizer)
+    window = model.config.max_position_embeddings
+    said = f"max_length=4096 is beyond the model's window of {window:,} tokens: .*from_pretrained\\(..., max_pos"
+    with pytest.raises(ValueError, match=said):
+        trainer(model, args=config, processing_class=tokenizer, train_dataset=chat_rows(2))
 
 
 @pytest.mark.parametrize("columns", ["q=question,a=answer", "q=question a=answer", '{"question": "q", "answer": "a"}'])

@@ -107,7 +107,7 @@ def _inspect(options: argparse.Namespace) -> Any:
         limits = (positions(options.model_name_or_path), getattr(tokenizer, "model_max_length", None))
         max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
     return inspect(
-        load(options.file, options.split, options.dataset_config),
+        load(options.file, options.split, options.dataset_config, skip_bad_rows=options.skip_bad_rows),
         tokenizer,
         options.method,
         rows=options.rows,
@@ -139,7 +139,7 @@ def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
     datasets.disable_progress_bars()
     columns = columns_of(options.columns) if options.columns else None
-    rows = load(options.file, options.split, options.dataset_config)
+    rows = load(options.file, options.split, options.dataset_config, skip_bad_rows=options.skip_bad_rows)
     found = convert(rows, options.to, columns, options.keep, options.skip_bad_rows)
     # The file appears whole: an interrupted command leaves none.
     part = output.with_name(f"{output.name}.part")

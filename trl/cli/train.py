@@ -97,10 +97,13 @@ def run(argv: Sequence[str], command: str) -> int:
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":  # only the first process prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _run(argv, command)
+        notices = _Notices()
+        logging.getLogger("trl").addHandler(notices)
+        stack.callback(logging.getLogger("trl").removeHandler, notices)  # a program may run several commands
+        return _run(argv, command, notices)
 
 
-def _run(argv: Sequence[str], command: str) -> int:
+def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     set_environment(argv)
     hide_library_notes()
 
@@ -131,8 +134,6 @@ def _run(argv: Sequence[str], command: str) -> int:
     if resume and (adapter is not None or adapter_base(model.model_name_or_path) is None):
         check_resumed(checkpoint.resolve(Path(config.output_dir), resume)[0], adapter)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
-    notices = _Notices()
-    logging.getLogger("trl").addHandler(notices)
     train_rows, test_rows = rows(script, mixture, config, notices)
     judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
     trainer = trainer_class(
@@ -267,20 +268,22 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     if mixture.datasets:
         if evaluates and mixture.test_split_size is None:
             raise UsageError("evaluation needs rows of its own: set some aside with --test_split_size 0.05.")
-        parts = load_mixture(mixture, seed=config.seed)
+        parts = load_mixture(mixture, config.seed, config.skip_bad_rows)
         return parts["train"], parts["test"] if evaluates else None
     name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming
     if mixture.test_split_size is not None:
         one = {"path": name, "name": config_name, "split": script.dataset_train_split}
-        split = load_mixture(DatasetMixtureConfig([one], streams, mixture.test_split_size), seed=config.seed)
+        parts = DatasetMixtureConfig([one], streams, mixture.test_split_size)
+        split = load_mixture(parts, config.seed, config.skip_bad_rows)
         train, test = (split[side].parts[0].rows for side in ("train", "test"))
         return train, test if evaluates else None
-    train = load(name, script.dataset_train_split, config_name, streaming=streams)
+    opening = {"streaming": streams, "skip_bad_rows": config.skip_bad_rows}
+    train = load(name, script.dataset_train_split, config_name, **opening)
     if not evaluates:
         return train, None
     # `load` notes that it takes the only split; here that is an error, so its notices are held back.
     notices.held = []
-    test = load(name, script.dataset_test_split, config_name, streaming=streams)
+    test = load(name, script.dataset_test_split, config_name, **opening)
     heard, notices.held = notices.held, None
     wanted = script.dataset_test_split.split("[")[0]
     # A file has one split, which `load` reads under any name. For training that is intended; for evaluation it would be

@@ -628,10 +628,10 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("init_zero_verbose",), "logging needs no set-up here"),
     (("BEMA*", "bema*"), f"{_RELEASE} moving average of the weights; SyncRefModelCallback moves a reference"),
     (
-        ("LogCompletionsCallback", "WeaveCallback", "RichProgressCallback"),
+        ("RichProgressCallback",),
         "log_completions=True in GRPOConfig shows and keeps completions, and transformers' callbacks show progress",
     ),
-    (("MergeModel*", "merge_model*", "MergeConfig"), "PEFT's merge_and_unload merges adapters, mergekit merges models"),
+    (("merge_models", "MergeConfig"), "trl.callbacks.merging merges models through mergekit"),
     (("*rofiling*",), "torch.profiler measures; transformers.Trainer runs it as a callback"),
     (("LengthSampler",), "random.randint draws a length"),
     (("DataCollatorForChatML", "*DataCollatorWithPadding"), "rows are tokenised and laid out by the trainer"),
@@ -671,6 +671,11 @@ PLACES: dict[tuple[str, str], tuple[str, str]] = {
         "DataCollatorForUnpairedPreference",
     ),
     ("utils", "DatasetConfig"): ("trl.data.mixture", "DatasetConfig"),
+    **{
+        (module, name): ("trl.callbacks.merging", name)
+        for module in ("mergekit_utils", "merge_model_callback")
+        for name in ("MergeConfig", "merge_models")
+    },
 }
 
 _ROWS = (("rows",), "`rows`, which returns the data set as the method trains on it")
@@ -762,6 +767,8 @@ PATHS = {
     "trl.experimental.judges": "",
     "trl.experimental.judges.judges": "",
     "trl.experimental.utils": "",
+    "trl.experimental.merge_model_callback": "",
+    "trl.mergekit_utils": "",
     **{f"trl.experimental.{method}": "" for method, row in _FILES.items() if row.experimental},
     **{
         f"trl.experimental.{method}.{method}_{part}": ""

@@ -16,6 +16,8 @@ from trl.data.tokenizing import recipe
 from trl.data.tokenizing.recipe import Recipe
 from trl.near import near
 
+STREAM_ROWS = 10**12  # the first row of a streamed part is numbered by a multiple of it: no length is known
+
 
 @dataclass
 class DatasetConfig:
@@ -124,8 +126,9 @@ class Mixture:
             tokenizer, name, num_proc: as in `recipe.prepare`.
 
         Returns the parts one after the other, as one table, or as one stream if a part is a stream, and the report. The
-        report has one for each part in `parts`. In a table, rows are numbered through all parts; in a stream, each part
-        has its own numbers. Raises `DataError` as `recipe.prepare` does; it names the part.
+        report has one for each part in `parts`. In a table, rows are numbered through all parts; in a stream, those
+        of the n-th part, counted from 0, begin at n * `STREAM_ROWS`. Raises `DataError` as `recipe.prepare` does; it
+        names the part.
         """
         columns = wanted.columns
         recipes = [dataclasses.replace(wanted, columns=part.columns or columns) for part in self.parts]
@@ -160,9 +163,10 @@ class Mixture:
         self, wanted: Recipe, tokenizer: PreTrainedTokenizerBase, name: str, recipes: Sequence[Recipe]
     ) -> tuple[Any, Any]:
         streams, reports = [], []
-        for part, own in zip(self.parts, recipes, strict=True):
+        for number, (part, own) in enumerate(zip(self.parts, recipes, strict=True)):
             with _named(part):
-                stream, report = recipe.prepare(own, part.rows, tokenizer, name=part.label)
+                first_row = number * STREAM_ROWS
+                stream, report = recipe.prepare(own, part.rows, tokenizer, name=part.label, first_row=first_row)
             streams.append(stream)
             reports.append(report)
         wanted.check_parts(reports)
@@ -215,17 +219,30 @@ def prepare(
     return recipe.prepare(wanted, rows, tokenizer, name=name, num_proc=num_proc)
 
 
+def columns_of(rows: Any, renamed: Mapping[str, str]) -> set[str] | None:
+    """The columns of a table, a stream or a `Mixture`, before and after they are renamed. A row of a `Mixture` has None
+    in the columns that only other parts have. None where the columns are not known."""
+    if isinstance(rows, Mixture):
+        found = [columns_of(part.rows, part.columns or renamed) for part in rows.parts]
+        return None if None in found else {column for columns in found for column in columns or ()}
+    names = getattr(rows, "column_names", None)
+    return {*names, *renamed, *renamed.values()} if isinstance(names, list) else None
+
+
 def is_stream(rows: Any) -> bool:
     """Whether the rows are a stream, or a mix of streams."""
     return isinstance(rows, datasets.IterableDataset) or isinstance(rows, Mixture) and rows.streaming
 
 
-def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) -> dict[str, Mixture]:
+def load_mixture(
+    config: DatasetMixtureConfig | Sequence[Any], seed: int = 0, skip_bad_rows: bool = False
+) -> dict[str, Mixture]:
     """Opens every data set of a mix.
 
     Args:
         config: a `DatasetMixtureConfig`, or a list of its `datasets`.
         seed: the seed of the rows that `fraction` and `test_split_size` draw; 0 by default.
+        skip_bad_rows: as in `sources.load`.
 
     Returns `{"train": Mixture}`, with "test" too if rows are set aside. Raises `DataError` for a mix without data sets,
     for one that cannot be opened, and for a split of a stream.
@@ -238,7 +255,9 @@ def load_mixture(config: DatasetMixtureConfig | Sequence[Any], seed: int = 0) ->
         raise DataError(
             "test_split_size cannot be taken of streams, whose length is not known: set streaming to false."
         )
-    parts = [_open(entry, config.streaming, seed + number) for number, entry in enumerate(config.datasets)]
+    parts = [
+        _open(entry, config.streaming, seed + number, skip_bad_rows) for number, entry in enumerate(config.datasets)
+    ]
     labels = [part.label for part in parts]
     for number, part in enumerate(parts):
         if labels.count(part.label) > 1:
@@ -253,7 +272,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> dict[str, Mixture]:
     return load_mixture(mixture_config)
 
 
-def _open(entry: DatasetConfig, streaming: bool, seed: int) -> MixturePart:
+def _open(entry: DatasetConfig, streaming: bool, seed: int, skip_bad_rows: bool) -> MixturePart:
     rows = load(
         entry.path,
         entry.split,
@@ -261,6 +280,7 @@ def _open(entry: DatasetConfig, streaming: bool, seed: int) -> MixturePart:
         data_dir=entry.data_dir,
         data_files=entry.data_files,
         streaming=streaming,
+        skip_bad_rows=skip_bad_rows,
     )
     if isinstance(entry.columns, list):
         missing = [column for column in entry.columns if column not in (rows.column_names or entry.columns)]

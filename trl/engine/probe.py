@@ -30,13 +30,8 @@ def attach(model: nn.Module) -> Attachment:
             f"{type(base).__name__} has neither a language-model head nor a scoring head: load "
             "it with AutoModelForCausalLM, or with AutoModelForSequenceClassification to train a reward model"
         )
-    _add_keyword(base)
-    configs = _configs(base)
-    if not hasattr(base, "_trl_attention"):
-        base._trl_attention = [config._attn_implementation for config in configs]
+    configs, attachment = _attached(base)
     config = base.config.get_text_config()
-    attachment = Attachment(True, None, _readout(config), pad_id=getattr(config, "pad_token_id", None) or 0)
-    base._trl_attachment = attachment
 
     with _probing(model), shards.gathered(model):
         reason = _chunked_reason(config) or _prompt_learning_reason(model)
@@ -55,6 +50,29 @@ def attach(model: nn.Module) -> Attachment:
             attachment.head_reason = f"{type(base).__name__} computes its scores with more than one layer"
     _agree(attachment, base, configs)
     return attachment
+
+
+def attach_unprobed(model: nn.Module) -> Attachment:
+    """`attach` for a model on the meta device, which cannot be run: its flat rows are taken to be right unless its
+    configuration says that they are not."""
+    base = unwrap(model)
+    configs, attachment = _attached(base)
+    attachment.reason = _chunked_reason(base.config.get_text_config())
+    attachment.is_flat = attachment.reason is None
+    for each in configs if attachment.is_flat else []:
+        each._attn_implementation = attention.NAME
+    return attachment
+
+
+def _attached(base: Any) -> tuple[list[Any], Attachment]:
+    """The configurations in a model and its new attachment; its `forward` takes one more keyword from now on."""
+    _add_keyword(base)
+    configs = _configs(base)
+    if not hasattr(base, "_trl_attention"):
+        base._trl_attention = [config._attn_implementation for config in configs]
+    config = base.config.get_text_config()
+    base._trl_attachment = Attachment(True, None, _readout(config), pad_id=getattr(config, "pad_token_id", None) or 0)
+    return configs, base._trl_attachment
 
 
 def _configs(base: nn.Module) -> list[Any]:

@@ -140,14 +140,23 @@ def positions(name_or_path: str, **kwargs: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_window(name_or_path: str, max_length: int | None, **kwargs: Any) -> None:
-    """Raise `ModelError` if `max_length` exceeds the model's positions, before any weight is read."""
-    window = None if max_length is None else positions(name_or_path, **kwargs)
-    if window and max_length is not None and max_length > window:
+def check_window(model: Any, max_length: int | None, **kwargs: Any) -> None:
+    """Raise `ModelError` if `max_length` exceeds the model's positions. A model that is given by its name, with the
+    arguments of `from_pretrained`, is not loaded for it."""
+    if max_length is None:
+        return
+    stretched = "model_init_kwargs={'max_position_embeddings': ...}"
+    if isinstance(model, str):
+        window = positions(model, **kwargs)
+    else:
+        config = getattr(model, "config", None)
+        stretched = "from_pretrained(..., max_position_embeddings=...)"
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        window = getattr(text, "max_position_embeddings", None)
+    if window and max_length > window:
         raise ModelError(
             f"max_length={max_length} is beyond the model's window of {window:,} tokens: lower max_length (its default "
-            "is the window), or take a model with a longer one (model_init_kwargs={'max_position_embeddings': ...} "
-            "stretches it)"
+            f"is the window), or take a model with a longer one ({stretched} stretches it)"
         )
 
 

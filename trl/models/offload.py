@@ -110,3 +110,9 @@ def _enable(original: Any, kwargs: dict[str, Any] | None = None, **named: Any) -
         kwargs["use_reentrant"] = False
         kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     return original(kwargs or None, **named)
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Recompute activations in the backward pass; transformers renames its method from 5.2x on."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)

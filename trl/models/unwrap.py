@@ -38,3 +38,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def without_value_head(model: Any) -> Any:
+    """The model of a wrapper with a value head, which is a part of that model; any other model as it is."""
+    return model.pretrained_model if hasattr(model, "v_head") and hasattr(model, "pretrained_model") else model

@@ -108,7 +108,7 @@ def grow_embeddings(model: Any, tokens: int, multiple_of: int | None = None) -> 
 def check_special_tokens(model: Any, tokenizer: Any) -> None:
     """Raise `ModelError` for a special token of the tokenizer without a row in the embedding: the saved model could not
     be opened with its id. A padding token in the model's configuration without a row is replaced by the tokenizer's."""
-    rows = _vocabulary_size(model)
+    rows = vocabulary_size(model)
     target = getattr(tokenizer, "tokenizer", tokenizer)
     if rows is None:
         return
@@ -127,7 +127,7 @@ def check_special_tokens(model: Any, tokenizer: Any) -> None:
 
 def tokens_without_row(model: Any, tokenizer: Any) -> "TokensWithoutRow | None":
     """A check for tokens without a row in the embedding; None if every token has a row."""
-    rows, target = _vocabulary_size(model), getattr(tokenizer, "tokenizer", tokenizer)
+    rows, target = vocabulary_size(model), getattr(tokenizer, "tokenizer", tokenizer)
     return TokensWithoutRow(rows, target) if rows is not None and len(target) > rows else None
 
 
@@ -157,7 +157,8 @@ class TokensWithoutRow:
                     self.check(ids, f"{name} row {number}")
 
 
-def _vocabulary_size(model: Any) -> int | None:
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's embedding; None if its configuration does not say."""
     # Not the shape of the weight, which a sharded weight does not have.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -118,6 +119,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
         # be such.
         self._users_rows = bool(options.get("skip_prepare_dataset")) and data_collator is not None
         self.reports: dict[str, DataReport] = {}
+        self.prepared_streams: list[Any] = []  # a stream's columns do not tell that it is prepared
         train_dataset = self._prepared(train_dataset, "train")
         eval_dataset = self._prepared(eval_dataset, "eval")
         if (args.gradient_checkpointing_kwargs or {}).get("selective"):
@@ -195,11 +197,14 @@ class BaseTrainer(Adoptable, Method, Trainer):
             dataset = train_split(dataset)
         if isinstance(dataset, dict) and all(map(sources.is_data_set, dataset.values())):
             return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
-        dataset = dataset if isinstance(dataset, Mixture) else sources.load(dataset)
-        if self._users_rows or self.is_prepared(dataset):
+        if not isinstance(dataset, Mixture):
+            dataset = sources.load(dataset, skip_bad_rows=getattr(self.args, "skip_bad_rows", False))
+        if self._users_rows or self.is_prepared(dataset) or any(dataset is each for each in self.prepared_streams):
             return dataset
         with self.args.main_process_first(desc="preparing the data"):
             rows, self.reports[name] = self.rows(dataset, name)
+        if not isinstance(rows, Dataset):
+            self.prepared_streams.append(rows)
         if self._without_row is not None:
             self._without_row.check_dataset(rows, name)
         return rows

@@ -39,8 +39,8 @@ def opened(
         init_kwargs["trust_remote_code"] = True
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
+    load.check_window(model, getattr(args, "max_length", None), **init_kwargs)
     if isinstance(model, str):
-        load.check_window(model, getattr(args, "max_length", None), **init_kwargs)
         if processing_class is None:
             names = ("revision", "trust_remote_code")
             kwargs = {name: init_kwargs[name] for name in names if name in init_kwargs}

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from datasets import DatasetDict, IterableDatasetDict
+
 from trl.data.reading import sources
 from trl.rewards.functions import RewardFunctions
 from trl.rollout.collect import Unjudged
@@ -13,12 +15,16 @@ from trl.rollout.types import Sampler, Sampling
 LONGEST = 512  # tokens of a completion where nobody says
 
 
-def opened(dataset: Any) -> Any:
+def opened(dataset: Any, skip_bad_rows: bool) -> Any:
     """A data set given by its rows or by a path, opened, so that its columns are known before the model is; each of a
     dictionary of them."""
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        return dataset
     if type(dataset) is dict and all(map(sources.is_data_set, dataset.values())):
-        return {name: opened(value) for name, value in dataset.items()}
-    return sources.load(dataset) if isinstance(dataset, str | Path | list | dict) else dataset
+        return {name: opened(value, skip_bad_rows) for name, value in dataset.items()}
+    if isinstance(dataset, str | Path | list | dict):
+        return sources.load(dataset, skip_bad_rows=skip_bad_rows)
+    return dataset
 
 
 def judge_of(args: Any, reward_funcs: Any, processing_classes: Any, tokenizer: Any, conversational: bool) -> Any:

@@ -12,9 +12,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from trl.data.batching.collate import trained_mask
+from trl.models.vocabulary import vocabulary_size
 
 from .own_loop import OwnLoop
-from .queries import token_rows
+from .queries import check_lengths, listed, strings, token_rows
 from .sft import SFTConfig, SFTTrainer
 
 WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
@@ -95,6 +96,8 @@ class IterativeSFTTrainer(SFTTrainer):
             texts: texts in place of `input_ids`, trained as they stand: no end-of-sequence token is added.
             texts_labels: for each text the end of it that is trained. Default: the whole text.
 
+        With several processes each gives rows of its own, as many as it has: one may have none.
+
         Returns the mean `loss` of the optimizer steps (over all processes), the last one's `grad_norm`,
         `learning_rate`, and `steps`, how many were taken. Raises ValueError, before anything is changed, for input that
         does not fit.
@@ -108,6 +111,8 @@ class IterativeSFTTrainer(SFTTrainer):
         known = gather_object([(error, len(rows))]) if several else [(error, len(rows))]
         if error := next((each for each, _ in known if each), None):
             raise ValueError(error)
+        if not any(count for _, count in known):
+            raise ValueError(f"{'input_ids' if texts is None else 'texts'} is empty: there is nothing to train on")
         # Processes may have different numbers of rows, but they call the model equally often.
         most, size = max(count for _, count in known), self.args.per_device_train_batch_size
         of_a_step = size * self.args.gradient_accumulation_steps
@@ -183,12 +188,12 @@ class IterativeSFTTrainer(SFTTrainer):
 
     def _of_ids(self, input_ids: Any, attention_mask: Any, labels: Any) -> list[tuple[list[int], list[bool]]]:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        ids, *others = ([] if each is None else _listed(each, name) for name, each in given.items())
-        columns = {"input_ids": token_rows(ids, "input_ids", None)}
+        ids, *others = ([] if each is None else listed(each, name) for name, each in given.items())
+        columns = {"input_ids": token_rows(ids, "input_ids", None, vocabulary_size(self.model))}
         for (name, each), values in zip(list(given.items())[1:], others, strict=True):
             if each is not None:
                 columns[name] = token_rows(values, name, None)
-                _check_lengths(columns["input_ids"], columns[name], name)
+                check_lengths(columns["input_ids"], columns[name], name)
         found = []
         for place, row in enumerate(columns["input_ids"]):
             mine = columns["labels"][place] if "labels" in columns else row
@@ -199,8 +204,8 @@ class IterativeSFTTrainer(SFTTrainer):
         return found
 
     def _of_texts(self, texts: Any, texts_labels: Any) -> list[tuple[list[int], list[bool]]]:
-        texts = _strings(texts, "texts")
-        ends = texts if texts_labels is None else _strings(texts_labels, "texts_labels")
+        texts = strings(texts, "texts")
+        ends = texts if texts_labels is None else strings(texts_labels, "texts_labels")
         if len(ends) != len(texts):
             raise ValueError(f"texts_labels: here are {len(ends)} for {len(texts)} texts")
         found: list[Any] = []
@@ -222,29 +227,3 @@ class IterativeSFTTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("this trainer is for a loop of your own: step(texts=...). SFTTrainer has train()")
-
-
-def _listed(values: Any, name: str) -> list[Any]:
-    """The rows of an argument, also of a column of a data set. ValueError if it is no list."""
-    if isinstance(values, str | Tensor | dict) or not hasattr(values, "__getitem__"):
-        raise ValueError(f"{name} must be a list with an entry for each row, not a {type(values).__name__}")
-    found = list(values[:])
-    if found:
-        return found
-    raise ValueError(f"{name} is empty: there is nothing to train on")
-
-
-def _strings(values: Any, name: str) -> list[str]:
-    found = _listed(values, name)
-    for place, each in enumerate(found):
-        if not isinstance(each, str):
-            raise ValueError(f"{name} {place} is a {type(each).__name__}: texts are strings")
-    return found
-
-
-def _check_lengths(rows: list[list[int]], others: list[list[int]], name: str) -> None:
-    if len(rows) != len(others):
-        raise ValueError(f"{name}: here are {len(others)} for {len(rows)} rows of input_ids")
-    for place, (row, other) in enumerate(zip(rows, others, strict=True)):
-        if len(row) != len(other):
-            raise ValueError(f"{name} {place} has {len(other)} entries for {len(row)} token ids")

@@ -32,6 +32,13 @@ class AdaptiveKLController:
         self.value *= 1 + error * n_steps / self.horizon
 
 
+def kl_controller(args: Any) -> FixedKLController | AdaptiveKLController:
+    """The controller that the options of PPO ask for."""
+    if args.adap_kl_ctrl:
+        return AdaptiveKLController(args.kl_coef, args.target, args.horizon)
+    return FixedKLController(args.kl_coef)
+
+
 class RunningMoments:
     """Mean and standard deviation of all scores so far."""
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trl.data.batching.collate import Tree
-from trl.data.mixture import is_stream, prepare
+from trl.data.mixture import columns_of, is_stream, prepare
 from trl.data.tokenizing.prompts import Prompts
 from trl.engine.forest import Batch, computed
 from trl.engine.head import TokenStats
@@ -97,11 +97,13 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
             raise ValueError("reward_funcs is missing: give a function, a model, a name, or a list of them")
         reward_funcs = reward_funcs if is_judged and judge is None else []
         check_rewards(reward_funcs)
-        train_dataset, eval_dataset = opened(train_dataset), opened(eval_dataset)
+        skip = getattr(args, "skip_bad_rows", False)
+        train_dataset, eval_dataset = opened(train_dataset, skip), opened(eval_dataset, skip)
         renamed = getattr(args, "columns", None) or {}  # the names that the columns get
-        for dataset in (train_dataset, *(eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset])):
-            if isinstance(columns := getattr(dataset, "column_names", None), list):
-                check_rewards(reward_funcs, {*columns, *renamed, *renamed.values()} - self.prepared_columns)
+        trains = train_dataset.get("train") if isinstance(train_dataset, dict) else train_dataset
+        for dataset in (trains, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            if (columns := columns_of(dataset, renamed)) is not None:
+                check_rewards(reward_funcs, columns - self.prepared_columns)
         if args is None:
             args = self.config_class(output_dir=f"{self.method.upper()}")
         # A placeholder is one optimizer step: so says this trainer's copy, while the user's own stays as it is.
@@ -143,9 +145,6 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
         )
         return prepare(recipe, dataset, self.processing_class, name, args.dataset_num_proc)
-
-    def is_prepared(self, dataset: Any) -> bool:
-        return False if not isinstance(dataset, Dataset) else super().is_prepared(dataset)
 
     @staticmethod
     def batch(rows: Sequence[Any], to_batch: Callable[[list[Tree]], Batch]) -> Batch:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import set_seed
 
 from trl.models import saving
+from trl.models.offload import enable_checkpointing
 
 from . import construct, report
 
@@ -32,9 +33,7 @@ class OwnLoop:
         report.show(trainer)
         construct.forget_evaluation(trainer)
         if trainer.args.gradient_checkpointing:
-            model = trainer.model  # another name from transformers 5.2x on
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable(trainer.args.gradient_checkpointing_kwargs)
+            enable_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
         steps = trainer.args.max_steps if trainer.args.max_steps > 0 else 1
         self.model, _ = trainer._prepare_for_training(steps, None, None)
         trainer._check_what_users_made(None)

@@ -1,8 +1,11 @@
 """Options of PPO, in the words of both its forms: `train()`, and a loop of one's own."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from trl.rollout.rounds import RoundSizes, round_sizes
 
 from .online_config import OnlineConfig
 
@@ -133,3 +136,18 @@ class PPOConfig(OnlineConfig):
             if getattr(found, name) is None:
                 setattr(found, name, values[in_steps])
         return found
+
+
+def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
+    """The sizes of a round: whole groups, cut into `num_mini_batches` unless another length of a round is set."""
+    if args.generation_batch_size is not None or args.steps_per_generation is not None:
+        return round_sizes(args, accumulation)
+    least = math.lcm(args.num_mini_batches, args.num_generations)
+    together = math.ceil(args.train_batch_size * accumulation * args.world_size / least) * least
+    parts = args.num_mini_batches
+    return RoundSizes(together // parts, together, together // args.num_generations, parts)
+
+
+def steps_of_episodes(args: Any, sizes: RoundSizes) -> int:
+    """Optimizer steps in which `total_episodes` completions, in whole rounds, are trained on."""
+    return math.ceil(args.total_episodes / sizes.round) * sizes.parts * args.num_iterations

@@ -1,7 +1,6 @@
 """PPO's rounds and steps, which `train()` and a loop of one's own share."""
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,22 +14,24 @@ from trl.engine.head import TokenStats, plain_linear
 from trl.engine.measures import Comparison
 from trl.engine.score import score
 from trl.engine.teacher import predictions
-from trl.losses import value
 from trl.losses.advantages import total_reward
-from trl.losses.policy import TOKENS, clip, ratio
-from trl.losses.tokens import Metric, mean_metric
-from trl.models.unwrap import unwrap
+from trl.losses.policy import TOKENS
+from trl.losses.tokens import Metric
+from trl.models.unwrap import unwrap, without_value_head
 from trl.notices import notify_once
 from trl.rollout.collect import Scorer
-from trl.rollout.rounds import RoundSizes, round_sizes
+from trl.rollout.rounds import RoundSizes
 from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace
 from trl.rollout.types import Sampling
 
-from .kl_control import AdaptiveKLController, FixedKLController, RunningMoments
+from .kl_control import kl_controller
 from .online import OnlineTrainer
-from .ppo_config import DEFAULTS, PPOConfig
+from .ppo_config import DEFAULTS, PPOConfig, sizes_of_rounds, steps_of_episodes
 from .ppo_guards import Guards
-from .returns import Judged, give_returns
+from .ppo_losses import clipped_losses
+from .ppo_scores import ScoreScaling
+from .ppo_stats import round_means
+from .returns import Judged, give_returns, token_kl
 from .scoring import by_policy
 from .step import Step
 from .value_function import ValueFunction
@@ -69,17 +70,13 @@ class PPORounds(OnlineTrainer):
         judges = [*_listed(reward_model), *_listed(reward_funcs)]
         args = (args if args is not None else PPOConfig(output_dir="PPO")).resolved(self.in_steps)
         self.value_function = ValueFunction(value_model)
-        self.kl_ctl: Any = (
-            AdaptiveKLController(args.kl_coef, args.target, args.horizon)
-            if args.adap_kl_ctrl
-            else FixedKLController(args.kl_coef)
-        )
-        self.running, self.guards = RunningMoments(), Guards(args)
+        self.kl_ctl = kl_controller(args)
+        self.scaling, self.guards = ScoreScaling(args), Guards(args)
         self.learns = True  # whether the round under way is one of training
         self.divergence = 0.0  # the mean of its completions', in nats
         self.round_scores = torch.zeros(0)
         super().__init__(
-            without_wrapper(model),
+            without_value_head(model),
             judges or None,
             args,
             train_dataset=train_dataset,
@@ -90,25 +87,18 @@ class PPORounds(OnlineTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            ref_model=without_wrapper(ref_model),
+            ref_model=without_value_head(ref_model),
             sampler=sampler,
             environment=environment,
         )
-        if args.total_episodes is not None:
-            sizes = self.round_sizes
-            steps = math.ceil(args.total_episodes / sizes.round) * sizes.parts * args.num_iterations
-            self.args.max_steps = steps if self.args.max_steps < 0 else self.args.max_steps
+        if args.total_episodes is not None and self.args.max_steps < 0:
+            self.args.max_steps = steps_of_episodes(args, self.round_sizes)
 
     # --- rounds ---------------------------------------------------------------------------------------------------
 
     @staticmethod
     def sizes_of_rounds(args: Any, accumulation: int) -> RoundSizes:
-        if args.generation_batch_size is not None or args.steps_per_generation is not None:
-            return round_sizes(args, accumulation)
-        least = math.lcm(args.num_mini_batches, args.num_generations)
-        together = math.ceil(args.train_batch_size * accumulation * args.world_size / least) * least
-        parts = args.num_mini_batches
-        return RoundSizes(together // parts, together, together // args.num_generations, parts)
+        return sizes_of_rounds(args, accumulation)
 
     def parts_of(self) -> tuple[Any, ...]:
         return (*super().parts_of(), self.value_function)
@@ -155,12 +145,7 @@ class PPORounds(OnlineTrainer):
 
     def token_kl(self, columns: Columns) -> np.ndarray:
         """The divergence of each token of a trace from the reference, [T]."""
-        if "ref_logps" not in columns:
-            return np.zeros_like(columns["old_logps"])
-        if self.args.kl_penalty == "full":
-            return columns["divergences"]
-        logp, ref_logp = torch.from_numpy(columns["old_logps"]), torch.from_numpy(columns["ref_logps"])
-        return value.KL_PENALTIES[self.args.kl_penalty](logp, ref_logp).numpy()
+        return token_kl(columns, self.args.kl_penalty)
 
     def divergence_of(self, columns: Columns) -> float:
         own = columns.get("mask", slice(None))
@@ -179,7 +164,8 @@ class PPORounds(OnlineTrainer):
         self.guards.begin_round()
 
     def credit(self, traces: Sequence[ScoredTrace], generations: int) -> Tensor:
-        score_S = self.scores(traces)
+        reward_S = total_reward(self.rewards_of(traces), self.rewards.weights).nan_to_num(0.0)
+        score_S = self.scaling.scores(reward_S, [each.finished for each in traces], learns=self.learns)
         kl_S = self.kl_of(traces)
         self.divergence = 0.0 if kl_S is None or not len(kl_S) else float(kl_S.mean())
         self.round_scores = score_S
@@ -197,19 +183,6 @@ class PPORounds(OnlineTrainer):
         )
         return torch.ones(len(traces))  # those of tokens are a column
 
-    def scores(self, traces: Sequence[ScoredTrace]) -> Tensor:
-        """The score of each trace, [S]: its total reward, scaled and clipped as the settings ask."""
-        args = self.args
-        score_S = total_reward(self.rewards_of(traces), self.rewards.weights).nan_to_num(0.0)
-        if args.missing_eos_penalty is not None:
-            score_S = score_S - args.missing_eos_penalty * torch.tensor([float(not each.finished) for each in traces])
-        if args.use_score_scaling:
-            if self.learns:
-                self.running.update(score_S)
-            mean = self.running.mean if args.use_score_norm else 0.0
-            score_S = (score_S - mean) / (self.running.std + torch.finfo(score_S.dtype).eps)
-        return score_S if args.score_clip is None else score_S.clamp(-args.score_clip, args.score_clip)
-
     def _over_ranks(self, numbers: Tensor) -> Tensor:
         numbers = numbers.to(self.args.device)
         torch.distributed.all_reduce(numbers)
@@ -217,16 +190,8 @@ class PPORounds(OnlineTrainer):
 
     def _log_round(self, mode: str, traces: Sequence[ScoredTrace], generations: int) -> None:
         super()._log_round(mode, traces, generations)
-        score, kl, count = float(self.round_scores.mean()), self.divergence, float(len(traces))
-        means = {
-            "objective/kl": kl,
-            "objective/kl_coef": self.kl_ctl.value,
-            "objective/scores": score,
-            "objective/non_score_reward": -self.kl_ctl.value * kl,
-            "objective/rlhf_reward": score - self.kl_ctl.value * kl,
-            "val/num_eos_tokens": float(sum(each.finished for each in traces)),
-        }
-        self._add(mode, {name: self._known_to_all(each, mode, count) for name, each in means.items()})
+        means = round_means(self.round_scores, self.divergence, self.kl_ctl.value, traces)
+        self._add(mode, {name: self._known_to_all(each, mode, float(len(traces))) for name, each in means.items()})
         own = [each.columns for each in traces if each.columns is not None]
         surprise = torch.tensor(-sum(float(each["old_logps"].sum()) for each in own), device=self.args.device)
         self._add(mode, {"objective/entropy": Metric(surprise, float(len(own)))})
@@ -247,36 +212,11 @@ class PPORounds(OnlineTrainer):
         return loss
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> tuple[dict[str, Tensor], dict[str, Metric]]:
-        args = self.args
-        stats = score(model, batch, entropy=True, values=True, temperature=args.temperature)
-        assert stats.entropy_N is not None and stats.value_N is not None
-        log_ratio_N, advantage_N = stats.logp_N - batch["old_logp_N"], batch["advantage_N"]
-        ratio_N = ratio(log_ratio_N)
+        stats = score(model, batch, entropy=True, values=True, temperature=self.args.temperature)
+        found = clipped_losses(stats, batch, self.args)
         if step.training:
-            self.guards.observe(ratio_N, log_ratio_N)
-        policy_N = clip(ratio_N=ratio_N, advantage_N=advantage_N, epsilon=args.cliprange, epsilon_high=args.cliprange)
-        valued = {
-            "value_N": stats.value_N,
-            "old_value_N": batch["old_value_N"],
-            "return_N": batch["return_N"],
-            "cliprange_value": args.cliprange_value,
-        }
-        value_N = value.clipped_error(**valued)
-        found = {
-            "loss/policy_avg": policy_N,
-            "loss/value_avg": value_N,
-            "policy/approxkl_avg": 0.5 * log_ratio_N.square(),
-            "policy/policykl_avg": -log_ratio_N,
-            "policy/clipfrac_avg": (policy_N > -ratio_N * advantage_N).float(),
-            "policy/entropy_avg": stats.entropy_N,
-            "val/clipfrac_avg": value.is_clipped(**valued),
-            "val/error": (stats.value_N - batch["return_N"]).square(),
-            "val/ratio": ratio_N,
-            "val/ratio_squared": ratio_N.square(),
-            "val/value": stats.value_N,
-        }
-        metrics = {name: mean_metric(values) for name, values in found.items()}
-        return {TOKENS: (policy_N + args.vf_coef * value_N).sum()}, metrics
+            self.guards.observe(found.ratio_N, found.log_ratio_N)
+        return {TOKENS: (found.policy_N + self.args.vf_coef * found.value_N).sum()}, found.metrics()
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         found = super().derived(means)
@@ -285,13 +225,13 @@ class PPORounds(OnlineTrainer):
         return found
 
     def method_state(self) -> dict[str, Any]:
-        state = {**super().method_state(), **self.guards.state(), **self.running.state()}
+        state = {**super().method_state(), **self.guards.state(), **self.scaling.state()}
         return {**state, "kl_coef": self.kl_ctl.value}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
         self.guards.load_state(state)
-        self.running.load_state(state)
+        self.scaling.load_state(state)
         self.kl_ctl.value = state.get("kl_coef", self.kl_ctl.value)
 
     def report(self) -> list[str]:
@@ -308,8 +248,3 @@ class PPORounds(OnlineTrainer):
 
 def _listed(judges: Any) -> list[Any]:
     return [] if judges is None else list(judges) if isinstance(judges, list | tuple) else [judges]
-
-
-def without_wrapper(model: Any) -> Any:
-    """The model of a wrapper with a value head, which is a part of that model."""
-    return model.pretrained_model if hasattr(model, "v_head") and hasattr(model, "pretrained_model") else model

@@ -23,6 +23,19 @@ MEANS = {
 }
 
 
+def round_means(score_S: Tensor, kl: float, kl_coef: float, traces: Sequence[ScoredTrace]) -> dict[str, float]:
+    """What the log says of a round: `score_S` are the scores of all ranks' completions, `kl` their mean divergence."""
+    score = float(score_S.mean())
+    return {
+        "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
+        "objective/scores": score,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
+        "val/num_eos_tokens": float(sum(each.finished for each in traces)),
+    }
+
+
 def step_stats(
     traces: Sequence[ScoredTrace],
     means: Mapping[str, float],
@@ -65,6 +78,36 @@ def step_stats(
     if found["ppo/returns/var"] > 0 and "ppo/val/error" in found:
         found["ppo/val/var_explained"] = 1 - found["ppo/val/error"] / found["ppo/returns/var"]
     return found
+
+
+def step_times(began: float, scored: float, credited: float, trained: float, ended: float) -> dict[str, float]:
+    """Seconds of the parts of a step, of the times at which they ended."""
+    return {
+        "time/ppo/forward_pass": scored - began,
+        "time/ppo/compute_advantages": credited - scored,
+        "time/ppo/optimize_step": trained - credited,
+        "time/ppo/calc_stats": ended - trained,
+        "time/ppo/total": ended - began,
+    }
+
+
+def log_line(stats: Mapping[str, Any], reward_S: Tensor) -> dict[str, float]:
+    """The numbers among `stats`, with mean and deviation of the rewards of all ranks, [S]."""
+    found = {name: float(each) for name, each in stats.items() if np.ndim(each) == 0}
+    found["env/reward_mean"] = float(reward_S.mean())
+    found["env/reward_std"] = float(reward_S.std()) if len(reward_S) > 1 else 0.0
+    return found
+
+
+def in_short(logged: Mapping[str, float]) -> str:
+    shown = ("env/reward_mean", "objective/kl", "ppo/loss/policy", "ppo/loss/value")
+    return ", ".join(f"{name} {logged[name]:.4g}" for name in shown if name in logged)
+
+
+def table_of(columns: Mapping[str, Sequence[Any]], step: int) -> list[dict[str, Any]]:
+    """Columns of a batch as rows of the table of completions."""
+    rows = zip(*columns.values(), strict=True)
+    return [{"step": step, "mode": "train", **dict(zip(columns, row, strict=True))} for row in rows]
 
 
 def _trained(own: Sequence[Columns], column: Callable[[Columns], np.ndarray]) -> np.ndarray:

@@ -14,20 +14,17 @@ from torch import Tensor
 
 from trl.engine.reference import create_reference_model
 from trl.models.shards import without_ddp
-from trl.notices import notify_once
+from trl.models.unwrap import without_value_head
+from trl.models.vocabulary import vocabulary_size
 from trl.rollout.traces import Columns, ScoredTrace, TrainingTrace
-from trl.rollout.types import Request, Sampling
+from trl.rollout.types import Request
 
 from . import queries as of_queries
 from .own_loop import OwnLoop
-from .ppo_rounds import PPORounds, without_wrapper
-from .ppo_stats import step_stats
+from .ppo_inputs import given_to_step, sampling_asked, scored_traces, step_inputs
+from .ppo_rounds import PPORounds
+from .ppo_stats import in_short, log_line, step_stats, step_times, table_of
 from .queries import Queries, numbers, token_rows
-
-
-def given_to_step(**_: Any) -> list[float]:
-    """Stands for the scores that `step` is given."""
-    raise ValueError("scores are an argument of step(queries, responses, scores); train() asks reward_funcs")
 
 
 class PPOStepTrainer(PPORounds):
@@ -59,7 +56,7 @@ class PPOStepTrainer(PPORounds):
         if training_data_collator is not None:
             raise ValueError("training_data_collator: nothing is padded or collated in a step; leave it out")
         if num_shared_layers is not None and ref_model is None:
-            ref_model = create_reference_model(without_wrapper(model), num_shared_layers)
+            ref_model = create_reference_model(without_value_head(model), num_shared_layers)
         self.queries, self.query_collator = dataset, data_collator
         super().__init__(
             config,
@@ -121,8 +118,8 @@ class PPOStepTrainer(PPORounds):
         `generate_ref_response` gives the reference's responses too. `batch_size` has no effect: the sampler sizes its
         batches by its cache.
         """
-        prompts = token_rows(query_tensor, "query", self.processing_class.pad_token_id)
-        sampling = self._asked(generation_kwargs)
+        prompts = token_rows(query_tensor, "query", self.processing_class.pad_token_id, vocabulary_size(self.model))
+        sampling = sampling_asked(generation_kwargs, self.sampling_of, self.args.temperature)
         self.generated += 1
         limits = [None if length_sampler is None else int(length_sampler()) for _ in prompts]
         if length_sampler is not None:
@@ -150,28 +147,6 @@ class PPOStepTrainer(PPORounds):
         with self.reference.policy.model_of(model) as other:
             return own, drawn(other)
 
-    def _asked(self, kwargs: dict[str, Any]) -> Sampling:
-        kwargs = {name: each for name, each in kwargs.items() if each is not None}
-        if kwargs.pop("num_return_sequences", 1) != 1:
-            raise ValueError("num_return_sequences: repeat the query in the list, once for each response")
-        if "max_length" in kwargs:
-            raise ValueError("max_length counts the query too: give max_new_tokens")
-        if not kwargs.pop("do_sample", True):
-            kwargs["temperature"] = 0.0
-            notify_once("do_sample=False: the most likely response alone is seen, and nothing else is learned about")
-        end = kwargs.pop("eos_token_id", None)
-        ends = [each for each in (end if isinstance(end, list) else [end]) if each is not None]
-        kwargs = {name: each for name, each in kwargs.items() if name not in ("min_length", "attention_mask")}
-        if "top_k" in kwargs:
-            kwargs["top_k"] = int(kwargs["top_k"])
-        found = self.sampling_of(**kwargs)
-        if found.temperature not in (0.0, self.args.temperature):
-            notify_once(
-                f"responses are sampled at temperature {found.temperature:g} and trained at {self.args.temperature:g}: "
-                "set temperature in the config to the first"
-            )
-        return dataclasses.replace(found, stop_ids=tuple(each for each in ends if each >= 0)) if ends else found
-
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def step(
@@ -189,12 +164,15 @@ class PPOStepTrainer(PPORounds):
         input that does not fit, before anything is changed.
         """
         began = time.perf_counter()
-        pad = self.processing_class.pad_token_id
-        prompts, answers = token_rows(queries, "query", pad), token_rows(responses, "response", pad)
-        score_S = numbers(scores)
-        self._check_sizes(queries=len(prompts), responses=len(answers), scores=len(score_S))
-        answers = [self._without_query(*pair, place) for place, pair in enumerate(zip(prompts, answers, strict=True))]
-        columns = self._columns_of(answers, response_masks)
+        prompts, columns, score_S = step_inputs(
+            queries,
+            responses,
+            scores,
+            response_masks,
+            batch_size=self.batch_size,
+            pad=self.processing_class.pad_token_id,
+            vocabulary=vocabulary_size(self.model),
+        )
         model = without_ddp(self.loop.begin())
         rows = [{"row": place, "prompt_ids": np.asarray(ids, dtype=np.int32)} for place, ids in enumerate(prompts)]
         with self.compute_loss_context_manager():
@@ -214,57 +192,15 @@ class PPOStepTrainer(PPORounds):
                            token_kl=self.token_kl, vf_coef=self.args.vf_coef, prompts=prompts)  # fmt: skip
         self.end_round(len(traces))
         self.steps_taken += 1
-        return {
-            **stats,
-            "ppo/learning_rate": self.loop.learning_rate,
-            "time/ppo/forward_pass": scored - began,
-            "time/ppo/compute_advantages": credited - scored,
-            "time/ppo/optimize_step": trained - credited,
-            "time/ppo/calc_stats": time.perf_counter() - trained,
-            "time/ppo/total": time.perf_counter() - began,
-        }
-
-    def _check_sizes(self, **counts: int) -> None:
-        wrong = [f"{count} {what}" for what, count in counts.items() if count != self.batch_size]
-        if wrong:
-            raise ValueError(
-                f"a step takes {self.batch_size} of each, the config's batch_size: here are {', '.join(wrong)}"
-            )
-
-    def _without_query(self, query: list[int], response: list[int], place: int) -> list[int]:
-        if response[: len(query)] != query:
-            return response
-        notify_once("responses begin with their query, which is taken off: generate(return_prompt=False) leaves it out")
-        if len(response) == len(query):
-            raise ValueError(f"response {place} is its query and nothing more: there is nothing to learn from")
-        return response[len(query) :]
-
-    def _columns_of(self, answers: list[list[int]], masks: Sequence[Tensor] | None) -> list[Columns]:
-        found: list[Columns] = []
-        for place, ids in enumerate(answers):
-            own: Columns = {"ids": np.asarray(ids, dtype=np.int32), "logps": np.zeros(len(ids), dtype=np.float32)}
-            if masks is not None:
-                # Of a response that came with its query, the mask may cover both.
-                mask = np.asarray(torch.as_tensor(masks[place]).cpu()).astype(np.bool_)[-len(ids) :]
-                if len(mask) != len(ids):
-                    raise ValueError(f"response_masks: {place} has {len(mask)} entries for {len(ids)} tokens")
-                own["mask"] = mask
-            found.append(own)
-        return found
+        times = step_times(began, scored, credited, trained, time.perf_counter())
+        return {**stats, "ppo/learning_rate": self.loop.learning_rate, **times}
 
     def _known_everywhere(
         self, rows: list[dict[str, Any]], columns: list[Columns], score_S: Tensor
     ) -> list[ScoredTrace]:
         """The traces of all ranks, this rank's with their columns."""
-        mine, rank = [], self.args.process_index
-        for row, own, one in zip(rows, columns, score_S.tolist(), strict=True):
-            own["logps"] = own["old_logps"]
-            trained = int(own["mask"].sum()) if "mask" in own else len(own["ids"])
-            ended = int(own["ids"][-1]) in self.sampling.stop_ids
-            kl = self.divergence_of(own) if self.needs_reference() else 0.0
-            mine.append(
-                ScoredTrace(row["row"], row["prompt_ids"], len(own["ids"]), trained, ended, [one], kl, rank, None)
-            )
+        rank, divergence = self.args.process_index, self.divergence_of if self.needs_reference() else None
+        mine = scored_traces(rows, columns, score_S, rank, self.sampling.stop_ids, divergence)
         every = gather_object(mine) if self.args.world_size > 1 else mine
         return [each._replace(columns=columns[each.row]) if each.holder == rank else each for each in every]
 
@@ -292,21 +228,15 @@ class PPOStepTrainer(PPORounds):
         columns of the batch go to the table of completions, if `log_completions` is set."""
         reward_S = numbers(rewards)
         every = torch.tensor(gather_object(reward_S.tolist()) if self.args.world_size > 1 else reward_S.tolist())
-        logged = {name: float(each) for name, each in stats.items() if np.ndim(each) == 0}
-        logged["env/reward_mean"] = float(every.mean())
-        logged["env/reward_std"] = float(every.std()) if len(every) > 1 else 0.0
+        logged = log_line(stats, every)
         self.log(logged)
         if not self.is_world_process_zero():
             return
-        shown = ("env/reward_mean", "objective/kl", "ppo/loss/policy", "ppo/loss/value")
-        told = ", ".join(f"{name} {logged[name]:.4g}" for name in shown if name in logged)
-        print(f"trl: step {self.steps_taken}: {told}", flush=True)
+        print(f"trl: step {self.steps_taken}: {in_short(logged)}", flush=True)
         names = [name for name in columns_to_log if name in batch]
         if self.args.log_completions and names:
-            about = {"step": self.steps_taken, "mode": "train"}
             columns = {**{name: batch[name] for name in names}, "reward": reward_S.tolist()}
-            table = [{**about, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
-            self.completions.write(table, self.steps_taken, "train")
+            self.completions.write(table_of(columns, self.steps_taken), self.steps_taken, "train")
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """The policy (or its adapter), its value function, its tokenizer and a model card."""

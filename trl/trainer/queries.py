@@ -84,9 +84,9 @@ def default(args: Any) -> datasets.Dataset:
         ) from error
 
 
-def token_rows(values: Any, what: str, pad: int | None) -> list[list[int]]:
+def token_rows(values: Any, what: str, pad: int | None, vocabulary: int | None = None) -> list[list[int]]:
     """Rows of token ids: of a list of 1-D tensors, of one, or of a batch [B, T], whose padding is left out. `what` they
-    are is for the error."""
+    are is for the error. ValueError for an id that is not below `vocabulary`."""
     if isinstance(values, torch.Tensor) and values.dim() < 2:
         values = [values]
     if not isinstance(values, torch.Tensor | list | tuple):
@@ -98,6 +98,8 @@ def token_rows(values: Any, what: str, pad: int | None) -> list[list[int]]:
         if not row or not all(isinstance(each, int) for each in row):
             kind = "has no tokens" if not row else "is not a row of token ids"
             raise ValueError(f"{what} {place} {kind}: each is a 1-D tensor of one token id or more")
+        if vocabulary is not None and not 0 <= min(row) <= max(row) < vocabulary:
+            raise ValueError(f"{what} {place} has a token id outside the model's vocabulary, 0 to {vocabulary - 1:,}")
     return rows
 
 
@@ -121,3 +123,28 @@ def numbers(scores: Any) -> torch.Tensor:
             raise ValueError(f"score {place} is {value!r}: each response has one finite number")
         found.append(float(number))
     return torch.tensor(found)
+
+
+def listed(values: Any, name: str) -> list[Any]:
+    """The rows of an argument, also of a column of a data set. ValueError if it is no list."""
+    if isinstance(values, str | torch.Tensor | dict) or not hasattr(values, "__getitem__"):
+        raise ValueError(f"{name} must be a list with an entry for each row, not a {type(values).__name__}")
+    return list(values[:])
+
+
+def strings(values: Any, name: str) -> list[str]:
+    """The texts of an argument. ValueError if an entry is no string."""
+    found = listed(values, name)
+    for place, each in enumerate(found):
+        if not isinstance(each, str):
+            raise ValueError(f"{name} {place} is a {type(each).__name__}: texts are strings")
+    return found
+
+
+def check_lengths(rows: list[list[int]], others: list[list[int]], name: str) -> None:
+    """ValueError if `others`, the argument `name`, has not an entry for each token id of `rows`."""
+    if len(rows) != len(others):
+        raise ValueError(f"{name}: here are {len(others)} for {len(rows)} rows of input_ids")
+    for place, (row, other) in enumerate(zip(rows, others, strict=True)):
+        if len(row) != len(other):
+            raise ValueError(f"{name} {place} has {len(other)} entries for {len(row)} token ids")

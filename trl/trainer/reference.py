@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from trl.checkpoint import write_file
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
-from trl.engine.reference import Frozen, Itself, Reference, choose, frozen
+from trl.engine.reference import Frozen, Itself, Reference, Twin, choose, frozen
 from trl.models import load, shards
 from trl.models.shards import is_sharded
 from trl.models.unwrap import unwrap
@@ -59,6 +59,7 @@ class ReferencePolicy(Component):
         self.explicit, self.is_needed = explicit, is_needed
         self.columns, self.values, self.options = columns, values, options
         self.policy: Reference | None = None  # None also where its log-probs are columns of the data
+        self._to_load: dict[str, Tensor] | None = None  # a checkpoint's weights, until training begins
         self.is_column = False
 
     @property
@@ -169,16 +170,25 @@ class ReferencePolicy(Component):
 
     def load_state(self, trainer: BaseTrainer, state: dict[str, Any]) -> None:
         if "reference" in state and self.policy is not None:
-            with torch.no_grad():
-                for name, weight in self.policy.weights().items():
-                    saved = state["reference"][name]
-                    if saved.shape != weight.shape:
-                        raise ValueError(
-                            f"the reference's {name} has the shape {tuple(saved.shape)} in the checkpoint and "
-                            f"{tuple(weight.shape)} here: a sharded reference is saved in parts, one for each process; "
-                            "resume with as many processes"
-                        )
-                    weight.copy_(saved)
+            self._to_load = state["reference"]
+            # A twin lives in the policy, which FSDP and DeepSpeed shard only when training begins.
+            if not isinstance(self.policy, Twin) or is_sharded(trainer.model):
+                self.load()
+
+    def load(self) -> None:
+        """Put a checkpoint's weights into the reference. ValueError if they are sharded in another way."""
+        saved, self._to_load = self._to_load, None
+        if saved is None or self.policy is None:
+            return
+        with torch.no_grad():
+            for name, weight in self.policy.weights().items():
+                if saved[name].shape != weight.shape:
+                    raise ValueError(
+                        f"the reference's {name} has the shape {tuple(saved[name].shape)} in the checkpoint and "
+                        f"{tuple(weight.shape)} here: a sharded reference is saved in parts, one for each process; "
+                        "resume with as many processes"
+                    )
+                weight.copy_(saved[name])
 
     # --- log-probs computed beforehand ----------------------------------------------------------------------------
 
@@ -198,7 +208,9 @@ class ReferencePolicy(Component):
                 table = logps(columns)
                 return {**columns, **{name: table[:, index].tolist() for index, name in enumerate(self.columns())}}
 
-            return dataset.map(with_logps, batched=True, batch_size=STREAM_SHARD)
+            stream = dataset.map(with_logps, batched=True, batch_size=STREAM_SHARD)
+            trainer.prepared_streams.append(stream)
+            return stream
         # A shard's rows are read, of those columns that a batch is made of, and dropped again.
         wanted = [name for name in dataset.column_names if name in trainer.prepared_columns or name.endswith("_ids")]
         rows = dataset.select_columns(wanted).with_format(None)
@@ -303,6 +315,9 @@ class _Follow(TrainerCallback):
 
     def __init__(self, reference: ReferencePolicy) -> None:
         self.reference = reference
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reference.load()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % args.ref_model_sync_steps == 0:

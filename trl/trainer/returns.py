@@ -64,3 +64,14 @@ def give_returns(
             column = np.zeros(len(mask), dtype=np.float32)
             column[mask] = values[place, : int(length_S[place])].numpy()
             each.columns[name] = column
+
+
+def token_kl(columns: Columns, penalty: str) -> np.ndarray:
+    """The divergence of each token of a trace from the reference, [T], by one of the kinds of `kl_penalty`. Zeros where
+    no reference was asked."""
+    if "ref_logps" not in columns:
+        return np.zeros_like(columns["old_logps"])
+    if penalty == "full":
+        return columns["divergences"]
+    logp, ref_logp = torch.from_numpy(columns["old_logps"]), torch.from_numpy(columns["ref_logps"])
+    return value.KL_PENALTIES[penalty](logp, ref_logp).numpy()

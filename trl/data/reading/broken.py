@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 
 from trl.data.reading.errors import DataError
-from trl.data.reading.files import line_of
+from trl.data.reading.lines import line_of
 
 MOST = 20  # an error names at most this many rows
 KEPT = 0  # the counter `_dropped` of a row that stays; other values are the reasons of a recipe

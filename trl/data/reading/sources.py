@@ -13,9 +13,12 @@ from typing import Any
 import datasets
 
 from trl.data.reading.errors import DataError
-from trl.data.reading.files import BUILDERS, ORIGIN, endings, reader_of, why_unreadable
+from trl.data.reading.files import BUILDERS, endings, reader_of
+from trl.data.reading.lines import ORIGIN, broken_lines, left_out, left_out_of_folder, why_unreadable
 
 logger = logging.getLogger(__name__)
+
+_FILES = "_trl_files"  # attribute of a stream: the files that it reads
 
 UNREADABLE = (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, KeyError, EOFError)
 
@@ -28,6 +31,7 @@ def load(
     data_dir: str | None = None,
     data_files: Any = None,
     streaming: bool = False,
+    skip_bad_rows: bool = False,
 ) -> Any:
     """Opens `source` as a data set.
 
@@ -43,6 +47,8 @@ def load(
             "eval", stands in for "test". A log line says so.
         config, data_dir, data_files: arguments of `datasets.load_dataset`; None by default.
         streaming: read rows only when they are asked for. False by default.
+        skip_bad_rows: leave out the lines of a file (JSON lines, .csv, .tsv) that cannot be read; a log line names
+            them. False by default. A file that is streamed is looked through once for such lines.
 
     Returns a `datasets.Dataset`. With `streaming`, or if `source` is a stream, it is a `datasets.IterableDataset`.
     Raises `DataError` if `source` cannot be read or has no rows.
@@ -52,11 +58,11 @@ def load(
     if isinstance(source, datasets.IterableDataset):
         return source
     if data_dir is not None or data_files is not None:
-        dataset = _by_arguments(str(source), split, config, data_dir, data_files, streaming)
+        dataset = _by_arguments(str(source), split, config, data_dir, data_files, streaming, skip_bad_rows)
     elif streaming and isinstance(source, str | os.PathLike):
-        return _stream(source, split, config)
+        return _stream(source, split, config, skip_bad_rows)
     else:
-        dataset = _open(source, split, config)
+        dataset = _open(source, split, config, skip_bad_rows)
     if isinstance(dataset, datasets.IterableDataset):
         return dataset
     if len(dataset) == 0:
@@ -64,7 +70,7 @@ def load(
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
-def _open(source: Any, split: str, config: str | None) -> datasets.Dataset:
+def _open(source: Any, split: str, config: str | None, skip: bool) -> datasets.Dataset:
     if isinstance(source, datasets.Dataset):
         return source
     if isinstance(source, datasets.DatasetDict):
@@ -76,9 +82,9 @@ def _open(source: Any, split: str, config: str | None) -> datasets.Dataset:
     if isinstance(source, str | os.PathLike):
         path = Path(source).expanduser()
         if path.is_dir():
-            return _from_folder(path, split)
+            return _from_folder(path, split, skip)
         if path.exists():
-            return _from_file(path, split)
+            return _from_file(path, split, skip)
         if not isinstance(source, str) or _looks_like_a_path(source):
             raise _missing(path)
         return _from_hub(source, split, config)
@@ -241,16 +247,21 @@ def _first_odd_value(columns: Mapping[str, Sequence[Any]]) -> tuple[str, int]:
 # Files and folders
 
 
-def _from_file(path: Path, split: str) -> datasets.Dataset:
-    builder, file, options = reader_of(path)
+def _from_file(
+    path: Path, split: str, skip: bool = False, copy: tuple[Path, frozenset[int]] | None = None
+) -> datasets.Dataset:
+    """The rows of a file. With `skip`, those of a `copy` (see `left_out`) if the file itself cannot be read."""
+    builder, file, options = reader_of(path if copy is None else copy[0])
     try:
         with _quiet():
             loaded = _validated(datasets.load_dataset(builder, data_files={"train": str(file)}, **options))
     except UNREADABLE as error:
         if "corresponds to no data" in str(error):  # a table of nothing but the names of its columns
             raise DataError(f"The data set {str(path)!r} has no rows: check the file.") from error
+        if skip and (copy := left_out(path)) is not None:
+            return _from_file(path, split, copy=copy)
         raise DataError(f"Cannot read {str(path)!r}: {why_unreadable(path) or _root_cause(error)}") from error
-    return _take(loaded, split, repr(str(path)), path)
+    return _take(loaded, split, repr(str(path)), (path, copy[1] if copy else frozenset()))
 
 
 def _validated(loaded: datasets.DatasetDict) -> datasets.DatasetDict:
@@ -278,7 +289,7 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(before)
 
 
-def _from_folder(path: Path, split: str) -> datasets.Dataset:
+def _from_folder(path: Path, split: str, skip: bool = False) -> datasets.Dataset:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         try:
             loaded = datasets.load_from_disk(str(path))
@@ -290,7 +301,7 @@ def _from_folder(path: Path, split: str) -> datasets.Dataset:
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({_split_name(split): loaded})
         return _take(loaded, split, repr(str(path)))
-    files = sorted(file for file in path.rglob("*") if endings(file)[0] in BUILDERS)
+    files = _files_below(path)
     if not files:
         raise DataError(
             f"The folder {str(path)!r} holds neither a data set written by `save_to_disk` nor any file ending in "
@@ -300,6 +311,8 @@ def _from_folder(path: Path, split: str) -> datasets.Dataset:
         with _quiet():
             loaded = _validated(datasets.load_dataset(str(path)))
     except UNREADABLE as error:
+        if skip and (copy := left_out_of_folder(path, files)) is not None:
+            return _from_folder(copy, split)
         for file in files:
             _from_file(file, "train")  # raises an error that names the broken file
         raise DataError(
@@ -307,6 +320,10 @@ def _from_folder(path: Path, split: str) -> datasets.Dataset:
             f"{_root_cause(error)}. Give all of them the same columns, or read one."
         ) from error
     return _take(loaded, split, repr(str(path)))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if endings(file)[0] in BUILDERS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,36 +348,71 @@ def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
 
 
 def _by_arguments(
-    name: str, split: str, config: str | None, data_dir: str | None, data_files: Any, streaming: bool
+    name: str, split: str, config: str | None, data_dir: str | None, data_files: Any, streaming: bool, skip: bool
 ) -> Any:
     """Loads a name with `data_files` or `data_dir`, as `datasets.load_dataset` does."""
+    if skip:
+        data_files = _each_file(data_files, lambda path: str(copy[0]) if (copy := left_out(path)) else str(path))
     try:
         with _quiet():
             loaded = datasets.load_dataset(name, config, data_dir=data_dir, data_files=data_files, streaming=streaming)
     except UNREADABLE as error:
+        _each_file(data_files, lambda path: _from_file(path, "train"))  # raises an error that names the broken file
         what = f"data_files={data_files!r}" if data_files is not None else f"data_dir={data_dir!r}"
         raise DataError(f"Cannot load {name!r} with {what}: {_root_cause(error)}. Check the paths.") from error
     return (_take_stream if streaming else _take)(loaded, split, repr(name))
 
 
-def _stream(source: str | os.PathLike, split: str, config: str | None) -> datasets.IterableDataset:
+def _each_file(data_files: Any, function: Callable[[Path], Any]) -> Any:
+    """`data_files` (a path, a list, or one of these for each split), with `function` applied to each file here."""
+    if isinstance(data_files, Mapping):
+        return {split: _each_file(files, function) for split, files in data_files.items()}
+    if isinstance(data_files, Sequence) and not isinstance(data_files, str):
+        return [_each_file(file, function) for file in data_files]
+    here = data_files is not None and endings(data_files)[0] in BUILDERS and Path(data_files).is_file()
+    return function(Path(data_files)) if here else data_files
+
+
+def _stream(source: str | os.PathLike, split: str, config: str | None, skip: bool) -> datasets.IterableDataset:
     path = Path(source).expanduser()
     what = repr(str(source))
     if path.is_file():
-        builder, file, options = reader_of(path)
-        return _take_stream(
-            datasets.load_dataset(builder, data_files={"train": str(file)}, streaming=True, **options), split, what
-        )
+        copy, numbers = (left_out(path) if skip else None) or (path, frozenset())
+        builder, file, options = reader_of(copy)
+        try:
+            with _quiet():
+                loaded = datasets.load_dataset(builder, data_files={"train": str(file)}, streaming=True, **options)
+        except UNREADABLE as error:
+            raise DataError(f"Cannot read {str(path)!r}: {why_unreadable(path) or _root_cause(error)}") from error
+        rows = _take_stream(loaded, split, what)
+        setattr(rows, _FILES, [path])
+        if split == _split_name(split):  # the stream begins with the file
+            setattr(rows, ORIGIN, (path, 0, numbers))
+        return rows
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _from_folder(path, split).to_iterable_dataset()
     if not path.exists() and _looks_like_a_path(str(source)):
         raise _missing(path)
+    files = _files_below(path) if path.is_dir() else []
+    if skip:
+        source = left_out_of_folder(path, files) or source
     try:
         with _quiet():
             loaded = datasets.load_dataset(str(source), config, streaming=True)
     except UNREADABLE as error:
+        check_files(files)
         raise DataError(f"Cannot stream {what}: {_root_cause(error)}. Check the name, or give a path.") from error
-    return _take_stream(loaded, split, what)
+    rows = _take_stream(loaded, split, what)
+    setattr(rows, _FILES, files)
+    return rows
+
+
+def check_files(source: Any) -> None:
+    """Raises a `DataError` that names the broken file, if one of these files, or of those that a stream reads, has
+    lines that cannot be read."""
+    for file in source if isinstance(source, list) else getattr(source, _FILES, []):
+        if (faults := broken_lines(file)) is not None:
+            raise DataError(f"Cannot read {str(file)!r}: {faults}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,7 +454,10 @@ def _other_split(there: Sequence[str], split: str, what: str) -> str:
     return found + split[len(wanted) :]
 
 
-def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str, file: Path | None = None) -> datasets.Dataset:
+def _take(
+    splits: Mapping[str, datasets.Dataset], split: str, what: str, file: tuple[Path, frozenset[int]] | None = None
+) -> datasets.Dataset:
+    """The rows of a split. `file` is what `ORIGIN` needs of a file: its path, and the lines that were left out."""
     if not splits:
         raise DataError(f"{what} has no splits at all.")
     if _split_name(split) not in splits:
@@ -418,7 +473,7 @@ def _take(splits: Mapping[str, datasets.Dataset], split: str, what: str, file: P
         start, stop = part.from_ or 0, len(rows) if part.to is None else part.to
         taken.append(rows if (start, stop) == (0, len(rows)) else rows.select(range(start, stop)))
         if file is not None and len(parts) == 1:
-            setattr(taken[0], ORIGIN, (file, start))
+            setattr(taken[0], ORIGIN, (file[0], start, file[1]))
     return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from trl.data.reading import broken
 from trl.data.reading.broken import KEPT
 from trl.data.reading.errors import DataError
-from trl.data.reading.files import ORIGIN
 from trl.data.reading.formats import Shape
-from trl.data.reading.sources import as_shown, from_rows
+from trl.data.reading.lines import NO_ORIGIN, ORIGIN
+from trl.data.reading.sources import UNREADABLE, as_shown, check_files, from_rows
 from trl.data.report import Dropped
 from trl.data.tokenizing import chat
 from trl.data.tokenizing.encode import Encoder
@@ -124,6 +124,7 @@ def prepare(
     name: str = "train",
     num_proc: int | None = None,
     look_at: int = 1000,
+    first_row: int = 0,
 ) -> tuple[Any, Any]:
     """Tokenises rows by a recipe.
 
@@ -134,6 +135,7 @@ def prepare(
         name: what the report and the errors call the data set; "train" by default.
         num_proc: processes that tokenise a table. None (the default): this one.
         look_at: the first rows of a stream that its shape and its report are taken from; 1000 by default.
+        first_row: the number of the first row of a stream, in the column `row`; 0 by default.
 
     Returns:
         The tokenised rows, a table or a stream as `rows` is, without the dropped ones, and the report of what was
@@ -144,7 +146,7 @@ def prepare(
     do not fit the data, and when no row is left.
     """
     if isinstance(rows, datasets.IterableDataset):
-        return _prepare_stream(recipe, rows, tokenizer, name, look_at)
+        return _prepare_stream(recipe, rows, tokenizer, name, look_at, first_row)
     shape, table, bad = tabulate(recipe, rows, tokenizer, num_proc, name)
     prepared, report = recipe.aggregate(table, tokenizer, shape, name)
     report.add_unreadable(bad)
@@ -177,7 +179,7 @@ def tabulate(
     wanted = shown.with_format(None)
     if not shape.formatting and not recipe.keeps_columns:  # a formatting function may read any column
         wanted = wanted.select_columns(list(dict.fromkeys(shape.columns.values())))
-    setattr(wanted, ORIGIN, getattr(dataset, ORIGIN, (None, 0)))
+    setattr(wanted, ORIGIN, getattr(dataset, ORIGIN, NO_ORIGIN))
     table, bad = broken.mapped(
         broken.NumbersAsText(encoder, shape.numbers) if shape.numbers else encoder,
         wanted,
@@ -210,16 +212,22 @@ def _prepare_stream(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     look_at: int,
+    first_row: int,
 ) -> tuple[datasets.IterableDataset, Any]:
-    stream = as_shown(stream)
-    head = from_rows(list(stream.take(look_at)))
+    given, stream = stream, as_shown(stream)
+    try:
+        head = from_rows(list(stream.take(look_at)))
+    except UNREADABLE:
+        check_files(given)  # names the broken file
+        raise
     if len(head) == 0:
         raise DataError(f"{name}: the stream has no rows.")
+    setattr(head, ORIGIN, getattr(given, ORIGIN, NO_ORIGIN))
     shape, table, bad = tabulate(recipe, head, tokenizer, name=name)
     _, report = recipe.aggregate(table, tokenizer, shape, name)
     report.add_unreadable(bad)
     report.looked_at = len(head)
-    encoder = recipe.encoder(tokenizer, shape)
+    encoder = recipe.encoder(tokenizer, shape, first_row)
     names = stream.column_names or head.column_names
     stream = recipe.rename(stream, names)
     features = encoder.features and datasets.Features(

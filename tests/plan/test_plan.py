@@ -1,0 +1,164 @@
+"""The plan: counts of weights and bytes as real models have them, activations as a real run has them."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+
+import trl
+from trl.data.batching.collate import Branch, Tree
+from trl.engine.probe import attach
+from trl.engine.score import score
+from trl.models.offload import enable_checkpointing
+from trl.plan import CARDS, Card, Run, plan
+from trl.plan.cost import cache_bytes, flops_of_step
+from trl.plan.memory import GIB, RESERVE, weights_of
+from trl.plan.reading import run_of
+from trl.plan.trace import _Alive, activations, tree
+
+SMALL = LlamaConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+)  # fmt: skip
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=8192,
+)  # fmt: skip
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def test_weights_are_counted_as_the_model_has_them():
+    model = AutoModelForCausalLM.from_config(SMALL)
+    found = weights_of(SMALL, torch.bfloat16)
+    assert found.total == found.trained == sum(each.numel() for each in model.parameters())
+    assert found.head == 512 * 64  # the head is the embedding
+    assert found.bytes(0, False) == 2 * found.total
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96
+    assert found.products == found.quantised == 3 * layer
+    adapted = weights_of(SMALL, torch.bfloat16, LORA)
+    assert adapted.trained == 3 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    assert adapted.trained_bytes == 4 * adapted.trained  # PEFT's adapters are float32
+    assert adapted.total - adapted.trained == found.total
+    nested = adapted.bytes(4, True) - 2 * (adapted.total - adapted.quantised)
+    assert nested == pytest.approx(adapted.quantised * (0.5 + 0.127 / 8))
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to():
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1,
+    )  # fmt: skip
+    whole = weights_of(config, torch.float32)
+    experts = 2 * 8 * 3 * 64 * 32
+    assert whole.quantised >= experts
+    rest = whole.quantised - experts
+    assert whole.products == pytest.approx(rest + experts * 2 / 8)
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["all", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_activations_are_those_of_a_real_run(adapter, checkpointing):
+    """A run of three layers has what one and two layers on tensors without values foretell."""
+    trees = [tree(0, 20, [30, 30]), tree(1, 40, [25])]
+    traced = activations(SMALL, trees, dtype=torch.float32, adapter=adapter, checkpointing=checkpointing)
+
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL))
+    if adapter is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, copy.deepcopy(adapter))
+    attachment = attach(model)
+    if checkpointing:
+        enable_checkpointing(model)
+        model.enable_input_require_grads()
+    model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    batch = attachment.batch(trees)
+    with _Alive() as alive:
+        score(model, batch, entropy=True).logp_N.sum().backward()
+    assert traced.of(3) == pytest.approx(alive.peak, rel=0.02)
+
+
+def test_parts_and_phases():
+    run = Run(LLAMA_8B, "sft", adapter=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+              bits=4, nested=True, rows=2, prompt=64, completion=64)  # fmt: skip
+    found = plan(run, "rtx-3090")
+    parts = {phase.name: phase.parts for phase in found.phases()}
+    linear = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
+    rest = 2 * 128256 * 4096 + 65 * 4096
+    assert parts["backward"]["weights"] == pytest.approx(linear * (0.5 + 0.127 / 8) + 2 * rest)
+    adapter = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert parts["backward"]["adapter"] == parts["backward"]["gradients"] == 4 * adapter
+    assert parts["optimizer step"]["optimizer"] == 8 * adapter
+    assert found.held["reserve"] == RESERVE
+    assert found.fits() and "to spare" in next(found.advice())
+    most = found.largest_rows()
+    assert found.fits(most) and not found.fits(most + 1)
+    assert found.peak.total < 10 * GIB
+
+
+def test_a_run_that_does_not_fit_is_told_what_would():
+    run = Run(SMALL, "dpo", dtype=torch.float32, rows=8, prompt=40, completion=40, has_reference=True)
+    roomy = plan(run, Card(10.0, 100, 100))
+    assert "reference" in roomy.held
+    peak = roomy.peak.total
+    tight = plan(run, Card((peak - 0.5 * (roomy.activations(8) - roomy.activations(1))) / GIB, 100, 100))
+    said = list(tight.advice())
+    assert said[0].startswith("does not fit")
+    most = tight.largest_rows()
+    assert 1 <= most < 8 and f"--per_device_train_batch_size {most}" in said[1]
+    assert tight.fits(most) and not tight.fits(most + 1)
+    with pytest.raises(ValueError, match="there is no card 'a1000'; known are t4"):
+        plan(run, "a1000")
+
+
+def test_shards_divide_what_they_divide():
+    run = {"config": SMALL, "dtype": torch.float32, "processes": 4, "prompt": 8, "completion": 8}
+    total = 4 * weights_of(SMALL, torch.float32).total
+    for sharding, (weights, gradients, state) in {
+        "ddp": (1, 1, 1), "zero1": (1, 1, 4), "zero2": (1, 4, 4), "fsdp2": (4, 4, 4), "zero3": (4, 4, 4)
+    }.items():  # fmt: skip
+        found = plan(Run(**run, sharding=sharding))
+        assert found.held["weights"] == total / weights
+        assert found.held["optimizer"] == 2 * total / state
+        step = {phase.name: phase.parts for phase in found.phases()}["optimizer step"]
+        assert step["gradients"] == total / gradients
+        assert ("buckets" in step) is (gradients == 1)
+
+
+def test_the_cache_of_the_sampler_is_that_of_transformers():
+    model = AutoModelForCausalLM.from_config(SMALL)
+    out = model(input_ids=torch.ones(3, 7, dtype=torch.long), use_cache=True).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.layers)
+    assert cache_bytes(SMALL, 7, torch.float32) * 3 == real
+    run = Run(SMALL, "grpo", dtype=torch.float32, rows=4, prompt=8, completion=8)
+    sampling = {phase.name: phase.parts for phase in plan(run).phases()}["sampling"]
+    assert sampling["cache of 4 rows"] == 4 * cache_bytes(SMALL, 16, torch.float32)
+
+
+def test_operations():
+    """Six for each weight and token where all weights train and nothing is recomputed; an adapter saves two."""
+    run = Run(SMALL, dtype=torch.float32, rows=2, prompt=16, completion=16, checkpointing=False)
+    weights = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 512 * 64
+    attention = 3 * 2.0 * 3 * 64 * 32 * 64
+    assert flops_of_step(run, weights_of(SMALL, torch.float32).products) == pytest.approx(6 * weights * 64 + attention)
+
+
+def test_a_run_by_the_arguments_of_a_trainer(tmp_path):
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, max_completion_length=64, max_prompt_length=32,
+        num_generations=4, per_device_train_batch_size=8, beta=0.1,
+    )  # fmt: skip
+    run = run_of("grpo", SMALL, args, dtype="float32", adapter=LORA)
+    assert (run.prompt, run.completion, run.generations, run.rows) == (32, 64, 4, 8)
+    assert run.has_reference and run.samples and run.dtype == torch.float32
+    assert run.tokens_of_step == 8 * 64 + 2 * 32
+
+
+def test_cards_are_in_order():
+    assert all(card.memory > 10 and card.tflops > 10 and card.bandwidth > 100 for card in CARDS.values())
+    assert [Tree(Branch([1], [False])).row, len(tree(3, 4, [2, 2]).branches)] == [-1, 2]

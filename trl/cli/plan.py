@@ -1,0 +1,144 @@
+"""`trl plan <method> <the options of the method>`: memory, time and cost, before a GPU is rented."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl.cli import CommandParser, UsageError, hide_library_notes, launch, nearest, notices_aside, train
+from trl.cli.parser import set_environment
+from trl.methods import METHODS
+
+DESCRIPTION = """Says what a training run will need, from the model's configuration alone: memory by part in each phase
+of a step, which cards it fits, time and cost. Loads no weights and touches no device. All options of the method are
+taken, as `trl <method>` takes them; of those, a data set is not needed."""
+EXAMPLES = """examples:
+  trl plan sft --model_name_or_path path/or/name --use_peft --load_in_4bit --bf16 --max_length 2048 --gpu rtx-4090
+  trl plan dpo --model_name_or_path path/or/name --num_processes 8 --accelerate_config fsdp2 --gpu h100
+  trl plan grpo --model_name_or_path path/or/name --use_peft --gpu_memory 24 --num_rows 10000 --price_per_hour 0.4"""
+
+
+def run(argv: Sequence[str], command: str) -> int:
+    methods = [name for name, row in METHODS.items() if row.command]
+    parser = _parser(command, methods)
+    options, rest = parser.parse_known_args(argv)
+    if options.method not in methods:
+        raise UsageError(f"there is no method {options.method}{nearest(options.method, methods)}")
+    set_environment(rest)
+    hide_library_notes()
+    values, elsewhere, _ = train.training_parser(options.method).read_apart(rest)
+    if not values.get("model_name_or_path"):
+        raise UsageError("--model_name_or_path is missing: a folder with a config.json, or a model's name.")
+    with notices_aside(options.json):
+        plan = _plan(options, values, elsewhere)
+        found = plan.to_dict()
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    return 0 if found["fits"] is not False else 1
+
+
+def _parser(command: str, methods: Sequence[str]) -> argparse.ArgumentParser:
+    parser = CommandParser(f"trl {command}", DESCRIPTION, EXAMPLES)
+    parser.add_argument("method", metavar="METHOD", help=f"one of {', '.join(methods)}")
+    parser.add_argument("--gpu", metavar="NAME", help="card that it runs on; a wrong name lists the known ones")
+    parser.add_argument("--gpu_memory", type=float, metavar="GIB", help="memory of the card, where it has no name")
+    parser.add_argument("--prompt_tokens", type=int, help="tokens of a prompt [the most that the options allow]")
+    parser.add_argument("--completion_tokens", type=int, help="tokens of a completion [the most that they allow]")
+    parser.add_argument("--num_rows", type=int, help="rows of the data set, for the number of steps")
+    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the card's speed in training [0.35]")
+    parser.add_argument("--price_per_hour", type=float, help="price of one card for an hour, in any currency")
+    parser.add_argument("--json", action="store_true", help="print JSON; the exit status is 1 if it does not fit")
+    return parser
+
+
+def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> Any:
+    from trl.models.adapters import lora_config
+    from trl.plan import CARDS, Card, plan
+    from trl.plan.reading import config_of, run_of
+
+    classes = train.classes(options.method)
+    script, _, model, args = train.training_parser(options.method).instances({"use_cpu": True, **values}, classes)
+    if options.gpu is not None and options.gpu not in CARDS:
+        raise UsageError(f"there is no card {options.gpu}{nearest(options.gpu, CARDS)} Known are {', '.join(CARDS)}.")
+    card = CARDS[options.gpu] if options.gpu else None
+    if options.gpu_memory:
+        card = Card(options.gpu_memory, *(card[1:] if card else (0.0, 0.0)))
+    config = config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    others = [
+        getattr(source, name, None)
+        for source, name in ((script, "reward_model_name_or_path"), (args, "teacher_model_name_or_path"))
+    ]
+    planned = run_of(
+        options.method,
+        config,
+        args,
+        adapter=lora_config(model),
+        dtype=model.dtype,
+        bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 0,
+        nested=model.use_bnb_nested_quant,
+        frozen=tuple(config_of(name) for name in others if name),
+        prompt=options.prompt_tokens,
+        completion=options.completion_tokens,
+        processes=int(elsewhere.get("num_processes", 1)),
+        sharding=_sharding(elsewhere),
+    )
+    found = plan(planned, card, options.utilisation)
+    found.price_per_hour = options.price_per_hour
+    found.steps = planned.steps or _steps(options, args, planned)
+    return found
+
+
+def _steps(options: argparse.Namespace, args: Any, planned: Any) -> int | None:
+    if not options.num_rows:
+        return None
+    rows = planned.rows * planned.accumulation * planned.processes
+    if planned.samples:
+        rows = max(1, rows // planned.generations)  # prompts
+    return int(-(-options.num_rows * args.num_train_epochs // rows))
+
+
+def _sharding(elsewhere: Mapping[str, Any]) -> str:
+    """What the launcher's options divide among processes."""
+    name = str(elsewhere.get("accelerate_config", ""))
+    found = next((each for each in ("zero1", "zero2", "zero3", "fsdp2") if each in name.replace("_", "")), None)
+    stage = elsewhere.get("zero_stage")
+    if found is None and stage is not None:
+        return f"zero{stage}"
+    if found is None and elsewhere.get("use_fsdp"):
+        return "fsdp2"
+    if found is None and name and name not in launch.PRESETS:
+        from trl.cli.parser import read_yaml
+
+        kind = str(read_yaml(name).get("distributed_type", "")).lower()
+        return {"fsdp": "fsdp2", "deepspeed": "zero3"}.get(kind, "ddp")
+    return found or "ddp"
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """A plan in words and columns."""
+    said = [found["what"], ""]
+    phases = found["phases"]
+    names = list(dict.fromkeys(part for phase in phases for part in phase["parts"]))
+    width = max(map(len, [*names, "total"]))
+    said.append(f"{'GiB':<{width}}" + "".join(f"{phase['name']:>18}" for phase in phases))
+    for name in names:
+        cells = (phase["parts"].get(name) for phase in phases)
+        said.append(f"{name:<{width}}" + "".join(f"{'':>18}" if each is None else f"{each:>18.2f}" for each in cells))
+    said.append(f"{'total':<{width}}" + "".join(f"{phase['total']:>18.2f}" for phase in phases))
+    said += ["", f"peak: {found['peak']:.1f} GiB, in the phase `{found['peak_phase']}`"]
+    if found["card"] is not None:
+        said += [f"of {found['card']:.1f} GiB: {sentence}" for sentence in found["advice"][:1]]
+        said += [f"  {sentence}" for sentence in found["advice"][1:]]
+    said.append(f"cards with room for it as it is: {', '.join(found['cards']) or 'none of the table'}")
+    if found["seconds_of_step"] is not None:
+        training, sampling = found["seconds_of_step"]
+        said.append(
+            f"a step: {found['tokens_of_step']:,} tokens on a process, about {training:.1f} s"
+            + (f" of training and {sampling:.1f} s of sampling" if sampling else "")
+            + f" at {found['utilisation']:.0%} of the card's speed"
+        )
+    if found["hours"] is not None:
+        cost = f", about {found['cost']:.2f} for {found['processes']} card(s)" if found["cost"] is not None else ""
+        said.append(f"{found['steps']:,} steps: about {found['hours']:.1f} hours{cost}")
+    return [*said, *(f"note: {note}" for note in found["notes"])]
