@@ -273,8 +273,8 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming
     if mixture.test_split_size is not None:
         one = {"path": name, "name": config_name, "split": script.dataset_train_split}
-        parts = DatasetMixtureConfig([one], streams, mixture.test_split_size)
-        split = load_mixture(parts, config.seed, config.skip_bad_rows)
+        alone = DatasetMixtureConfig([one], streams, mixture.test_split_size)
+        split = load_mixture(alone, config.seed, config.skip_bad_rows)
         train, test = (split[side].parts[0].rows for side in ("train", "test"))
         return train, test if evaluates else None
     opening = {"streaming": streams, "skip_bad_rows": config.skip_bad_rows}
@@ -294,9 +294,10 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
         if not another:
             print(f"trl: {sentence}", flush=True)
     if another or (not streams and test._fingerprint == train._fingerprint):
+        aside = "Set some aside, drawn at random: --test_split_size 0.05"
+        remedy = "Name one that it has: --dataset_test_split" if streams else aside
         raise UsageError(
-            f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. Set some aside, "
-            "drawn at random: --test_split_size 0.05"
+            f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. {remedy}"
         )
     return train, test
 

@@ -149,7 +149,7 @@ def check_window(model: Any, max_length: int | None, **kwargs: Any) -> None:
     if isinstance(model, str):
         window = positions(model, **kwargs)
     else:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         stretched = "from_pretrained(..., max_position_embeddings=...)"
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         window = getattr(text, "max_position_embeddings", None)
