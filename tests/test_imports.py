@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(("rewards", "plan"), 2),
     **dict.fromkeys(("rollout",), 3),
     **dict.fromkeys(("trainer",), 4),
-    **dict.fromkeys(("demo", "callbacks", "helpers"), 5),
+    **dict.fromkeys(("demo", "callbacks", "helpers", "evaluate"), 5),
     **dict.fromkeys(("cli",), 6),
 }
 # Arrows that would run downward and are still wrong: what computes numbers knows no loss.

@@ -234,11 +234,11 @@ class SequenceFields:
 
     def __post_init__(self) -> None:
         if isinstance(self.columns, str):
-            self.columns = _names(self.columns)
+            self.columns = columns_of(self.columns)
         super().__post_init__()  # type: ignore[misc]  # of the configuration that the fields are mixed into
 
 
-def _names(columns: str) -> dict[str, str]:
+def columns_of(columns: str) -> dict[str, str]:
     """`a=b,c=d`, or an object in JSON, as a dictionary."""
     try:
         found = (
@@ -383,6 +383,13 @@ class RolloutFields(SamplerFields):
     replay_buffer_size: int = field(
         default=0,
         metadata={"help": "Number of earlier groups kept to replace groups with equal rewards; 0: none."},
+    )
+    stop_after_constant_rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": "End training once every completion of this many rounds in a row got the same total reward: "
+            "nothing is learnt from it. Default: never."
+        },
     )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not train on completions that reach max_completion_length."}

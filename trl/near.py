@@ -8,7 +8,10 @@ LIKENESS = 0.75
 
 
 def near(word: str, words: Iterable[str]) -> str | None:
-    """The most similar of `words`, or None if none is similar enough."""
+    """The most similar of `words`, else one of the same letters in another order, or None."""
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(word, list(words), n=1, cutoff=LIKENESS)), None)
+    words = list(words)
+    similar = get_close_matches(word, words, n=1, cutoff=LIKENESS)
+    similar += [each for each in words if sorted(each) == sorted(word)]  # `stf` for `sft`: short words differ in much
+    return next(iter(similar), None)

@@ -50,7 +50,7 @@ LIMITS: dict[str, Limit] = {
             *("num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations"),
             *("max_tokens_per_micro_batch", "max_cache_tokens", "num_completions_to_print"),
             *("precompute_ref_batch_size", "ref_model_sync_steps", "prompt_sample_size", "lora_r"),
-            *("eval_accumulation_steps", "torch_empty_cache_steps", "max_new_tokens"),
+            *("stop_after_constant_rounds", "eval_accumulation_steps", "torch_empty_cache_steps", "max_new_tokens"),
         ),
         COUNT,
     ),
@@ -273,7 +273,8 @@ UNUSED: dict[str, dict[str, Row]] = {
             Never("a teacher takes the place of the reference"),
         ),
         **dict.fromkeys(
-            ("reward_weights", "reward_timeout", "pass_threshold"), Never("no reward function judges the completions")
+            ("reward_weights", "reward_timeout", "pass_threshold", "stop_after_constant_rounds"),
+            Never("no reward function judges the completions"),
         ),
         "loss_add_tail": Needs("loss_top_k"),
     },

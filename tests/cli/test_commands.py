@@ -56,6 +56,7 @@ def test_env_names_versions_and_devices(trl_command: Command) -> None:
     ("arguments", "sentence"),
     [
         (["--hlep"], "trl: there is no option --hlep"),
+        (["stf"], "trl: there is no command stf; did you mean sft?"),
         ([], "usage: trl"),
         (["sft", "--max_stepz", "3"], "trl sft: there is no option --max_stepz; did you mean --max_steps?"),
         (["sft", "--dataset_name", "rows.jsonl"], "trl sft: --model_name_or_path is missing"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trl.cli import UsageError
-from trl.cli.train import _check
+from trl.cli import UsageError, train
+from trl.cli.train import check
 
 from .conftest import Command
 
@@ -116,7 +117,7 @@ def test_evaluation_without_rows_of_its_own(trl_here: Command, tiny_path: str, r
     )
     assert answer.returncode == 2
     assert "has no split `test`" in answer.stderr
-    assert "--dataset_test_split" in answer.stderr
+    assert "--test_split_size 0.05" in answer.stderr
 
 
 def test_rows_that_cannot_be_read(trl_here: Command, tiny_path: str, tmp_path: Path) -> None:
@@ -195,7 +196,10 @@ def test_bare_resume_goes_on_from_the_newest_checkpoint(
     ("values", "sentence"),
     [
         ({"dataset_name": "a", "datasets": [{"path": "b"}]}, "--dataset_name and --datasets are both given"),
-        ({"dataset_name": "a", "test_split_size": 0.1}, "--test_split_size belongs to --datasets"),
+        (
+            {"dataset_name": "a", "test_split_size": 0.1, "dataset_test_split": "test"},
+            "--test_split_size and --dataset_test_split both say",
+        ),
         ({"datasets": ["b"], "dataset_train_split": "x"}, "--dataset_train_split belongs to --dataset_name"),
         ({"dataset_name": "a", "dataset_streaming": True}, "--max_steps is missing"),
         ({"dataset_name": "a", "streaming": True}, "--max_steps is missing"),
@@ -204,7 +208,7 @@ def test_bare_resume_goes_on_from_the_newest_checkpoint(
 )
 def test_which_data_is_meant(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError) as error:
-        _check({"model_name_or_path": "x", **values})
+        check({"model_name_or_path": "x", **values})
     assert sentence in str(error.value)
 
 
@@ -242,6 +246,34 @@ eval_steps: 3
     both = trl_here(*line, "--dataset_name", rows_file)
     assert both.returncode == 2
     assert "--dataset_name and --datasets are both given" in both.stderr
+
+
+def test_a_random_share_of_one_data_set_is_set_aside(
+    trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+) -> None:
+    line = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--test_split_size", 0.25, *FEW)
+    answer = trl_here(*line, "--output_dir", "out", "--eval_strategy", "steps", "--eval_steps", 3)
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert (report["train"]["rows_read"], report["eval"]["rows_read"]) == (6, 2)
+    options = types.SimpleNamespace(
+        dataset_name=str(rows_file), dataset_config=None, dataset_streaming=False,
+        dataset_train_split="train", dataset_test_split="test",
+    )  # fmt: skip
+    mixture = types.SimpleNamespace(datasets=[], test_split_size=0.25)
+    asked = [
+        train.rows(
+            options,
+            mixture,
+            types.SimpleNamespace(eval_strategy="steps", do_eval=True, seed=seed, skip_bad_rows=False),
+            None,
+        )
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    texts = [[row["messages"][0]["content"] for row in test] for _, test in asked]
+    assert texts[0] == texts[1] and len({tuple(each) for each in texts}) > 1
+    for (rest, _), aside in zip(asked, texts, strict=True):
+        assert not {row["messages"][0]["content"] for row in rest} & set(aside) and len(rest) == 6
 
 
 def test_a_stream(trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 import trl.data
 
 ROOT = Path(trl.data.__file__).parent
-FLOORS = {"reading": 0, "report": 0, "tokenizing": 1, "batching": 2, "mixture": 2, "convert": 2}
+FLOORS = {
+    "reading": 0,
+    "report": 0,
+    "tokenizing": 1,
+    "batching": 2,
+    "mixture": 2,
+    "convert": 2,
+    "inspection": 2,
+    "reshape": 2,
+}
 
 
 def imports() -> dict[str, set[str]]:

@@ -34,8 +34,13 @@ def commands() -> dict[str, Command]:
         "chat": Command("trl.cli.chat", "talk to a model, or to two side by side"),
         "generate": Command("trl.cli.generate", "completions for a file of prompts"),
         "merge": Command("trl.cli.merge", "an adapter into its base model, checked"),
+        "plan": Command("trl.cli.plan", "memory, time and cost of a run, before anything is loaded"),
         "export": Command("trl.cli.export", "a model as safetensors or GGUF, checked"),
+        "completion": Command("trl.cli.completion", "print a script that completes commands and options in a shell"),
+        "config": Command("trl.cli.config", "write a YAML file with every option of a method, or check one"),
+        "data": Command("trl.cli.data", "show a data set as it would be trained on; `data convert`: other shapes"),
         "demo": Command("trl.cli.demo", "train a small real model on this machine, offline, and evaluate it"),
+        "eval": Command("trl.cli.eval", "measure a model on a data set, each number with a confidence interval"),
         "env": Command("trl.cli.env", "versions and devices, to paste into a bug report"),
     }
 
@@ -53,6 +58,8 @@ def help_text() -> str:
         "  -h, --help     this text; after a command, its options",
         "  -V, --version  the version of trl",
         "  --debug        show the traceback of an error (or set TRL_DEBUG=1)",
+        "",
+        "exit status: 0 done, 1 failed (the demo: did not learn), 2 wrong command line or file, 130 interrupted",
     ]
     return "\n".join(lines)
 
@@ -91,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         print(f"\ntrl {name}: interrupted{'. ' if str(interrupt) else ''}{interrupt}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UsageError as error:
         if debug:
             raise

@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import enum
 import sys
-import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trl.cli import UsageError, nearest
+from trl.cli.flags import Flag, Flags
 from trl.cli.values import FALSE, TRUE, Kind, yaml_value
-from trl.compat.arguments import rows_of
-from trl.compat.table import VALUES, ArgumentError, Now
+from trl.compat.table import ArgumentError
 from trl.near import near
 
 # Text flags that may stand without a value, which is then "true".
@@ -32,29 +30,31 @@ class Parser:
     common     the options that `--help` shows, by group, each with a help text or "" for the field's own; default: all
     notes      paragraphs at the end of the help
     foreign    returns another program's options and whether each takes a value; called only for an unknown option
+    flags      the options of `classes`, if they are known already; the classes are then needed by `instances` alone
 
     Raises UsageError for a wrong command line.
     """
 
     def __init__(
         self,
-        classes: Sequence[type],
+        classes: Sequence[type] = (),
         *,
         prog: str,
         description: str = "",
         common: Mapping[str, Mapping[str, str]] | None = None,
         notes: Sequence[str] = (),
         foreign: Callable[[], Mapping[str, bool]] | None = None,
+        flags: Flags | None = None,
     ) -> None:
+        flags = Flags.of(classes) if flags is None else flags
         self.classes = classes
-        self.kinds: dict[str, Kind] = {}
-        self.older: dict[str, Any] = {}  # older name -> its row in the compatibility table
+        self.flags = flags
+        self.kinds: dict[str, Kind] = {name: flag.kind for name, flag in flags.fields.items()}
+        self.older = flags.older
         self.prog, self.description, self.notes = prog, description, notes
         self.foreign = foreign
-        self.stray: list[str] | None = (
-            None  # words that belong to no option, if they are collected; else they are an error
-        )
-        self._older_values: dict[str, Collection[Any]] = {}
+        # Words that belong to no option, if they are collected; else they are an error.
+        self.stray: list[str] | None = None
         self._groups: dict[str, list[argparse.Action]] = {"Everywhere": []}
         self._argparse = _Argparse(prog=prog, add_help=False, allow_abbrev=False)
         self._options = self._argparse.add_argument_group()
@@ -64,21 +64,10 @@ class Parser:
             metavar="FILE",
             help="YAML file of the same options; the command line overrides it",
         )
-        for cls in classes:
-            hints = typing.get_type_hints(cls)
-            for field in dataclasses.fields(cls):
-                if field.init and field.name not in self.kinds:
-                    kind = Kind(hints[field.name], field.metadata.get("choices", ()))
-                    if kind.settable:
-                        self.kinds[field.name] = kind
-                        self._add(_origin(cls, field.name), field, kind)
-            for name, values in rows_of(cls, VALUES).items():
-                self._older_values[name] = values.keys()
-        for cls in classes:
-            for word, row in rows_of(cls).items():
-                if word not in self.kinds and word not in self.older and word != "config":
-                    self.older[word] = row
-                    self._add_older(word, row)
+        for flag in flags.fields.values():
+            self._add(flag)
+        for word in flags.older:
+            self._add_older(word)
         self.common = {title: dict(options) for title, options in (common or {}).items()}
         self._add_flag("Everywhere", "-h", "--help", action="store_true", help=self._help_on_help())
         if self.common:
@@ -88,10 +77,13 @@ class Parser:
     def parse(self, argv: Sequence[str]) -> list[Any]:
         return self.instances(self.read(argv))
 
-    def instances(self, values: Mapping[str, Any]) -> list[Any]:
-        """One instance of each class. The classes translate older names of options, with a notice."""
+    def instances(self, values: Mapping[str, Any], classes: Sequence[type] = ()) -> list[Any]:
+        """One instance of each class (default: those of the parser). The classes translate older names of options, with
+        a notice."""
+        from trl.compat.arguments import rows_of
+
         instances = []
-        for cls in self.classes:
+        for cls in classes or self.classes:
             own = {field.name for field in dataclasses.fields(cls) if field.init}
             own |= (
                 rows_of(cls).keys() & self.older.keys()
@@ -123,22 +115,32 @@ class Parser:
         config = typed.pop("config", None)
         values: dict[str, Any] = {}
         if config is not None:
-            content, elsewhere = read_yaml(config), {}
-            content.pop("env", None)
-            for name, value in content.items():
-                if name in self.kinds or name in self.older:
-                    values[name] = self._convert(name, value, where=f"{config}: {name}")
-                elif self.foreign is not None and name in self.foreign():
-                    elsewhere[name] = value
-                else:
-                    meant = nearest(str(name), self.kinds)
-                    raise UsageError(f"{config}: there is no option `{name}`{meant}")
+            values, elsewhere, problems = self.read_file(config)
+            if problems:
+                raise UsageError(problems[0])
             foreign = elsewhere | foreign
         # The command line overrides the file, also if one uses an older name of the option.
         values = {name: value for name, value in values.items() if not any(self._same(name, each) for each in typed)}
         for name, value in typed.items():
             values[name] = self._convert(name, value, where=f"--{name}")
         return values, foreign, words
+
+    def read_file(self, path: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """The converted values of a YAML file, the foreign options in it, and a sentence for each wrong line."""
+        content = read_yaml(path)
+        content.pop("env", None)
+        values, foreign, problems = {}, {}, []
+        for name, value in content.items():
+            if name in self.kinds or name in self.older:
+                try:
+                    values[name] = self._convert(name, value, where=f"{path}: {name}")
+                except UsageError as error:
+                    problems.append(str(error))
+            elif self.foreign is not None and name in self.foreign():
+                foreign[name] = value
+            else:
+                problems.append(f"{path}: there is no option `{name}`{nearest(str(name), self.kinds)}")
+        return values, foreign, problems
 
     def help(self, everything: bool) -> str:
         formatter = argparse.HelpFormatter(self.prog, max_help_position=34, width=110)
@@ -187,7 +189,7 @@ class Parser:
                 continue
             if name not in theirs:
                 # A misspelt older name is answered with the present name.
-                meanings = {old: getattr(row, "name", old) for old, row in self.older.items()}
+                meanings = {old: row.name or old for old, row in self.older.items()}
                 meanings |= {each: each for each in [*self.kinds, *theirs]}
                 meanings |= {each[2:]: each[2:] for each in known if each[2:] not in self.older}
                 # Compared without the dashes, which all flags share.
@@ -204,13 +206,13 @@ class Parser:
 
     def _same(self, one: str, other: str) -> bool:
         """Whether two names set the same field, one of them an older name. Keys of one mapping do not conflict."""
-        today = [getattr(self.older.get(word), "name", word) for word in (one, other)]
+        today = [self._today(word) for word in (one, other)]
         return today[0] == today[1] and not (today[0] in self.kinds and self.kinds[today[0]].mapping)
 
     def _convert(self, name: str, value: Any, *, where: str) -> Any:
         kind = self._kind(name)
-        today = getattr(self.older.get(name), "name", name)
-        older = self._older_values.get(today, ())
+        today = self._today(name)
+        older = self.flags.older_values.get(today, ())
         if (value is None or isinstance(value, str)) and value in older:
             return value
         if today in BARE and isinstance(value, bool):
@@ -225,8 +227,12 @@ class Parser:
         if name in self.kinds:
             return self.kinds[name]
         row = self.older[name]
-        kind = self.kinds.get(row.name) if isinstance(row, Now) else None
-        return kind if kind is not None and (row.value is None or kind.number) else None
+        kind = self.kinds.get(row.name) if row.name else None
+        return kind if kind is not None and (row.same_value or kind.number) else None
+
+    def _today(self, name: str) -> str:
+        row = self.older.get(name)
+        return row.name if row is not None and row.name else name
 
     def _add_flag(self, title: str, *flags: str, **options: Any) -> argparse.Action:
         # Absent flags stay absent from the result; a default would override the YAML file.
@@ -234,22 +240,15 @@ class Parser:
         self._groups.setdefault(title, []).append(action)
         return action
 
-    def _add(self, title: str, field: dataclasses.Field[Any], kind: Kind) -> None:
-        help_text = " ".join(str(field.metadata.get("help", "")).split()).replace("%", "%%")
-        if kind.choices and "|" not in kind.metavar:
-            # The flag itself does not show the choices. Long lists of other libraries are in their documentation.
-            if names := field.metadata.get("choices", ()):
-                help_text += f" One of: {', '.join(map(str, names))}."
-        default = _default(field)
-        if default not in (None, "", []) and not (kind.boolean and default is False):
-            help_text += f" [{_shown(default)}]".replace("%", "%%")
-        self._add_flag(title, f"--{field.name}", dest=field.name, help=help_text.strip(), **_shape(field.name, kind))
-        if kind.boolean:
-            self._add_no(field.name)
+    def _add(self, flag: Flag) -> None:
+        text = flag.help.replace("%", "%%")
+        self._add_flag(flag.title, f"--{flag.name}", dest=flag.name, help=text, **_shape(flag.name, flag.kind))
+        if flag.kind.boolean:
+            self._add_no(flag.name)
 
-    def _add_older(self, word: str, row: Any) -> None:
+    def _add_older(self, word: str) -> None:
         kind = self._kind(word)
-        shape = {"nargs": "?", "const": True} if kind is None else _shape(row.name, kind)
+        shape = {"nargs": "?", "const": True} if kind is None else _shape(self._today(word), kind)
         self._argparse.add_argument(f"--{word}", dest=word, default=argparse.SUPPRESS, **shape)
         if kind is None or kind.boolean:
             self._add_no(word)
@@ -298,36 +297,9 @@ def _shape(name: str, kind: Kind) -> dict[str, Any]:
     return {"nargs": "+", "metavar": "VALUE"} if kind.many else {"metavar": kind.metavar}
 
 
-def _shown(default: Any) -> str:
-    """A default as on the command line."""
-    words = default if isinstance(default, (list, tuple)) else [default]
-    return " ".join(str(word) if str(word).strip() else repr(word) for word in words)
-
-
-def _origin(cls: type, name: str) -> str:
-    """The title of a field's group: the first sentence of the class that defines it, and its name."""
-    source = next(part for part in cls.__mro__ if name in part.__dict__.get("__annotations__", {}))
-    if not source.__module__.startswith("trl"):
-        library = source.__module__.partition(".")[0]
-        return f"{library}.{source.__name__}" if library == "transformers" else _sentence(source)
-    return f"{_sentence(source)} ({source.__name__})"
-
-
-def _sentence(cls: type) -> str:
-    return (cls.__doc__ or cls.__name__).strip().splitlines()[0].rstrip(".")
-
-
 class _Argparse(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    if isinstance(field.default, enum.Enum):
-        return field.default.value
-    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _with_underscores(word: str) -> str:

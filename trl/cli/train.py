@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trl.cli import UsageError, hide_library_notes, launch
+from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
 from trl.methods import METHODS
 
@@ -106,29 +107,18 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     set_environment(argv)
     hide_library_notes()
 
-    import trl
-    from trl.config import RewardArguments
-    from trl.data.mixture import DatasetMixtureConfig
-    from trl.options import check_trackers
-
     method = METHODS[command]
-    config_class, trainer_class = getattr(trl, f"{method.name}Config"), getattr(trl, f"{method.name}Trainer")
-    parser = Parser(
-        [
-            RewardArguments if method.judged else trl.ScriptArguments,
-            *(DatasetMixtureConfig, trl.ModelConfig, config_class),
-        ],
-        prog=f"trl {command}",
-        description=f"{method.title[0].upper()}{method.title[1:]}: trains on {method.summary}.",
-        common=COMMON,
-        notes=NOTES,
-        foreign=launch.options,
-    )
+    parser = training_parser(command)
     values, elsewhere, own = parser.read_apart(argv)
-    _check(values)
+    check(values)
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
-    script, mixture, model, config = parser.instances(values)
+
+    import trl
+    from trl.options import check_trackers
+
+    trainer_class = getattr(trl, f"{method.name}Trainer")
+    script, mixture, model, config = parser.instances(values, classes(command))
     script.dataset_streaming = mixture.streaming = script.dataset_streaming or mixture.streaming
     check_trackers(config)
 
@@ -144,7 +134,7 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     if resume and (adapter is not None or adapter_base(model.model_name_or_path) is None):
         check_resumed(checkpoint.resolve(Path(config.output_dir), resume)[0], adapter)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
-    train_rows, test_rows = rows(script, mixture if mixture.datasets else None, config, notices)
+    train_rows, test_rows = rows(script, mixture, config, notices)
     judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
     trainer = trainer_class(
         model=model.model_name_or_path,
@@ -166,7 +156,32 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     return 0
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def classes(command: str) -> list[type]:
+    """The dataclasses whose fields are the options of a training command."""
+    import trl
+    from trl.config import RewardArguments
+    from trl.data.mixture import DatasetMixtureConfig
+
+    method = METHODS[command]
+    script = RewardArguments if method.judged else trl.ScriptArguments
+    return [script, DatasetMixtureConfig, trl.ModelConfig, getattr(trl, f"{method.name}Config")]
+
+
+def training_parser(command: str) -> Parser:
+    """The parser of a training command. Its options come from the cache, without the classes, if they are there."""
+    method = METHODS[command]
+    flags = remembered(command, lambda: Flags.of(classes(command), launch.options()))
+    return Parser(
+        flags=flags,
+        prog=f"trl {command}",
+        description=f"{method.title[0].upper()}{method.title[1:]}: trains on {method.summary}.",
+        common=COMMON,
+        notes=NOTES,
+        foreign=lambda: flags.foreign,
+    )
+
+
+def check(values: Mapping[str, Any]) -> None:
     """Raise UsageError for missing and conflicting options, before anything is started or loaded."""
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
@@ -191,12 +206,11 @@ def _check(values: Mapping[str, Any]) -> None:
             f"--output_dir is the folder of the model itself, {model}: the adapter needs that model, so it is "
             "saved in another folder. Name another --output_dir."
         )
-    if values.get("test_split_size") is not None:
-        if not mixes:
-            raise UsageError(
-                "--test_split_size belongs to --datasets; of one data set, set rows aside with "
-                "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
-            )
+    if values.get("test_split_size") is not None and values.get("dataset_test_split"):
+        raise UsageError(
+            "--test_split_size and --dataset_test_split both say which rows to evaluate on: keep one. "
+            "--test_split_size draws them from the split that is trained on."
+        )
 
 
 class _Notices(logging.Handler):
@@ -228,23 +242,29 @@ def reward_functions(script: Any, config: Any) -> list[Any] | None:
 def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
     """The rows for training and for evaluation; None without evaluation. Raises UsageError if the evaluation rows are
     missing, or would be the training rows."""
-    from trl.data.mixture import load_mixture
+    from trl.data.mixture import DatasetMixtureConfig, load_mixture
     from trl.data.reading.sources import load
     from trl.notices import notify_once
 
     evaluates = config.eval_strategy != "no" or config.do_eval
     if not evaluates and script.dataset_test_split != "test":
         notify_once(f"dataset_test_split={script.dataset_test_split!r} has no effect without eval_strategy")
-    if not evaluates and mixture is not None and mixture.test_split_size is not None:
+    if not evaluates and mixture.test_split_size is not None:
         notify_once(
             f"test_split_size={mixture.test_split_size} sets rows aside that are not used without eval_strategy"
         )
-    if mixture is not None:
+    if mixture.datasets:
         if evaluates and mixture.test_split_size is None:
             raise UsageError("evaluation needs rows of its own: set some aside with --test_split_size 0.05.")
         parts = load_mixture(mixture, config.seed, config.skip_bad_rows)
         return parts["train"], parts["test"] if evaluates else None
     name, config_name, streams = script.dataset_name, script.dataset_config, script.dataset_streaming
+    if mixture.test_split_size is not None:
+        one = {"path": name, "name": config_name, "split": script.dataset_train_split}
+        alone = DatasetMixtureConfig([one], streams, mixture.test_split_size)
+        split = load_mixture(alone, config.seed, config.skip_bad_rows)
+        train, test = (split[side].parts[0].rows for side in ("train", "test"))
+        return train, test if evaluates else None
     opening = {"streaming": streams, "skip_bad_rows": config.skip_bad_rows}
     train = load(name, script.dataset_train_split, config_name, **opening)
     if not evaluates:
@@ -262,9 +282,10 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
         if not another:
             print(f"trl: {sentence}", flush=True)
     if another or (not streams and test._fingerprint == train._fingerprint):
+        aside = "Set some aside, drawn at random: --test_split_size 0.05"
+        remedy = "Name one that it has: --dataset_test_split" if streams else aside
         raise UsageError(
-            f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. Set some aside: "
-            "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
+            f"evaluation needs rows of its own, and {script.dataset_name} has no split `{wanted}`. {remedy}"
         )
     return train, test
 

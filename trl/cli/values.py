@@ -44,6 +44,17 @@ class Kind:
         self.settable = self.text or bool(self.choices) or self.mapping or self.many or self.either_boolean
         self.settable = self.settable or self.integer or self.number
 
+    def to_dict(self) -> dict[str, Any]:
+        """The kind as JSON values."""
+        return {**vars(self), "element": self.element and self.element.to_dict()}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Kind:
+        """The kind from what `to_dict` gave."""
+        kind = cls.__new__(cls)
+        vars(kind).update(stored, element=stored["element"] and cls.from_dict(stored["element"]))
+        return kind
+
     @property
     def metavar(self) -> str:
         if len(self.choices) > 8:

@@ -63,9 +63,12 @@ class DatasetMixtureConfig:
         default_factory=list,
         metadata={"help": 'Data sets trained on as one: files or names, or JSON like {"path": "a", "fraction": 0.5}.'},
     )
-    streaming: bool = field(default=False, metadata={"help": "Streams all data sets of the mix."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read rows during training, in file order; needs max_steps."}
+    )
     test_split_size: float | None = field(
-        default=None, metadata={"help": "Rows of the mix to set aside for evaluation: a share below 1, or a number."}
+        default=None,
+        metadata={"help": "Rows to set aside for evaluation, drawn at random: a share below 1, or a number."},
     )
 
     def __post_init__(self) -> None:

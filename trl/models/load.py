@@ -139,6 +139,18 @@ def tokenizer_of(processing_class: Any) -> Any:
     return tokenizer
 
 
+def positions(name_or_path: str, **kwargs: Any) -> int | None:
+    """The longest sequence that a model takes, in tokens, by its configuration; None if that does not say, or if it
+    cannot be read (loading the model reports the error)."""
+    path = adapter_base(name_or_path) or name_or_path
+    wanted = {key: kwargs[key] for key in ("revision", "trust_remote_code", "max_position_embeddings") if key in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(_expanded(path), **wanted).get_text_config()
+    except (OSError, ValueError):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def check_window(model: Any, max_length: int | None, **kwargs: Any) -> None:
     """Raise `ModelError` if `max_length` exceeds the model's positions. A model that is given by its name, with the
     arguments of `from_pretrained`, is not loaded for it."""
@@ -146,17 +158,12 @@ def check_window(model: Any, max_length: int | None, **kwargs: Any) -> None:
         return
     stretched = "model_init_kwargs={'max_position_embeddings': ...}"
     if isinstance(model, str):
-        names = ("revision", "trust_remote_code", "max_position_embeddings")
-        wanted = {name: kwargs[name] for name in names if name in kwargs}
-        try:
-            config = AutoConfig.from_pretrained(_expanded(adapter_base(model) or model), **wanted)
-        except (OSError, ValueError):  # loading the model reports the error
-            return
+        window = positions(model, **kwargs)
     else:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         stretched = "from_pretrained(..., max_position_embeddings=...)"
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    window = getattr(text, "max_position_embeddings", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        window = getattr(text, "max_position_embeddings", None)
     if window and max_length > window:
         raise ModelError(
             f"max_length={max_length} is beyond the model's window of {window:,} tokens: lower max_length (its default "

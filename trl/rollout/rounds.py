@@ -116,9 +116,14 @@ def split_into_steps(samples: Sequence[TrainingTrace], parts: int, group: int = 
     return [list(samples[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
+def pass_at_k(count: int, passed: int, k: int) -> float:
+    """The chance that one of k completions passes, estimated without bias from `count` completions of which `passed`
+    do (Chen et al. 2021, arXiv:2107.03374, equation 1): 1 - C(count - passed, k) / C(count, k)."""
+    return 1.0 - math.comb(count - passed, k) / math.comb(count, k)
+
+
 def evaluation_metrics(judged: Sequence[tuple[float, list[float]]], threshold: float) -> dict[str, float]:
-    """The mean reward over prompts with half the width of its 95 % interval, and pass@k: the chance that one of k
-    completions passes, without bias (Chen et al. 2021, arXiv:2107.03374, equation 1)."""
+    """The mean reward over prompts with half the width of its 95 % interval, and `pass_at_k`, for k of 1 and of all."""
     means = np.array([mean for mean, _ in judged], dtype=np.float64)
     means = means[np.isfinite(means)]
     if not len(means):
@@ -129,7 +134,6 @@ def evaluation_metrics(judged: Sequence[tuple[float, list[float]]], threshold: f
     for k in sorted({1, fewest}):
         chances = []
         for _, rewards in judged:
-            count, passed = len(rewards), sum(reward >= threshold for reward in rewards)
-            chances.append(1.0 - math.comb(count - passed, k) / math.comb(count, k))
+            chances.append(pass_at_k(len(rewards), sum(reward >= threshold for reward in rewards), k))
         found[f"pass@{k}"] = float(np.mean(chances))
     return found

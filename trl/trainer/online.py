@@ -47,6 +47,7 @@ from trl.rollout.types import Environment, Sampler, Sampling
 from . import evaluation, overrides
 from .attributes import shows
 from .base import BaseTrainer
+from .constant_reward import ConstantReward
 from .drawing import LONGEST, judge_of, opened, sampler_of
 from .loader import rounds_of, stream_of_rounds
 from .online_attributes import OnlineAttributes
@@ -115,7 +116,8 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
         self.rounds_sampled = 0
         self.refills = RefillPrompts(0, args.seed)
         self.reference = ReferencePolicy(ref_model, model, is_needed=self.needs_reference)
-        self.components = self.parts_of()
+        self.constant_reward = ConstantReward()
+        self.components = (*self.parts_of(), self.constant_reward)
         super().__init__(
             model,
             args,
@@ -212,6 +214,8 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
                   for name, values in found.logged.items()}  # fmt: skip
         self._add(mode, logged)
         advantages = self.credit(found.traces, generations).tolist() if found.traces else []
+        if training:
+            self.constant_reward.look(self, found.sampled)
         if found.sampled:
             self._log_round(mode, found.sampled, generations)
         if not training and found.traces and self.rewards.names:
