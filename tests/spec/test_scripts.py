@@ -28,22 +28,9 @@ moved = [
 ]
 print("steps", names["trainer"].steps_taken, "kl", names["stats"]["objective/kl"], "moved", len(moved))
 """
-# A folder is opened by PEFT and by transformers, without this library, and both give the same logits.
-OPEN = """
-import sys
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-inputs = tokenizer("What comes after 3?", return_tensors="pt")
-by_peft = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-by_transformers = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-assert float((by_peft(**inputs).logits - by_transformers(**inputs).logits).abs().max()) < 1e-4
-assert not any(name == "trl" or name.startswith("trl.") for name in sys.modules)
-print("opened")
-"""
-# Merged weights against base and adapter side by side; the base alone answers otherwise.
+# Merged weights against base and adapter side by side, without this library; the base alone answers otherwise.
 COMPARE = f"""
+import sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,8 +42,21 @@ merged = AutoModelForCausalLM.from_pretrained("./merged_model", dtype=torch.floa
 with torch.no_grad():
     alone, together = base(**inputs).logits, merged(**inputs).logits
     adapted = PeftModel.from_pretrained(base, "./sft_final").eval()(**inputs).logits
+assert not any(name == "trl" or name.startswith("trl.") for name in sys.modules)
 print("gap", float((together - adapted).abs().max()), "effect", float((alone - adapted).abs().max()))
 """
+
+
+def check_opens(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's folder is opened by PEFT and by transformers, and both give the same logits."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(folder)  # the base model has its name on the Hub
+    inputs = AutoTokenizer.from_pretrained(name)("What comes after 3?", return_tensors="pt")
+    ways = (AutoPeftModelForCausalLM, AutoModelForCausalLM)
+    ours, theirs = (kind.from_pretrained(name, dtype="float32").eval()(**inputs).logits for kind in ways)
+    assert float((ours - theirs).detach().abs().max()) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,7 @@ def sft_output(folder: Path, guide: Guide) -> str:
     return shell(folder, guide.text("export WANDB_DISABLED") + guide.text("python3 sft_train.py\n"))
 
 
-def test_the_check_of_the_gpu(folder: Path, guide: Guide) -> None:
-    assert "CUDA: " in shell(folder, guide.text('python3 -c "import torch; print(f\'CUDA'))
-
-
-def test_sft_train(folder: Path, guide: Guide, sft_output: str) -> None:
+def test_sft_train(folder: Path, guide: Guide, sft_output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """4-bit weights, old argument names, a `prompt` column beside `messages`, an adapter, an absent tracker."""
     assert "read as conversations in `messages`" in sft_output
     assert "WANDB_DISABLED is set: nothing is reported to wandb" in sft_output
@@ -92,8 +88,7 @@ def test_sft_train(folder: Path, guide: Guide, sft_output: str) -> None:
     assert len(lines) == 9 and lines[-1]["loss"] < lines[0]["loss"]
     assert (folder / "sft_final" / "tokenizer_config.json").exists()
     assert changes(folder / "sft_output" / "checkpoint-3", folder / "sft_final") > 0
-    (folder / "open.py").write_text(OPEN)
-    assert shell(folder, "python3 open.py sft_final").strip().endswith("opened")
+    check_opens(folder, "sft_final", monkeypatch)
     listed = shell(folder, guide.text("ls -lh"))
     assert listed.count("adapter_model.safetensors") == 3  # save_total_limit
 
@@ -115,10 +110,10 @@ def test_the_merged_model_gives_the_logits_of_the_adapter(folder: Path, guide: G
     numbers = re.search(r"gap (\S+) effect (\S+)", shell(folder, "python3 compare.py"))
     assert numbers is not None
     gap, effect = float(numbers[1]), float(numbers[2])
-    assert gap < 0.02 < 0.1 < effect  # the merged weights are rounded to bfloat16
+    assert 0 < 5 * gap < effect  # the merged weights are rounded to bfloat16
 
 
-def test_dpo_train(folder: Path, sft_output: str) -> None:
+def test_dpo_train(folder: Path, sft_output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that transformers loads frozen, and a reference given beside it: it trains all the same."""
     out = shell(folder, "python3 dpo_train.py")
     assert "the model was loaded with a frozen adapter inside: the adapter is made trainable" in out
@@ -129,8 +124,7 @@ def test_dpo_train(folder: Path, sft_output: str) -> None:
     assert len(rest) == 3
     assert all(line["loss"] != first["loss"] and line["rewards/margins"] != 0 for line in rest)
     assert changes(folder / "sft_final", folder / "dpo_final") > 0
-    (folder / "open.py").write_text(OPEN)
-    assert shell(folder, "python3 open.py dpo_final").strip().endswith("opened")
+    check_opens(folder, "dpo_final", monkeypatch)
 
 
 def test_ppo_train(folder: Path, sft_output: str) -> None:
@@ -159,7 +153,7 @@ def test_grpo_train(folder: Path) -> None:
     assert log_of(folder / "grpo_output" / f"checkpoint-{step}")
 
 
-def test_the_two_commands(folder: Path, guide: Guide) -> None:
+def test_the_two_commands(folder: Path, guide: Guide, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other: the second starts from the adapter that the first has saved."""
     for line in guide.of("test_the_two_commands"):
         out = shell(folder, line)
@@ -169,5 +163,4 @@ def test_the_two_commands(folder: Path, guide: Guide) -> None:
     assert (state["global_step"], state["epoch"]) == (8, 1.0)
     assert newest_step(folder / "cli_sft_output") == 18  # 48 rows, 8 a step, 3 times
     assert changes(folder / "cli_sft_output", folder / "cli_dpo_output") > 0
-    (folder / "open.py").write_text(OPEN)
-    assert shell(folder, "python3 open.py cli_dpo_output").strip().endswith("opened")
+    check_opens(folder, "cli_dpo_output", monkeypatch)
