@@ -1,6 +1,6 @@
 """GRPO on sums: several answers to each question, rewarded where the last number is the right one.
 
-    python grpo_train.py
+python grpo_train.py
 """
 
 import random

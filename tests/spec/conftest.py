@@ -96,7 +96,8 @@ def hub(tiny_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """The `prompt` beside the conversation is its first message once more."""
         rows = chat_rows(count, seed)
         return [
-            {"prompt": row["messages"][0]["content"], "prompt_id": str(number), **row} for number, row in enumerate(rows)
+            {"prompt": row["messages"][0]["content"], "prompt_id": str(number), **row}
+            for number, row in enumerate(rows)
         ]
 
     def ultrafeedback(count: int) -> list[dict[str, Any]]:

@@ -102,28 +102,28 @@ def test_advice_on_memory(guide: Guide, here: Path) -> None:
     assert list(advice) == [
         *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_seq_length")
     ]
-    trainer = ran(here, with_settings(guide.text("# sft_train.py"), advice | {"num_train_epochs": "1"}))
+    trainer = ran(here, with_settings(guide.text("# sft_train.py"), advice | {"max_steps": "1"}))
     args = trainer.args
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 16)
     assert args.gradient_checkpointing and args.max_length == 1024
     assert trainer.model.is_gradient_checkpointing and trainer.model.is_quantized
-    check_trained(trainer, 2)  # 24 rows, 16 a step
+    check_trained(trainer, 1)
 
 
 def test_advice_on_nan(guide: Guide, here: Path) -> None:
     advice = guide.advice("learning_rate=1e-5")
     assert advice == {"learning_rate": "1e-5", "bf16": "True", "fp16": "False"}
-    trainer = ran(here, with_settings(guide.text("# sft_train.py"), advice | {"num_train_epochs": "1"}))
+    trainer = ran(here, with_settings(guide.text("# sft_train.py"), advice | {"max_steps": "2"}))
     assert trainer.args.learning_rate == 1e-5 and trainer.args.bf16 and not trainer.args.fp16
-    check_trained(trainer, 3)
+    check_trained(trainer, 2)
 
 
 def test_advice_on_rejected_above_chosen(guide: Guide, here: Path, sft_final: Path) -> None:
     advice = guide.advice("beta=0.05")
     assert advice == {"beta": "0.05"}
-    trainer = ran(here, with_settings(guide.text("# dpo_train.py"), advice))
+    trainer = ran(here, with_settings(guide.text("# dpo_train.py"), advice | {"max_steps": "2"}))
     assert trainer.args.beta == 0.05
-    check_trained(trainer, 4)
+    check_trained(trainer, 2)
     assert "rewards/accuracies" in trainer.state.log_history[0]
 
 
@@ -132,12 +132,11 @@ def test_advice_on_speed(guide: Guide, here: Path, sft_final: Path) -> None:
     """Another attention in the model's own call, half precision, workers that load."""
     loads = guide.text("model = AutoModelForCausalLM.from_pretrained(\n    model_name,\n    attn_impl")
     script = guide.text("# dpo_train.py")
-    theirs = "\nmodel = AutoModelForCausalLM.from_pretrained(\n    model_name,\n    torch_dtype=torch.bfloat16,\n    device_map"
-    assert theirs in script
+    assert script.count("\n# 参考模型") == 1
     script = script.replace("\n# 参考模型", f"\n{loads}\n# 参考模型")
-    trainer = ran(here, with_settings(script, guide.advice("dataloader_num_workers")))
+    trainer = ran(here, with_settings(script, guide.advice("dataloader_num_workers") | {"max_steps": "2"}))
     assert trainer.args.dataloader_num_workers == 4 and trainer.args.bf16
-    check_trained(trainer, 4)
+    check_trained(trainer, 2)
 
 
 def test_advice_on_padding(guide: Guide, here: Path) -> None:
@@ -145,7 +144,7 @@ def test_advice_on_padding(guide: Guide, here: Path) -> None:
     script = guide.text("# sft_train.py")
     for line in guide.of("test_advice_on_padding"):
         assert line.split("  #")[0].strip() in script
-    trainer = ran(here, with_settings(script, {"num_train_epochs": "1"}))
+    trainer = ran(here, with_settings(script, {"max_steps": "1"}))
     tokenizer = trainer.processing_class
     assert tokenizer.pad_token_id == tokenizer.eos_token_id and tokenizer.padding_side == "right"
     batch = next(iter(trainer.get_train_dataloader()))

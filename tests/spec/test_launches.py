@@ -1,11 +1,11 @@
 """The guide's scripts under `accelerate launch`, as written, with two processes of a CPU.
 
-They load their models with `device_map="auto"`, which accelerate refuses in a distributed run.
+They load their models with `device_map="auto"`. Where that spreads a model over GPUs, accelerate refuses it in a
+distributed run, and the map is dropped (tests/models/test_load.py).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -53,8 +53,7 @@ def check_two_processes(output: Path, steps: int) -> list[dict[str, float]]:
 
 
 def test_sft_train_in_two_processes(folder: Path, sft_output: str) -> None:
-    assert "the model's device_map is dropped: each of the 2 processes holds it whole" in sft_output
-    assert "bfloat16" in sft_output
+    assert "(2 a batch × 4 accumulated × 2 processes)" in sft_output
     lines = check_two_processes(folder / "sft_output", 6)  # 24 rows, 16 a step, 3 times
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert changes(folder / "sft_output" / "checkpoint-3", folder / "sft_final") > 0
@@ -67,10 +66,10 @@ def test_dpo_train_in_two_processes(folder: Path, guide: Guide, sft_output: str)
 
 
 def test_sft_train_with_options_of_the_launcher(folder: Path, guide: Guide, sft_output: str) -> None:
-    """The same as before, with the launcher's options typed; on GPUs `accelerate config` is not needed then."""
+    """The same run as before, with the launcher's options typed."""
     before = log_of(folder / "sft_output" / "checkpoint-6")
     out = shell(folder, guide.text("CUDA_VISIBLE_DEVICES=0,1,2,3 accelerate launch"))
-    assert "each of the 2 processes holds it whole" in out
+    assert "× 2 processes)" in out
     again = check_two_processes(folder / "sft_output", 6)
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in before], rel=1e-3)
 
@@ -84,4 +83,4 @@ def test_ppo_train_in_two_processes(folder: Path, sft_output: str) -> None:
 def test_grpo_train_in_two_processes(folder: Path) -> None:
     shell(folder, "accelerate launch grpo_train.py")
     lines = check_two_processes(folder / "grpo_output", newest_step(folder / "grpo_output"))
-    assert json.dumps(lines).count("reward") > 0
+    assert all("reward" in line for line in lines)

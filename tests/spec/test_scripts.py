@@ -16,16 +16,13 @@ pytestmark = pytest.mark.slow
 # After a script: what it leaves behind in the process, since it saves nothing.
 AFTER_PPO = """
 import runpy
-from transformers import AutoModelForCausalLM
 names = runpy.run_path("ppo_train.py", run_name="__main__")
-before = AutoModelForCausalLM.from_pretrained("./sft_final").state_dict()
-after = names["trainer"].model.state_dict()
-values = [name for name in after if "v_head" in name]
-assert values and all(tensor.isfinite().all() for tensor in after.values())
-moved = [
-    name for name, tensor in before.items()
-    for ours in after if ours.endswith(name) and not after[ours].float().equal(tensor.float())
-]
+kind, dtype = names["AutoModelForCausalLMWithValueHead"], names["torch"].bfloat16
+before = kind.from_pretrained("./sft_final", torch_dtype=dtype).pretrained_model.state_dict()
+after = names["model"].pretrained_model.state_dict()
+assert before.keys() == after.keys() and all(tensor.isfinite().all() for tensor in after.values())
+moved = [name for name in before if not before[name].equal(after[name].to(dtype))]
+assert all("lora_" in name for name in moved)
 print("steps", names["trainer"].steps_taken, "kl", names["stats"]["objective/kl"], "moved", len(moved))
 """
 # Merged weights against base and adapter side by side, without this library; the base alone answers otherwise.
