@@ -1,4 +1,4 @@
-"""What the guide says about data and about trouble, each piece put into the script that it is about; in this process."""
+"""What the guide says about data and about trouble, put into the script that it is about; in this process."""
 
 from __future__ import annotations
 
