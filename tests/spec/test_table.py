@@ -14,6 +14,7 @@ from .document import Block, blocks, pieces
 from .table import CHANGES, ROWS, row_of
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 def test_every_piece_of_the_document_has_a_row(guide: Guide) -> None:
@@ -29,13 +30,25 @@ def test_every_row_and_change_is_used(guide: Guide) -> None:
     assert [change.old for change in CHANGES if change.old not in whole] == []
 
 
+def names_of_tests() -> set[str]:
+    return {name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+
+
 def test_every_row_has_its_test_or_its_reason() -> None:
-    there = {name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
     for row in ROWS:
         assert bool(row.test) != bool(row.not_run), row
-        assert not row.test or row.test in there, row
+        assert not row.test or row.test in names_of_tests(), row
         for file in re.findall(r"tests/\S+\.py", row.not_run):
-            assert (HERE.parents[1] / file).exists(), file
+            assert (ROOT / file).exists(), file
+
+
+def test_the_page_of_the_docs_names_every_test_and_line_of_today() -> None:
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(test_\w+)`", page)) <= names_of_tests()
+    for file in re.findall(r"`(tests/\S+\.py)`", page):
+        assert (ROOT / file).exists(), file
+    assert [row.text for row in ROWS if f"`{row.test}`" not in page and row.test] == []
+    assert [row.today for row in ROWS if row.today not in page] == []
 
 
 def test_a_further_block_is_seen() -> None:
