@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 @pytest.fixture(scope="module")
-def folder(hub: Path, guide: Guide, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(guide: Guide, hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripts, and the file that `accelerate config` writes after the answers that the guide gives."""
     found = lay_out(hub, tmp_path_factory.mktemp("launches") / "work")
     for name in ("sft_train.py", "dpo_train.py", "ppo_train.py", "grpo_train.py"):

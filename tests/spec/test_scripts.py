@@ -22,7 +22,8 @@ before = kind.from_pretrained("./sft_final", torch_dtype=dtype).pretrained_model
 after = names["model"].pretrained_model.state_dict()
 assert before.keys() == after.keys() and all(tensor.isfinite().all() for tensor in after.values())
 moved = [name for name in before if not before[name].equal(after[name].to(dtype))]
-assert all("lora_" in name for name in moved)
+assert all("lora_" in name or "v_head" in name for name in moved)
+moved = [name for name in moved if "lora_" in name]
 print("steps", names["trainer"].steps_taken, "kl", names["stats"]["objective/kl"], "moved", len(moved))
 """
 # Merged weights against base and adapter side by side, without this library; the base alone answers otherwise.
@@ -57,7 +58,7 @@ def check_opens(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture(scope="module")
-def folder(hub: Path, guide: Guide, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(guide: Guide, hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guide's working folder, with its scripts in it."""
     found = lay_out(hub, tmp_path_factory.mktemp("guide") / "work")
     for name in ("sft_train.py", "dpo_train.py", "ppo_train.py", "grpo_train.py"):
