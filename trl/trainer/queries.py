@@ -74,7 +74,7 @@ def of_texts(dataset: datasets.Dataset, tokenizer: Any, length: int, num_proc: i
 
 
 def opened(dataset: Any, args: Any) -> Any:
-    """The data set of `query_dataset` for None; names, files and rows of texts as a data set; anything else as it is."""
+    """None as the data set of `query_dataset`; names, files and rows of texts as data sets; anything else as it is."""
     if dataset is None:
         return default(args)
     rows = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Mapping)
