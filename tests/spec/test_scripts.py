@@ -20,7 +20,7 @@ names = runpy.run_path("ppo_train.py", run_name="__main__")
 kind, dtype = names["AutoModelForCausalLMWithValueHead"], names["torch"].bfloat16
 before = kind.from_pretrained("./sft_final", torch_dtype=dtype).pretrained_model.state_dict()
 after = names["model"].pretrained_model.state_dict()
-assert before.keys() == after.keys() and all(tensor.isfinite().all() for tensor in after.values())
+assert before.keys() <= after.keys() and all(tensor.isfinite().all() for tensor in after.values())
 moved = [name for name in before if not before[name].equal(after[name].to(dtype))]
 assert all("lora_" in name or "v_head" in name for name in moved)
 moved = [name for name in moved if "lora_" in name]
@@ -139,18 +139,37 @@ def test_ppo_train(folder: Path, sft_output: str) -> None:
     assert int(found[3]) > 0
 
 
-def test_grpo_train(folder: Path) -> None:
-    """Plain prompts with a reward for messages, batches of four and eight completions, an older argument."""
-    out = shell(folder, "python3 grpo_train.py")
-    assert "1 prompts × 8 completions each, drawn at once; trained on in 2 steps of 4 completions" in out
-    assert "reads chat messages, and prompts and completions are strings" in out
+def check_grpo(folder: Path) -> tuple[list[float], int]:
+    """The rewards of a run's rounds, and how many of its weights have changed."""
     step = newest_step(folder / "grpo_output")
     last = folder / "grpo_output" / f"checkpoint-{step}"
     state = json.loads((last / "trainer_state.json").read_text())
     assert (step, state["epoch"]) == (12, 3.0)  # two prompts, two steps each, 3 times
     rewards = [line["reward"] for line in log_of(last) if "reward" in line]
-    assert len(rewards) == 6 and any(0 < reward < 1 for reward in rewards)  # of the first prompt; none of the second
-    assert changes(folder / "Qwen" / "Qwen2.5-7B-Instruct", last, "model.safetensors") > 0
+    assert len(rewards) == 6
+    return rewards, changes(folder / "Qwen" / "Qwen2.5-7B-Instruct", last, "model.safetensors")
+
+
+def test_grpo_train(folder: Path) -> None:
+    """Plain prompts with a reward for messages, batches of four and eight completions, an older argument.
+
+    The guide's reward compares a number with the list of all answers, and so it is 0 for every completion: that is
+    told, and no weight changes.
+    """
+    out = shell(folder, "python3 grpo_train.py")
+    assert "1 prompts × 8 completions each, drawn at once; trained on in 2 steps of 4 completions" in out
+    assert "reads chat messages, and prompts and completions are strings" in out
+    assert "gave 0 to every row 5 times in a row" in out
+    assert check_grpo(folder) == ([0.0] * 6, 0)
+
+
+def test_grpo_train_learns_where_its_reward_is_mended(folder: Path, guide: Guide) -> None:
+    script, ours = guide.text("# grpo_train.py"), "== answer[0]:"  # a round here is of one prompt
+    assert script.count("== answer:") == 1
+    (folder / "grpo_mended.py").write_text(script.replace("== answer:", ours), encoding="utf-8")
+    shell(folder, "rm -rf grpo_output; python3 grpo_mended.py")
+    rewards, moved = check_grpo(folder)
+    assert any(0 < reward < 1 for reward in rewards) and moved > 0
 
 
 def test_the_two_commands(folder: Path, guide: Guide, monkeypatch: pytest.MonkeyPatch) -> None:
