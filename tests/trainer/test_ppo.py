@@ -160,7 +160,7 @@ def test_a_loop_of_ones_own(tmp_path, tokenizer, capsys):
     loop = in_steps(
         tmp_path,
         tokenizer,
-        dataset=trl.data.reading.sources.load(texts),
+        dataset=texts,
         batch_size=2,
         mini_batch_size=1,
         query_length=6,

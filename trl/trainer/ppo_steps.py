@@ -94,7 +94,7 @@ class PPOStepTrainer(PPORounds):
         return self.prepare_dataloader(self.queries, self.query_collator)
 
     def prepare_dataloader(self, dataset: Any = None, data_collator: Callable | None = None) -> Queries:
-        dataset = of_queries.default(self.args) if dataset is None else dataset
+        dataset = of_queries.opened(dataset, self.args)
         if hasattr(dataset, "column_names"):
             args = self.args
             dataset = of_queries.of_texts(dataset, self.processing_class, args.query_length, args.dataset_num_proc)

@@ -1,6 +1,7 @@
 """What a loop of one's own hands in: queries a batch at a time, rows of token ids, numbers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
 from typing import Any
 
 import datasets
@@ -70,6 +71,16 @@ def of_texts(dataset: datasets.Dataset, tokenizer: Any, length: int, num_proc: i
 
     found = dataset.map(tokenised, batched=True, num_proc=num_proc, desc="Tokenising queries")
     return found.filter(lambda ids: len(ids) > 0, input_columns="input_ids")
+
+
+def opened(dataset: Any, args: Any) -> Any:
+    """None as the data set of `query_dataset`; names, files and rows of texts as data sets; anything else as it is."""
+    if dataset is None:
+        return default(args)
+    rows = isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], Mapping)
+    if isinstance(dataset, str | PathLike) or (rows and "input_ids" not in dataset[0]):
+        return sources.load(dataset)
+    return dataset
 
 
 def default(args: Any) -> datasets.Dataset:
