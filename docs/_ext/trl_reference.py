@@ -1,19 +1,21 @@
 """The reference pages, generated from the code: options of commands, public names, methods.
 
-    trl-commands   one section for each command: what `trl <command> --help` shows, and the options of its own
-    trl-methods    the table of methods
-    trl-api        every name of `trl.__all__`, by autodoc
+trl-commands   one section for each command: what `trl <command> --help` shows, and the options of its own
+trl-methods    the table of methods
+trl-api        every name of `trl.__all__`, by autodoc
 """
 
 import argparse
 import re
+from itertools import takewhile
 from typing import Any
 
-import trl
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+import trl
 from trl.cli import launch
 from trl.cli.parser import Parser
 from trl.cli.train import COMMON, NOTES
@@ -122,9 +124,11 @@ class Api(SphinxDirective):
             section += nodes.title(text=title)
             lines = []
             for name in members:
-                kind = "autoclass" if isinstance(getattr(trl, name), type) else "autofunction"
+                value = getattr(trl, name)
+                kind = "autoclass" if isinstance(value, type) else "autofunction" if callable(value) else "autodata"
                 lines += ["```{eval-rst}", f".. {kind}:: trl.{name}"]
-                lines += ["   :members:", "```", ""] if name in trainers else ["```", ""]
+                members_of = ["   :members:", "   :exclude-members: config_class"] if name in trainers else []
+                lines += [*members_of, "```", ""]
             self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, section)
             found.append(section)
         return found
@@ -132,26 +136,25 @@ class Api(SphinxDirective):
 
 def docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are plain text with code in single backticks: made into reStructuredText that says the same."""
-    blocks = "\n".join(lines).strip("\n").split("\n\n")
     found = []
-    for block in blocks:
-        if any(line.startswith((" ", "- ")) for line in block.splitlines()):
-            head = [line for line in block.splitlines() if not line.startswith(" ")]
-            inside = block.splitlines() if not head or head[0] != block.splitlines()[0] else block.splitlines()[len(head) :]
-            text = "\n".join(head) if inside != block.splitlines() else ""
-            found += [_escaped(text)] * bool(text)
-            found.append("::\n\n" + "\n".join(f"    {line}" for line in inside))
-        else:
-            found.append(_escaped(block))
-    lines[:] = "\n\n".join(found).splitlines() + [""]
+    for block in "\n".join(lines).strip("\n").split("\n\n"):
+        flush = list(takewhile(lambda line: not line.startswith((" ", "- ")), block.splitlines()))
+        rest = block.splitlines()[len(flush) :]
+        if flush:
+            found.append(_escaped(" ".join(flush)))
+        if rest:  # a table or a list: as it is
+            found.append("::\n\n" + "\n".join(f"    {line}" for line in rest))
+    lines[:] = [*"\n\n".join(found).splitlines(), ""]
 
 
 def _escaped(text: str) -> str:
-    parts = re.split(r"(`[^`]*`)", text.replace("\n", " "))
-    return "".join(
-        f"``{part[1:-1]}``" if part.startswith("`") and len(part) > 2 else re.sub(r"([*_|\\`])", r"\\\1", part)
-        for part in parts
-    )
+    found = ""
+    for part in re.split(r"(`[^`]+`)", text):
+        code = re.fullmatch(r"`[^`]+`", part)
+        joined = part[:1].isalnum() if found.endswith("``") else code and found[-1:].isalnum()
+        found += r"\ " if joined else ""  # an escaped space, which is not shown: code ends where a word ends
+        found += f"``{part[1:-1]}``" if code else re.sub(r"([*_|\\`])", r"\\\1", part)
+    return found
 
 
 def signature(app: Sphinx, what: str, name: str, value: Any, options: Any, sig: str, returns: str) -> Any:

@@ -1,8 +1,8 @@
 """Every Python and shell block of README and docs runs as it is written, those of a page in order, in one folder.
 
-A block that cannot run here says so in the page, in a comment before its fence: `<!-- not run: needs a hub -->`. A Python
-block whose first line is a comment with a file's name is that file. The folder holds what the pages name: models, and
-data sets of a few rows.
+A block that cannot run here says so in the page, in a comment before its fence: `<!-- not run: needs a hub -->`. A
+Python block whose first line is a comment with a file's name is that file. The folder holds what the pages name: models,
+and data sets of a few rows.
 """
 
 import json
@@ -57,10 +57,10 @@ DATA = {
                       for word in ("good", "bad", "long", "short", "new", "old", "dull", "fine")],
     "alpaca.json": [{"instruction": asked, "input": "", "output": answer} for asked, answer, _ in TRIPLES],
 }  # fmt: skip
-REWARDS = '''
+REWARDS = """
 def right(completions, answer, **kwargs):
     return [float(answer in completion[-1]["content"]) for completion, answer in zip(completions, answer)]
-'''
+"""
 CONFIG = "model_name_or_path: path/or/name\ndataset_name: chats.jsonl\noutput_dir: out\nmax_steps: 1\n"
 
 
