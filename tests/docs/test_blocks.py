@@ -1,8 +1,8 @@
 """Every Python and shell block of README and docs runs as it is written, those of a page in order, in one folder.
 
 A block that cannot run here says so in the page, in a comment before its fence: `<!-- not run: needs a hub -->`. A
-Python block whose first line is a comment with a file's name is that file. The folder holds what the pages name: models,
-and data sets of a few rows.
+Python block whose first line is a comment with a file's name is that file. The folder holds what the pages name:
+models, and data sets of a few rows.
 """
 
 import json
@@ -68,25 +68,37 @@ CONFIG = "model_name_or_path: path/or/name\ndataset_name: chats.jsonl\noutput_di
 def scorer(tiny_path, tmp_path_factory):
     """A model with a scoring head over the small model's random weights."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "scorer"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        from transformers import AutoConfig
-
         config = AutoConfig.from_pretrained(tiny_path, num_labels=1)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_path).save_pretrained(folder)
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def adapter(tiny_path, tmp_path_factory):
+    """An adapter of the small model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_path).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch, tiny_path, scorer):
+def folder(tmp_path, monkeypatch, tiny_path, scorer, adapter):
     """A folder with everything that the pages name."""
     for name, source in {
-        **dict.fromkeys(("path/or/name", "small/model", "large/model", "tuned"), tiny_path),
+        **dict.fromkeys(("path/or/name", "small/model", "large/model", "tuned", "merged"), tiny_path),
         "path/to/reward-model": scorer,
+        "adapter": adapter,
     }.items():
         shutil.copytree(source, tmp_path / name)
     for name, rows in DATA.items():
@@ -97,6 +109,9 @@ def folder(tmp_path, monkeypatch, tiny_path, scorer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TRL_DEBUG", "1")  # tracebacks
+    monkeypatch.setenv("MODEL", "path/or/name")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     return tmp_path
 
 
@@ -109,24 +124,22 @@ def run_python(block: Block, names: dict, where: str) -> None:
 
 
 def run_shell(block: Block) -> None:
-    """`trl` commands in this process, which saves a start each; others in a shell."""
+    """`trl` commands in this process, which saves a start each; others in a shell, a block with a document whole."""
     from trl.cli.main import main
 
-    for command in re.sub(r"\\\n\s*", " ", block.code).splitlines():
-        words = shlex.split(command, comments=True)
+    whole = [block.code] if "<<" in block.code else re.sub(r"\\\n\s*", " ", block.code).splitlines()
+    for command in whole:
+        words = [os.path.expandvars(word) for word in shlex.split(command, comments=True)]
         if not words:
             continue
-        if words[0] == "trl" and not set(command) & set("|>&;$"):
+        if words[0] == "trl" and not set(command) & set("|>&;<"):
             try:
                 status = main(words[1:])
             except SystemExit as end:  # --help
                 status = end.code or 0
             assert status == 0, command
         else:
-            path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-            here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            environment = {**os.environ, "PYTHONPATH": path, "PATH": here}
-            subprocess.run(["bash", "-ec", command], check=True, env=environment)
+            subprocess.run(["bash", "-ec", command], check=True)
 
 
 @pytest.mark.parametrize(
