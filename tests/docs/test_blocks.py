@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, RUN, Block, blocks, name_of
+from trl.methods import METHODS
 
 # Pages that take longer than about ten seconds.
 SLOW = ()
@@ -96,7 +97,7 @@ def adapter(tiny_path, tmp_path_factory):
 def folder(tmp_path, monkeypatch, tiny_path, scorer, adapter):
     """A folder with everything that the pages name."""
     for name, source in {
-        **dict.fromkeys(("path/or/name", "small/model", "large/model", "tuned", "merged"), tiny_path),
+        **dict.fromkeys(("path/or/name", "small/model", "large/model", "merged"), tiny_path),
         "path/to/reward-model": scorer,
         "adapter": adapter,
     }.items():
@@ -112,7 +113,13 @@ def folder(tmp_path, monkeypatch, tiny_path, scorer, adapter):
     monkeypatch.setenv("MODEL", "path/or/name")
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    return tmp_path
+    methods, modules = dict(METHODS), set(sys.modules)
+    yield tmp_path
+    METHODS.clear()
+    METHODS.update(methods)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]  # a page's own file
 
 
 def run_python(block: Block, names: dict, where: str) -> None:
@@ -146,11 +153,10 @@ def run_shell(block: Block) -> None:
     "page", [pytest.param(page, marks=pytest.mark.slow if name_of(page) in SLOW else (), id=name_of(page))
              for page in PAGES]
 )  # fmt: skip
-def test_blocks_run_as_written(page, folder, monkeypatch):
+def test_blocks_run_as_written(page, folder):
     text = page.read_text(encoding="utf-8")
     found = [block for block in blocks(text) if block.language in RUN]
     names = {"__name__": "__main__"}
-    modules = set(sys.modules)
     ran = 0
     for block in found:
         if block.not_run:
@@ -160,8 +166,5 @@ def test_blocks_run_as_written(page, folder, monkeypatch):
         else:
             run_shell(block)
         ran += 1
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder)):
-            del sys.modules[name]  # a page's own file
     fences = len(re.findall(rf"^`{{3,}}(?:{'|'.join(RUN)})\s*$", text, re.MULTILINE))
     assert ran + sum(bool(block.not_run) for block in found) == fences
