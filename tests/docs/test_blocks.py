@@ -54,15 +54,14 @@ DATA = {
     "prompts.jsonl": [{"prompt": _user(asked)} for asked in ASKED],
     "tasks.jsonl": [{"prompt": _user("What is 2 + 2?"), "answer": "4"}, {"prompt": _user("1 + 1?"), "answer": "2"}],
     "texts.jsonl": [{"text": f"{asked} {answer}"} for asked, answer, _ in TRIPLES],
-    "reviews.jsonl": [{"text": f"This film was {word} and I will tell you why at some length."}
-                      for word in ("good", "bad", "long", "short", "new", "old", "dull", "fine")],
+    "reviews.jsonl": [{"text": f"Film number {place} was good and I will say why at some length."} for place in range(16)],
     "alpaca.json": [{"instruction": asked, "input": "", "output": answer} for asked, answer, _ in TRIPLES],
 }  # fmt: skip
 REWARDS = """
 def right(completions, answer, **kwargs):
     return [float(answer in completion[-1]["content"]) for completion, answer in zip(completions, answer)]
 """
-CONFIG = "model_name_or_path: path/or/name\ndataset_name: chats.jsonl\noutput_dir: out\nmax_steps: 1\n"
+CONFIG = "model_name_or_path: path/or/name\ndataset_name: chats.jsonl\noutput_dir: configured\nmax_steps: 1\n"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +80,19 @@ def scorer(tiny_path, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def short_path(tiny_path, tmp_path_factory):
+    """The small model, whose completions end soon: every eighth token ends them."""
+    from transformers import GenerationConfig
+
+    folder = tmp_path_factory.mktemp("models") / "short"
+    shutil.copytree(tiny_path, folder)
+    found = GenerationConfig.from_pretrained(folder)
+    found.eos_token_id = [found.eos_token_id, *range(100, 2048, 8)]
+    found.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def adapter(tiny_path, tmp_path_factory):
     """An adapter of the small model."""
     from peft import LoraConfig, get_peft_model
@@ -94,10 +106,10 @@ def adapter(tiny_path, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, tiny_path, scorer, adapter):
+def folder(tmp_path, monkeypatch, short_path, scorer, adapter):
     """A folder with everything that the pages name."""
     for name, source in {
-        **dict.fromkeys(("path/or/name", "small/model", "large/model", "merged"), tiny_path),
+        **dict.fromkeys(("path/or/name", "small/model", "large/model", "merged"), short_path),
         "path/to/reward-model": scorer,
         "adapter": adapter,
     }.items():
@@ -139,7 +151,7 @@ def run_shell(block: Block) -> None:
         words = [os.path.expandvars(word) for word in shlex.split(command, comments=True)]
         if not words:
             continue
-        if words[0] == "trl" and not set(command) & set("|>&;<"):
+        if words[0] == "trl" and not set("".join(words)) & set("|>&;<"):
             try:
                 status = main(words[1:])
             except SystemExit as end:  # --help
