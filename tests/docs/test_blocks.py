@@ -54,7 +54,7 @@ DATA = {
     "prompts.jsonl": [{"prompt": _user(asked)} for asked in ASKED],
     "tasks.jsonl": [{"prompt": _user("What is 2 + 2?"), "answer": "4"}, {"prompt": _user("1 + 1?"), "answer": "2"}],
     "texts.jsonl": [{"text": f"{asked} {answer}"} for asked, answer, _ in TRIPLES],
-    "reviews.jsonl": [{"text": f"Film number {place} was good and I will say why at some length."} for place in range(16)],
+    "reviews.jsonl": [{"text": f"Film {place} was good and I will say why at some length."} for place in range(16)],
     "alpaca.json": [{"instruction": asked, "input": "", "output": answer} for asked, answer, _ in TRIPLES],
 }  # fmt: skip
 REWARDS = """
