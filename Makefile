@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test test-short test-rest test-all lint install
+.PHONY: help demo test test-short test-rest test-all lint install docs
 
 help:
 	@echo "make demo       install, then train a small real model on this machine (trl demo)"
 	@echo "make test       install, then ruff, mypy and the short tests (15 minutes at most on two cores)"
 	@echo "make test-all   the above and the slow tests (an hour at most)"
 	@echo "make lint       ruff and mypy alone"
+	@echo "make docs       install, then build the documentation into docs/_build/html; a warning is an error"
 
 demo: .venv/.installed-demo
 	$(BIN)/trl demo $(ARGS)
@@ -36,6 +37,9 @@ test-rest: .venv/.installed-deepspeed
 
 install: .venv/.installed-dev
 
+docs: .venv/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "trl needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -48,6 +52,10 @@ $(BIN)/pip:
 
 .venv/.installed-dev: .venv/.installed-demo
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed-dev
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
 	@touch $@
 
 # For the slow tests alone. Its own CUDA kernels are left out: building them takes a CUDA compiler, and no test wants one.
