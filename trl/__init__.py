@@ -208,6 +208,9 @@ if TYPE_CHECKING:
     from .trainer.prm import (
         PRMTrainer as PRMTrainer,
     )
+    from .trainer.progress import (
+        RichProgressCallback as RichProgressCallback,
+    )
     from .trainer.reward import (
         RewardConfig as RewardConfig,
     )
@@ -256,6 +259,7 @@ _HOMES = {
     "FixedKLController": "trl.trainer.kl_control",
     "LogCompletionsCallback": "trl.callbacks",
     "ModelConfig": "trl.config",
+    "RichProgressCallback": "trl.trainer.progress",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
     "TrlParser": "trl.cli.parser",

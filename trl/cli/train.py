@@ -81,6 +81,8 @@ COMMON = {
         "save_steps": "Steps between checkpoints; below 1, a share of all steps. [500]",
         "logging_steps": "",
         "report_to": "Trackers of the log: wandb, tensorboard, ... [none]",
+        "log_all": "",
+        "verbose": "",
         "resume_from_checkpoint": "Checkpoint to resume from; without a value, the newest in output_dir.",
     },
 }
@@ -101,7 +103,7 @@ def run(argv: Sequence[str], command: str) -> int:
 
 def _run(argv: Sequence[str], command: str) -> int:
     set_environment(argv)
-    hide_library_notes()
+    hide_library_notes("--verbose" in argv)
 
     import trl
     from trl.config import RewardArguments
@@ -154,6 +156,7 @@ def _run(argv: Sequence[str], command: str) -> int:
         peft_config=adapter,
         **judges,
     )
+    trainer.progress.tells_commands = False  # `closing` does, once the model is saved
     try:
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
@@ -161,7 +164,7 @@ def _run(argv: Sequence[str], command: str) -> int:
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.process_index == 0:
         pad = trainer.processing_class.pad_token_id
-        print(closing(command, method.head, trainer.args.output_dir, script, pad), flush=True)
+        print(closing(command, method, trainer.args.output_dir, script, pad), flush=True)
     return 0
 
 
@@ -279,8 +282,11 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     return train, test
 
 
-def closing(command: str, head: str, output_dir: str, script: Any, pad: int | None = None) -> str:
-    """The last lines of a run: the folder of the result, how to open it and how to train on."""
+def closing(command: str, method: Any, output_dir: str, script: Any, pad: int | None = None) -> str:
+    """The last lines of a run: the folder of the result, how to open it, and the commands that take it up."""
+    from trl.trainer.summary import next_commands
+
+    head = method.head
     adapter = os.path.exists(os.path.join(output_dir, "adapter_config.json"))
     package, opener = ("peft", f"AutoPeftModelFor{head}") if adapter else ("transformers", f"AutoModelFor{head}")
     # An adapter's folder lacks the number of labels (transformers would guess two) and the padding token (a score is
@@ -298,6 +304,9 @@ def closing(command: str, head: str, output_dir: str, script: Any, pad: int | No
             f"The trained {'adapter' if adapter else 'model'} is in {output_dir}",
             f'  open it:    from {package} import {opener}; model = {opener}.from_pretrained("{output_dir}"{more})',
             f"  train on:   {again}",
+            f"  go on:      the same command with a larger --max_steps or --num_train_epochs, and "
+            "--resume_from_checkpoint",
+            *(f"  {name + ':':<12}{line}" for name, line in next_commands(output_dir, method, adapter)),
         ]
     )
 

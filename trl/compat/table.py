@@ -628,7 +628,7 @@ ABSENT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("init_zero_verbose",), "logging needs no set-up here"),
     (("BEMA*", "bema*"), f"{_RELEASE} moving average of the weights; SyncRefModelCallback moves a reference"),
     (
-        ("LogCompletionsCallback", "WeaveCallback", "RichProgressCallback"),
+        ("LogCompletionsCallback", "WeaveCallback"),
         "log_completions=True in GRPOConfig shows and keeps completions, and transformers' callbacks show progress",
     ),
     (("MergeModel*", "merge_model*", "MergeConfig"), "PEFT's merge_and_unload merges adapters, mergekit merges models"),

@@ -64,12 +64,12 @@ from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
 from trl.trainer.loader import BatchStream, Collate, lengths_of, row_loader, train_split
 
-from . import construct, overrides, resume
+from . import construct, overrides, progress, resume
 from .card import model_card
 from .evaluation import refuse_to_keep
 from .metrics import Totals, gather_rows
 from .nonfinite import NonFiniteError, what_is_not_finite
-from .report import engine_lines, model_lines, steps_line
+from .report import engine_lines, model_lines, print_report, steps_line
 from .step import Statistics, Step
 
 _PART = "loss over "  # the means that add up to the loss of an evaluation
@@ -256,6 +256,7 @@ class BaseTrainer(Adoptable, Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self.progress = progress.install(self)
         construct.configure_sharding(self.accelerator, args)
         self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
@@ -427,7 +428,7 @@ class BaseTrainer(Adoptable, Trainer):
     def _print_report(self) -> None:
         if not self.is_world_process_zero():
             return
-        print("\n".join(f"trl: {line}" for line in self.report()), flush=True)
+        print_report(self.report(), [line for each in self.reports.values() for line in each.lines()])
         if self.reports and self.args.should_save:
             found = {name: report.to_dict() for name, report in self.reports.items()}
             Path(self.args.output_dir, "data_report.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
@@ -461,7 +462,10 @@ class BaseTrainer(Adoptable, Trainer):
             self._load_between_logs(folder)
         self._print_report()
         self._forget_evaluation()
-        return super().train(str(folder) if folder else None, *args, **kwargs)
+        try:
+            return super().train(str(folder) if folder else None, *args, **kwargs)
+        finally:
+            self.progress.close()
 
     def _forget_evaluation(self) -> None:
         """Let accelerate wrap a model that an evaluation has prepared.

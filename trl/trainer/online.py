@@ -581,7 +581,8 @@ class OnlineTrainer(BaseTrainer):
                 rows.sort(key=lambda row: row[0])
             table = [row for _, row in rows]
             self.completions.write(table, step, mode)
-            self.completions.show(table, step, args.num_completions_to_print, args.log_unique_prompts)
+            weights = dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True))
+            self.completions.show(table, step, args.num_completions_to_print, args.log_unique_prompts, weights)
 
     # --- the step -------------------------------------------------------------------------------------------------
 

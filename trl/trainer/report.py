@@ -1,12 +1,22 @@
 """The lines that a trainer prints before step 1, beside those of the data."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from rich import get_console
 from torch import nn
 
+from trl import screen
 from trl.engine.score import Attachment
 from trl.models import adapters
+
+# By what a line begins with, the group that it is shown in; other lines are of the plan.
+GROUPS = {
+    "model": ("model", "updates", "reference", "teacher", "value"),
+    "engine": ("engine", "torch_compile", "data_collator"),
+}
+_printed: set[str] = set()  # lines of the reports of this process
 
 
 def model_lines(model: nn.Module, rate: float, full_rate: float, precision: str) -> list[str]:
@@ -63,3 +73,23 @@ def steps_line(rows: int, args: Any) -> str:
         f"steps: {math.ceil(steps):,}, each on {batch * accumulated * ranks} rows ({batch} a batch × {accumulated} "
         f"accumulated × {ranks} process{'es' if ranks > 1 else ''})"
     )
+
+
+def print_report(lines: Sequence[str], of_data: Sequence[str]) -> None:
+    """Print a trainer's report by groups, cautions last. What this process has printed before is left out, but for
+    cautions."""
+    groups: dict[str, list[str]] = {name: [] for name in ("data", "model", "engine", "plan", "caution")}
+    known = 0
+    for line in lines:
+        if screen.is_caution(line):
+            groups["caution"].append(line.strip())
+        elif line in _printed:
+            known += 1
+        else:
+            begins = (name for name, words in GROUPS.items() if line.startswith(words))
+            groups["data" if line in of_data else next(begins, "plan")].append(line)
+    _printed.update(lines)
+    found = {name: each for name, each in groups.items() if each}
+    if known:
+        found = {"report": ["report: as before" + (", but for this" if found else "")], **found}
+    screen.paragraphs(get_console(), found)
