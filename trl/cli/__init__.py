@@ -18,17 +18,15 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def hide_library_notes(verbose: bool = False) -> None:
-    """Hide warnings of libraries that a user of the command cannot act on, and their bars of less than two seconds;
-    with `verbose` the warnings alone that concern the libraries' own developers. Call it before they are imported."""
+    """Hide warnings of libraries that a user of the command cannot act on; with `verbose` those alone that are meant
+    for the libraries' own developers."""
     import logging
-    import os
     import warnings
 
     from trl.screen import fold_library_notes
 
     if not verbose:
         fold_library_notes()
-        os.environ.setdefault("TQDM_DELAY", "2")
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     # It logs at import that it looked for a faster CPU kernel.

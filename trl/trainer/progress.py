@@ -182,6 +182,8 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
         rate = f"{self._rate:,.0f} tokens/s" if self._rate is not None else ""
         left = self._left(state)
         ends = "" if left is None else f"{screen.duration(left)} left"
+        if state.global_step >= state.max_steps:
+            ends = f"{screen.duration(time.monotonic() - self._began)} in all"
         memory = f"{memory_gb(args.device):.1f} GB"
         bar = Bar(state.global_step, state.max_steps, [*facts, headline, rate, memory, ends], self._evaluated)
         names = self.picked(self.history, getattr(args, "log_all", False)) if self.history else ()
@@ -247,7 +249,7 @@ class Courses:
         grid.add_column("", max_width=name_width, no_wrap=True, overflow="ellipsis")
         for name in columns:
             grid.add_column(name, justify="right", min_width=9, no_wrap=True)
-        grid.add_column("course", no_wrap=True)
+        grid.add_column("trend", no_wrap=True)
         for name, values in shown.items():
             numbers = [screen.number(values[0]), screen.number(values[-1]), screen.change(values[-1] - values[0])]
             if wide:

@@ -23,7 +23,7 @@ class Mean(NamedTuple):
     half: float  # half the width of its 95% interval
 
     def __str__(self) -> str:
-        return f"{number(self.value)} ± {number(self.half)}"
+        return f"{number(self.value)} ± {self.half:.2g}"
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -80,7 +80,7 @@ def _evaluations(history: Entries, headline: str) -> list[str]:
         if not values:
             continue
         halves = dict(course(history, f"{name}_ci95"))
-        told = [f"{number(value)}{f' ± {number(halves[step])}' if step in halves else ''} at step {step:,}"
+        told = [f"{number(value)}{f' ± {halves[step]:.2g}' if step in halves else ''} at step {step:,}"
                 for step, value in (values[0], values[-1])]  # fmt: skip
         line = f"{name}: {', '.join(told if len(values) > 1 else told[:1])}"
         if len(values) > 2:
@@ -141,9 +141,9 @@ def findings(trainer: Any, args: Any, history: Entries) -> list[str]:
     if report is not None:
         cut = getattr(report, "rows_cut", 0) or getattr(report, "cut", 0)
         dropped = sum(each["count"] for each in report.dropped)
-        parts = [f"{cut:,} cut"] * bool(cut) + [f"{dropped:,} dropped"] * bool(dropped)
+        parts = [f"{cut:,} were cut"] * bool(cut) + [f"{dropped:,} were dropped"] * bool(dropped)
         if parts:
-            lines.append(f"of {report.rows_read:,} rows of data {' and '.join(parts)}; the report at the start says why")
+            lines.append(f"of {report.rows_read:,} rows {' and '.join(parts)}; the report before step 1 says why")
     return lines
 
 
