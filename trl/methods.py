@@ -41,7 +41,16 @@ _TOKENS = ("loss", "mean_token_accuracy", "entropy", "grad_norm")
 _PAIRS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "grad_norm")
 _LABELLED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "kl", "delta", "grad_norm")
 _COMPLETIONS = ("completions/mean_length", "completions/clipped_ratio")
-_GROUPS = ("reward", "reward_std", "rewards/*/mean", "frac_reward_zero_std", *_COMPLETIONS, "kl", "entropy", "grad_norm")
+_GROUPS = (
+    "reward",
+    "reward_std",
+    "rewards/*/mean",
+    "frac_reward_zero_std",
+    *_COMPLETIONS,
+    "kl",
+    "entropy",
+    "grad_norm",
+)
 _SCORES = ("objective/scores", "objective/kl", "objective/entropy", "val/error", "policy/clipfrac_avg", *_COMPLETIONS)
 # `_OWN_LOOP`: as PPO's `step` and `log_stats` name them.
 _OWN_LOOP = ("env/reward_mean", "ppo/loss/policy", "ppo/loss/value")

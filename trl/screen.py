@@ -96,7 +96,9 @@ def paragraphs(console: Console, groups: Mapping[str, Sequence[str]]) -> None:
         for place, line in enumerate(lines):
             style = "bold yellow" if is_caution(line) else ""
             heading = Text(name if place == 0 else "", style=style or "bold")
-            table.add_row(heading, Text(line.strip().removeprefix(f"{name}: "), style=style))
+            starts = (f"{name}: ", *(f"{each} " for each in CAUTIONS if name == "caution"))
+            start = next((each for each in starts if line.strip().startswith(each)), "")
+            table.add_row(heading, Text(line.strip().removeprefix(start), style=style))
     console.print(table)
 
 

@@ -38,13 +38,13 @@ SHARED = (
 RUNS = {
     "sft": (
         *("--dataset_name", "chats.jsonl", "--dataset_train_split", "train[16:]", "--dataset_test_split", "train[:16]"),
-        *("--max_steps", "24", "--per_device_train_batch_size", "8", "--max_length", "80", "--output_dir", "sums"),
-        *("--eval_strategy", "steps", "--eval_steps", "8", "--save_steps", "8", *SHARED),
+        *("--max_steps", "20", "--per_device_train_batch_size", "4", "--max_length", "80", "--output_dir", "sums"),
+        *("--eval_strategy", "steps", "--eval_steps", "5", "--save_steps", "5", *SHARED),
     ),
     "grpo": (
         *("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.py:digits", "rewards.py:short"),
         *("--reward_weights", "1", "0.5", "--num_generations", "8", "--max_completion_length", "24"),
-        *("--per_device_train_batch_size", "16", "--max_steps", "12", "--output_dir", "digits", *SHARED),
+        *("--per_device_train_batch_size", "16", "--max_steps", "10", "--output_dir", "digits", *SHARED),
         *("--save_strategy", "no"),
     ),
 }
@@ -130,7 +130,7 @@ def in_terminal(command: list[str], folder: Path, columns: int, middle: str, env
     environment = {**environment, "TERM": "xterm-256color"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=follower, stderr=follower, stdin=follower)
     os.close(follower)
-    terminal, rest, frame = Terminal(), b"", ""
+    terminal, written, frame = Terminal(), b"", ""
     while True:
         try:
             part = os.read(leader, 65536)
@@ -138,14 +138,11 @@ def in_terminal(command: list[str], folder: Path, columns: int, middle: str, env
             break
         if not part:
             break
-        rest += part
-        # Frames begin where the cursor goes up; the screen is looked at between them.
-        text = rest.decode("utf-8", "ignore")
-        terminal_now = Terminal()
-        terminal_now.write(text)
-        if not frame and middle in terminal_now.text() and text.endswith("\n") is False:
-            frame = terminal_now.text()
-        terminal = terminal_now
+        written += part
+        terminal = Terminal()
+        terminal.write(written.decode("utf-8", "ignore"))
+        if not frame and middle in terminal.text().splitlines()[-1]:  # the bar is what a frame ends with
+            frame = terminal.text()
     if process.wait():
         raise SystemExit(f"{' '.join(command)} has failed:\n{terminal.text()}")
     return f"--- in the middle ---\n\n{frame}\n--- at the end ---\n\n{terminal.text()}"
@@ -162,7 +159,7 @@ def main() -> None:
         for method, options in RUNS.items():
             command = [sys.executable, "-m", "trl.cli.main", method, *options]
             typed = f"$ trl {method} {' '.join(options)}\n\n"
-            middle = {"sft": "step 16/24", "grpo": "step 8/12"}[method]
+            middle = {"sft": "step 12/20", "grpo": "step 7/10"}[method]
             for columns in (80, 200):
                 screen = in_terminal(command, folder, columns, middle, environment)
                 (target / f"{method}-{columns}.txt").write_text(typed + screen, encoding="utf-8")

@@ -304,7 +304,7 @@ def closing(command: str, method: Any, output_dir: str, script: Any, pad: int | 
             f"The trained {'adapter' if adapter else 'model'} is in {output_dir}",
             f'  open it:    from {package} import {opener}; model = {opener}.from_pretrained("{output_dir}"{more})',
             f"  train on:   {again}",
-            f"  go on:      the same command with a larger --max_steps or --num_train_epochs, and "
+            "  go on:      the same command with a larger --max_steps or --num_train_epochs, and "
             "--resume_from_checkpoint",
             *(f"  {name + ':':<12}{line}" for name, line in next_commands(output_dir, method, adapter)),
         ]

@@ -56,7 +56,9 @@ def _grid(prompt: str, rows: Sequence[dict[str, Any]], step: int, weights: dict[
     from rich.table import Table as Grid
     from rich.text import Text
 
-    grid = Grid(title=Text(f"step {step}, prompt: {_short(prompt)}"), title_justify="left", show_lines=True, expand=True)
+    grid = Grid(
+        title=Text(f"step {step}, prompt: {_short(prompt)}"), title_justify="left", show_lines=True, expand=True
+    )
     grid.add_column("completion", overflow="fold", ratio=1)
     extra = [name for name in rows[0] if name not in {*OWN, *weights}]
     for name in [*(["rewards"] if weights else []), *extra, "advantage"]:

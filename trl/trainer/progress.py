@@ -177,7 +177,7 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
         assert self.live is not None
         self._drawn = time.monotonic()
         facts = [f"epoch {state.epoch:.2f}"] if state.epoch is not None else []
-        first = next((name for name in self.history if _matches(name, self.patterns()[0], "")), None)
+        first = next((name for name in self.patterns() if name in self.history), None)
         headline = f"{first} {screen.number(self.history[first][-1])}" if first is not None else ""
         rate = f"{self._rate:,.0f} tokens/s" if self._rate is not None else ""
         left = self._left(state)
@@ -264,11 +264,9 @@ class Courses:
 _ANY = Method("", "", "", "")
 
 
-def _matches(name: str, pattern: str, prefix: str = "eval_") -> bool:
-    """Whether a metric, of training or of an evaluation, also one that is named, is of the pattern."""
-    return fnmatchcase(name, pattern) or (
-        bool(prefix) and name.startswith(prefix) and fnmatchcase(name.removeprefix(prefix), pattern)
-    ) or (bool(prefix) and fnmatchcase(name, f"{prefix}*_{pattern}"))
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a metric is of the pattern, in training or in an evaluation, also of a named set of rows."""
+    return any(fnmatchcase(name, each) for each in (pattern, f"eval_{pattern}", f"eval_*_{pattern}"))
 
 
 def memory_gb(device: torch.device) -> float:

@@ -41,7 +41,7 @@ def course(history: Entries, name: str) -> list[tuple[int, float]]:
 
 
 def summary(trainer: Any, args: Any, state: Any, headline: str, seconds: float, steps: int) -> dict[str, list[str]]:
-    """The lines by group. `headline` is the metric that the run is about, `steps` those that were taken in `seconds`."""
+    """The lines by group. `headline` is the metric that the run is about; `steps` were taken in `seconds`."""
     history = state.log_history
     speed = f"{steps:,} step{'' if steps == 1 else 's'} in {duration(seconds)}"
     tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
