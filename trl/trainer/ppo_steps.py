@@ -298,9 +298,6 @@ class PPOStepTrainer(PPORounds):
         self.log(logged)
         if not self.is_world_process_zero():
             return
-        shown = ("env/reward_mean", "objective/kl", "ppo/loss/policy", "ppo/loss/value")
-        told = ", ".join(f"{name} {logged[name]:.4g}" for name in shown if name in logged)
-        print(f"trl: step {self.steps_taken}: {told}", flush=True)
         names = [name for name in columns_to_log if name in batch]
         if self.args.log_completions and names:
             about = {"step": self.steps_taken, "mode": "train"}

@@ -13,6 +13,7 @@ import psutil
 import torch
 from rich import get_console
 from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.errors import LiveError
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -90,6 +91,7 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
             self._remember(entry)
         if screen.is_terminal(self.console) and not args.disable_tqdm and not self.beside_table:
             self._open()
+        if self.live is not None:
             self._draw(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -192,10 +194,14 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
     # --- the terminal ---------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self.live = Live(console=self.console, auto_refresh=False)  # a thread of its own would meet forks of workers
-        self._folded.enter_context(_without_bars())
+        live = Live(console=self.console, auto_refresh=False)  # a thread of its own would meet the forks of workers
         original = (sys.stdout, sys.stderr)
-        self.live.start()
+        try:
+            live.start()
+        except LiveError:  # up to rich 14: something of the user's own is drawn already
+            return
+        self.live = live
+        self._folded.enter_context(_without_bars())
         self._folded.enter_context(_handlers_above(original))
 
     def close(self) -> None:

@@ -97,11 +97,11 @@ def _best(values: Sequence[tuple[int, float]], headline: str) -> tuple[int, floa
 def _checkpoints(args: Any, state: Any, headline: str) -> list[str]:
     """The best checkpoint and why it is, or the last one."""
     if state.best_model_checkpoint:
-        best = "highest" if args.greater_is_better else "lowest"
+        which = "highest" if args.greater_is_better else "lowest"
         name = args.metric_for_best_model or "loss"
         name = name if name.startswith("eval_") else f"eval_{name}"
         loaded = "; its weights are loaded" if args.load_best_model_at_end else ""
-        why = f"{best} {name}, {number(state.best_metric)}"
+        why = f"{which} {name}, {number(state.best_metric)}"
         return [f"checkpoint: the best is {state.best_model_checkpoint} ({why}){loaded}"]
     folders = checkpoint.checkpoints(Path(args.output_dir))
     if not folders:
