@@ -6,6 +6,7 @@ Runs `trl sft` and `trl grpo` on a small random model, in a pseudo-terminal, and
 stands in the terminal in the middle of the run and at its end.
 """
 
+import codecs
 import fcntl
 import json
 import os
@@ -94,9 +95,13 @@ class Terminal:
 
     def __init__(self) -> None:
         self.lines, self.row, self.column = [""], 0, 0
+        self.begun = ""  # a code of which the rest is still to come
 
     def write(self, text: str) -> None:
-        place = 0
+        text, place = self.begun + text, 0
+        last = text.rfind("\x1b")
+        end = last if last >= 0 and not self.CODES.match(text, last) else len(text)
+        text, self.begun = text[:end], text[end:]
         for code in self.CODES.finditer(text):
             self._print(text[place : code.start()])
             place = code.end()
@@ -130,7 +135,8 @@ def in_terminal(command: list[str], folder: Path, columns: int, middle: str, env
     environment = {**environment, "TERM": "xterm-256color"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=follower, stderr=follower, stdin=follower)
     os.close(follower)
-    terminal, written, frame = Terminal(), b"", ""
+    terminal, frame = Terminal(), ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while True:
         try:
             part = os.read(leader, 65536)
@@ -138,9 +144,7 @@ def in_terminal(command: list[str], folder: Path, columns: int, middle: str, env
             break
         if not part:
             break
-        written += part
-        terminal = Terminal()
-        terminal.write(written.decode("utf-8", "ignore"))
+        terminal.write(decoder.decode(part))
         if not frame and middle in terminal.text().splitlines()[-1]:  # the bar is what a frame ends with
             frame = terminal.text()
     if process.wait():

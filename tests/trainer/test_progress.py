@@ -116,8 +116,8 @@ def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_run_in_a_log_file(tmp_path: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Lines and summary of a real run; the log history has what it had before."""
     trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(16), eval_rows=chat_rows(4, 1), max_steps=4,
-                  eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_length=48, truncation_mode="keep_end",
-                  per_device_train_batch_size=2, gradient_checkpointing=False)  # fmt: skip
+                  eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_length=48,
+                  truncation_mode="keep_end", per_device_train_batch_size=2, gradient_checkpointing=False)  # fmt: skip
     capsys.readouterr()
     trainer.train()
     printed = capsys.readouterr()

@@ -1,5 +1,5 @@
-"""The trackers of `report_to`, offline: what each has kept is what was logged. Those that are not installed are skipped;
-`tests/test_options.py` has the sentence on them."""
+"""The trackers of `report_to`, offline: what each has kept is what was logged. One that is not installed is skipped;
+`tests/test_options.py` has the sentence on it."""
 
 from pathlib import Path
 from typing import Any
