@@ -45,8 +45,10 @@ def change(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Minutes and seconds, `2:03`, and hours where there are some, `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def key_values(entries: Mapping[str, Any]) -> str:
@@ -99,7 +101,7 @@ def paragraphs(console: Console, groups: Mapping[str, Sequence[str]]) -> None:
             starts = (f"{name}: ", *(f"{each} " for each in CAUTIONS if name == "caution"))
             start = next((each for each in starts if line.strip().startswith(each)), "")
             table.add_row(heading, Text(line.strip().removeprefix(start), style=style))
-    console.print(table)
+    console.print(table, "")
 
 
 class _Notes(logging.Filter):

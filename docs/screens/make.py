@@ -12,6 +12,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -164,9 +165,12 @@ def main() -> None:
             command = [sys.executable, "-m", "trl.cli.main", method, *options]
             typed = f"$ trl {method} {' '.join(options)}\n\n"
             middle = {"sft": "step 12/20", "grpo": "step 7/10"}[method]
+            output = folder / options[options.index("--output_dir") + 1]
             for columns in (80, 200):
+                shutil.rmtree(output, ignore_errors=True)
                 screen = in_terminal(command, folder, columns, middle, environment)
                 (target / f"{method}-{columns}.txt").write_text(typed + screen, encoding="utf-8")
+            shutil.rmtree(output, ignore_errors=True)
             logged = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
             (target / f"{method}-log.txt").write_text(typed + logged.stdout + logged.stderr, encoding="utf-8")
 

@@ -27,6 +27,7 @@ from trl.methods import METHODS, Method
 from .summary import commands, summary
 
 PAUSE_S = 0.1  # the bar is drawn again after so many seconds, at the earliest
+SHORTEST, LONGEST = 6, 50  # columns of the bar itself
 NARROW = 110  # columns of a terminal below which the table has fewer of its own
 NOTEBOOK = "NotebookProgressCallback"  # its module cannot be imported without IPython
 OF_RUN = frozenset({"epoch", "total_flos", "step"})
@@ -132,7 +133,8 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
             return
         if self.live is not None:
             self._draw(args, state)
-        self.close()
+            self.close()
+            self.console.print()
         seconds = time.monotonic() - self._began
         found = summary(self.trainer, args, state, self.patterns()[0], seconds, state.global_step - self._first_step)
         if self.tells_commands:
@@ -224,14 +226,13 @@ class Bar:
             done, batches = self.evaluated
             start += f", evaluating {done:,}" + (f"/{batches:,}" if batches else "")
         facts = list(self.facts)
-        while facts and len(start) + sum(len(each) + 2 for each in facts) + 12 > options.max_width:
+        room = options.max_width - len(start) - 2
+        while facts and room - sum(len(each) + 2 for each in facts) < SHORTEST:
             facts.pop(0)
-        grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1)
-        for _ in facts:
-            grid.add_column(no_wrap=True)
-        grid.add_row(Text(start, style="bold"), ProgressBar(max(self.steps, 1), self.step), *facts)
+        width = min(max(room - sum(len(each) + 2 for each in facts), 0), LONGEST)
+        bar = ProgressBar(max(self.steps, 1), self.step, width=width)
+        grid = Table.grid(*([""] * (len(facts) + 2)), padding=(0, 2, 0, 0))
+        grid.add_row(Text(start, style="bold"), bar, *facts)
         yield grid
 
 

@@ -141,9 +141,10 @@ def findings(trainer: Any, args: Any, history: Entries) -> list[str]:
     if report is not None:
         cut = getattr(report, "rows_cut", 0) or getattr(report, "cut", 0)
         dropped = sum(each["count"] for each in report.dropped)
-        parts = [f"{cut:,} were cut"] * bool(cut) + [f"{dropped:,} were dropped"] * bool(dropped)
-        if parts:
-            lines.append(f"of {report.rows_read:,} rows {' and '.join(parts)}; the report before step 1 says why")
+        if cut:
+            lines.append(f"{cut:,} of {report.rows_kept:,} rows were cut; the report before step 1 says how much")
+        if dropped:
+            lines.append(f"{dropped:,} of {report.rows_read:,} rows were left out; the report before step 1 says why")
     return lines
 
 
