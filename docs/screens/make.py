@@ -21,13 +21,13 @@ import termios
 from pathlib import Path
 
 REWARDS = '''
-def digits(completions, **columns):
-    """The share of characters that are digits."""
-    return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in map(last, completions)]
+def vowels(completions, **columns):
+    """The share of characters that are vowels."""
+    return [sum(map(text.lower().count, "aeiou")) / max(len(text), 1) for text in map(last, completions)]
 
 
 def short(completions, **columns):
-    return [1.0 if len(last(each)) < 40 else 0.0 for each in completions]
+    return [1.0 if len(last(each)) < 100 else 0.0 for each in completions]
 
 
 def last(completion):
@@ -44,12 +44,13 @@ RUNS = {
         *("--eval_strategy", "steps", "--eval_steps", "5", "--save_steps", "5", *SHARED),
     ),
     "grpo": (
-        *("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.py:digits", "rewards.py:short"),
+        *("--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.py:vowels", "rewards.py:short"),
         *("--reward_weights", "1", "0.5", "--num_generations", "8", "--max_completion_length", "24"),
-        *("--per_device_train_batch_size", "16", "--max_steps", "10", "--output_dir", "digits", *SHARED),
+        *("--per_device_train_batch_size", "16", "--max_steps", "20", "--output_dir", "vowels", *SHARED),
         *("--save_strategy", "no"),
     ),
 }
+COMPLETIONS = ("--log_completions", "--num_completions_to_print", "3", "--max_steps", "1")
 
 
 def prepare(folder: Path) -> None:
@@ -164,7 +165,7 @@ def main() -> None:
         for method, options in RUNS.items():
             command = [sys.executable, "-m", "trl.cli.main", method, *options]
             typed = f"$ trl {method} {' '.join(options)}\n\n"
-            middle = {"sft": "step 12/20", "grpo": "step 7/10"}[method]
+            middle = "step 12/20"
             output = folder / options[options.index("--output_dir") + 1]
             for columns in (80, 200):
                 shutil.rmtree(output, ignore_errors=True)
@@ -173,6 +174,9 @@ def main() -> None:
             shutil.rmtree(output, ignore_errors=True)
             logged = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
             (target / f"{method}-log.txt").write_text(typed + logged.stdout + logged.stderr, encoding="utf-8")
+        command = [sys.executable, "-m", "trl.cli.main", "grpo", *RUNS["grpo"], *COMPLETIONS]
+        screen = in_terminal(command, folder, 80, "no middle", environment)
+        (target / "completions-80.txt").write_text(screen.partition("--- at the end ---\n\n")[2], encoding="utf-8")
 
 
 if __name__ == "__main__":
