@@ -234,7 +234,7 @@ def test_the_report_is_grouped_and_said_once(
     lines = [*data, "model: 5 of 5 parameters train", "  caution: a low rate", "engine: flat rows", "steps: 3"]
     console = Console(file=io.StringIO(), force_terminal=True, width=30, color_system=None)
     monkeypatch.setattr(report, "get_console", lambda: console)
-    report.print_report(lines, data)
+    report.print_report(lines, {"train": data, "eval": ["warning: 9 rows cut"]})
     shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [line.rstrip() for line in shown if line.strip()] == [
         "data     train: 3 rows read, 3", "         kept", "         row 0: 你好 🙂", "model    5 of 5 parameters",
@@ -242,9 +242,10 @@ def test_the_report_is_grouped_and_said_once(
         "         a low rate",
     ]  # fmt: skip
     monkeypatch.setattr(report, "get_console", lambda: Console(file=io.StringIO()))
-    report.print_report([*lines, "steps: 4"], data)
+    report.print_report([*lines, "steps: 4"], {"eval": data})
     assert capsys.readouterr().out.splitlines() == [
-        "trl: report: as before, but for this", "trl: steps: 4", "trl: warning: 1 row cut", "trl: caution: a low rate"
+        "trl: report: as before, but for this", "trl: steps: 4", "trl: warning: eval: 1 row cut",
+        "trl: caution: a low rate",
     ]  # fmt: skip
 
 

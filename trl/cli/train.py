@@ -82,7 +82,6 @@ COMMON = {
         "logging_steps": "",
         "report_to": "Trackers of the log: wandb, tensorboard, ... [none]",
         "log_all": "",
-        "verbose": "",
         "resume_from_checkpoint": "Checkpoint to resume from; without a value, the newest in output_dir.",
     },
 }

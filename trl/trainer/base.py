@@ -428,7 +428,7 @@ class BaseTrainer(Adoptable, Trainer):
     def _print_report(self) -> None:
         if not self.is_world_process_zero():
             return
-        print_report(self.report(), [line for each in self.reports.values() for line in each.lines()])
+        print_report(self.report(), {name: each.lines() for name, each in self.reports.items()})
         if self.reports and self.args.should_save:
             found = {name: report.to_dict() for name, report in self.reports.items()}
             Path(self.args.output_dir, "data_report.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))

@@ -1,7 +1,7 @@
 """The lines that a trainer prints before step 1, beside those of the data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import get_console
@@ -75,19 +75,21 @@ def steps_line(rows: int, args: Any) -> str:
     )
 
 
-def print_report(lines: Sequence[str], of_data: Sequence[str]) -> None:
+def print_report(lines: Sequence[str], of_data: Mapping[str, Sequence[str]]) -> None:
     """Print a trainer's report by groups, cautions last. What this process has printed before is left out, but for
-    cautions."""
+    cautions. `of_data` has the lines of each data set, by its name."""
     groups: dict[str, list[str]] = {name: [] for name in ("data", "model", "engine", "plan", "caution")}
     known = 0
     for line in lines:
+        data = next((name for name, own in of_data.items() if line in own), None)
         if screen.is_caution(line):
-            groups["caution"].append(line.strip())
+            kind, _, text = line.strip().partition(": ")
+            groups["caution"].append(f"{kind}: {text}" if data in (None, "train") else f"{kind}: {data}: {text}")
         elif line in _printed:
             known += 1
         else:
             begins = (name for name, words in GROUPS.items() if line.startswith(words))
-            groups["data" if line in of_data else next(begins, "plan")].append(line)
+            groups[next(begins, "plan") if data is None else "data"].append(line)
     _printed.update(lines)
     found = {name: each for name, each in groups.items() if each}
     if known:
