@@ -51,7 +51,7 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
         self.beside_table = False  # whether transformers' table of a notebook shows the metrics
         self.tells_commands = True  # whether the summary says how to go on; the command line says it itself
         self._folded = contextlib.ExitStack()
-        self._began = self._drawn = self._since_log = time.monotonic()
+        self._began = self._drawn = self._since_log = self._stepped = time.monotonic()
         self._first_step = 0
         self._tokens: int | None = None
         self._rate: float | None = None
@@ -84,7 +84,7 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self._began = self._since_log = time.monotonic()
+        self._began = self._since_log = self._stepped = time.monotonic()
         self._first_step, self._rate = state.global_step, None
         self._tokens = None if state.global_step else 0
         self.history = {}
@@ -96,8 +96,8 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
             self._draw(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.live is not None and time.monotonic() - self._drawn >= PAUSE_S:
-            self._draw(args, state)
+        self._stepped = time.monotonic()
+        self._draw_in_time(args, state)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -105,12 +105,14 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
         if self.live is not None:
             done = self._evaluated[0] + 1 if self._evaluated else 1
             self._evaluated = (done, len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else 0)
-            self.on_step_end(args, state, control)
+            self._draw_in_time(args, state)
         elif screen.is_terminal(self.console) and not args.disable_tqdm and not self.beside_table:
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluated = None
+        # Tokens per second are those of training.
+        self._since_log += time.monotonic() - max(self._stepped, self._since_log)
         super().on_evaluate(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -176,6 +178,10 @@ class RichProgressCallback(ProgressCallback, PrinterCallback):
         if done < 1 or state.max_steps <= 0:
             return None
         return (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
+
+    def _draw_in_time(self, args: Any, state: Any) -> None:
+        if self.live is not None and time.monotonic() - self._drawn >= PAUSE_S:
+            self._draw(args, state)
 
     def _draw(self, args: Any, state: Any) -> None:
         assert self.live is not None
