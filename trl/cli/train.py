@@ -81,7 +81,6 @@ COMMON = {
         "save_steps": "Steps between checkpoints; below 1, a share of all steps. [500]",
         "logging_steps": "",
         "report_to": "Trackers of the log: wandb, tensorboard, ... [none]",
-        "log_all": "Show all metrics on the screen.",
         "resume_from_checkpoint": "Checkpoint to resume from; without a value, the newest in output_dir.",
     },
 }
