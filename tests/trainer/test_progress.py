@@ -15,6 +15,7 @@ import trl
 from tests.trainer.helpers import chat_rows, sft, tiny
 from trl import screen
 from trl.notices import notify_once
+from trl.rollout.completions import Table
 from trl.trainer import report
 from trl.trainer.progress import Bar, RichProgressCallback
 from trl.trainer.summary import findings, mean_of, summary
@@ -256,3 +257,22 @@ def test_wide_characters_keep_their_columns() -> None:
         from rich.cells import cell_len
 
         assert cell_len(line) <= 24 and (not line or line.startswith(("data  ", "      ")))
+
+
+def test_completions_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = '[{"role": "user", "content": "2 + 2 等于多少?"}]'
+    rows = [
+        {"step": 3, "mode": "train", "prompt": prompt, "completion": f"it is [bold]{n}[/bold]", "right": right,
+         "short": 0.5, "advantage": 0.25, "note": "n"}
+        for n, right in ((4, 1.0), (5, None))
+    ]  # fmt: skip
+    Table.show(rows, 3, weights={"right": 2.0, "short": 1.0})
+    shown = capsys.readouterr().out
+    assert "step 3, prompt: user: 2 + 2 等于多少?" in shown and "role" not in shown
+    assert shown.count("prompt:") == 1 and "it is [bold]4[/bold]" in shown
+    found = [each.strip() for line in shown.splitlines() for each in line.split("│")]
+    assert [each for each in found if "×" in each or "total" in each] == [
+        "right 1 × 2", "short 0.5 × 1", "total 2.5", "short 0.5 × 1", "total 0.5"
+    ]  # fmt: skip
+    Table.show(rows, 3, limit=1, weights={"right": 2.0})
+    assert "right 1" in (shown := capsys.readouterr().out) and "total" not in shown and "[bold]5" not in shown
