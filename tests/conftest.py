@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 from pathlib import Path
 
 # Before transformers or datasets are imported, and inherited by the commands that tests start.
@@ -26,6 +27,13 @@ def quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def whole_reports() -> None:
+    """Each test is a process of its own to the report, which leaves out what its process has printed before."""
+    if report := sys.modules.get("trl.trainer.report"):
+        report._printed.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -214,6 +214,9 @@ if TYPE_CHECKING:
     from .trainer.prm import (
         PRMTrainer as PRMTrainer,
     )
+    from .trainer.progress import (
+        RichProgressCallback as RichProgressCallback,
+    )
     from .trainer.reward import (
         RewardConfig as RewardConfig,
     )
@@ -263,6 +266,7 @@ _HOMES = {
     "LogCompletionsCallback": "trl.callbacks",
     "MergeModelCallback": "trl.callbacks",
     "ModelConfig": "trl.config",
+    "RichProgressCallback": "trl.trainer.progress",
     "ScriptArguments": "trl.config",
     "SyncRefModelCallback": "trl.callbacks",
     "TrlParser": "trl.cli.parser",

@@ -172,6 +172,13 @@ class BaseConfig(Adoptable, TrainingArguments):
         metadata={"help": "Compute a prompt once for all its completions; they then share its dropout mask."},
     )
 
+    log_all: bool = field(
+        default=False, metadata={"help": "Show all metrics on the screen, not those alone that matter for the method."}
+    )
+    verbose: bool = field(
+        default=False, metadata={"help": "Show the messages and short loading bars of other libraries."}
+    )
+
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:

@@ -34,7 +34,27 @@ class Method(NamedTuple):
     tag: str = ""  # of the model card; default: the method's own key
     experimental: bool = False  # upstream keeps it in trl.experimental
     command: bool = True  # whether the command line runs it; not where the loop is the user's own
+    metrics: tuple[str, ...] = ("loss", "grad_norm")  # those that the screen shows; the run is about the first
 
+
+_TOKENS = ("loss", "mean_token_accuracy", "entropy", "grad_norm")
+_PAIRS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "grad_norm")
+_LABELLED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "kl", "delta", "grad_norm")
+_COMPLETIONS = ("completions/mean_length", "completions/clipped_ratio")
+_GROUPS = (
+    "reward",
+    "reward_std",
+    "rewards/*/mean",
+    "frac_reward_zero_std",
+    *_COMPLETIONS,
+    "kl",
+    "entropy",
+    "grad_norm",
+)
+_SCORES = ("objective/scores", "objective/kl", "objective/entropy", "val/error", "policy/clipfrac_avg", *_COMPLETIONS)
+# `_OWN_LOOP`: as PPO's `step` and `log_stats` name them.
+_OWN_LOOP = ("env/reward_mean", "ppo/loss/policy", "ppo/loss/value")
+_SAMPLED_PAIRS = ("loss", "reward", "rewards/accuracies", "rewards/margins", "objective/kl", *_COMPLETIONS, "grad_norm")
 
 METHODS = {
     "sft": Method(
@@ -42,6 +62,7 @@ METHODS = {
         "supervised fine-tuning",
         "texts, chats, prompts with completions",
         "trl.trainer.sft",
+        metrics=_TOKENS,
     ),
     "iterative-sft": Method(
         "IterativeSFT",
@@ -61,6 +82,7 @@ METHODS = {
             2023,
             "2305.18290",
         ),
+        metrics=_PAIRS,
     ),
     "kto": Method(
         "KTO",
@@ -69,6 +91,7 @@ METHODS = {
         "trl.trainer.kto",
         Paper("KTO: Model Alignment as Prospect Theoretic Optimization", "Ethayarajh, Kawin", 2024, "2402.01306"),
         experimental=True,
+        metrics=_LABELLED,
     ),
     "orpo": Method(
         "ORPO",
@@ -77,6 +100,7 @@ METHODS = {
         "trl.trainer.orpo",
         Paper("ORPO: Monolithic Preference Optimization without Reference Model", "Hong, Jiwoo", 2024, "2403.07691"),
         experimental=True,
+        metrics=("loss", "nll_loss", "rewards/accuracies", "log_odds_ratio", "grad_norm"),
     ),
     "cpo": Method(
         "CPO",
@@ -90,6 +114,7 @@ METHODS = {
             "2401.08417",
         ),
         experimental=True,
+        metrics=("loss", "nll_loss", *_PAIRS[1:]),
     ),
     "bco": Method(
         "BCO",
@@ -100,6 +125,7 @@ METHODS = {
             "Binary Classifier Optimization for Large Language Model Alignment", "Jung, Seungjae", 2024, "2404.04656"
         ),
         experimental=True,
+        metrics=_LABELLED,
     ),
     "grpo": Method(
         "GRPO",
@@ -113,6 +139,7 @@ METHODS = {
             "2402.03300",
         ),
         judged=True,
+        metrics=_GROUPS,
     ),
     "rloo": Method(
         "RLOO",
@@ -126,6 +153,7 @@ METHODS = {
             "2402.14740",
         ),
         judged=True,
+        metrics=_GROUPS,
     ),
     "ppo": Method(
         "PPO",
@@ -135,6 +163,7 @@ METHODS = {
         Paper("Proximal Policy Optimization Algorithms", "Schulman, John", 2017, "1707.06347"),
         judged=True,
         experimental=True,
+        metrics=(*_SCORES, *_OWN_LOOP),
     ),
     "online-dpo": Method(
         "OnlineDPO",
@@ -144,6 +173,7 @@ METHODS = {
         Paper("Direct Language Model Alignment from Online AI Feedback", "Guo, Shangmin", 2024, "2402.04792"),
         judged=True,
         experimental=True,
+        metrics=_SAMPLED_PAIRS,
     ),
     "xpo": Method(
         "XPO",
@@ -158,6 +188,7 @@ METHODS = {
         ),
         judged=True,
         experimental=True,
+        metrics=_SAMPLED_PAIRS,
     ),
     "nash-md": Method(
         "NashMD",
@@ -168,6 +199,7 @@ METHODS = {
         Paper("Nash Learning from Human Feedback", "Munos, Rémi", 2023, "2312.00886"),
         judged=True,
         experimental=True,
+        metrics=_SAMPLED_PAIRS,
     ),
     "reward": Method(
         "Reward",
@@ -179,6 +211,7 @@ METHODS = {
         ),
         head="SequenceClassification",
         tag="reward-trainer",
+        metrics=("loss", "accuracy", "margin", "grad_norm"),
     ),
     "prm": Method(
         "PRM",
@@ -188,6 +221,7 @@ METHODS = {
         Paper("Let's Verify Step by Step", "Lightman, Hunter", 2023, "2305.20050"),
         head="TokenClassification",
         experimental=True,
+        metrics=("loss", "accuracy", "grad_norm"),
     ),
     "gkd": Method(
         "GKD",
@@ -201,6 +235,7 @@ METHODS = {
             "2306.13649",
         ),
         experimental=True,
+        metrics=_TOKENS,
     ),
     "distillation": Method(
         "Distillation",
@@ -214,6 +249,7 @@ METHODS = {
             "2306.13649",
         ),
         experimental=True,
+        metrics=("loss", "entropy", *_COMPLETIONS, "grad_norm"),
     ),
     "minillm": Method(
         "MiniLLM",
@@ -222,5 +258,6 @@ METHODS = {
         "trl.trainer.minillm",
         Paper("MiniLLM: Knowledge Distillation of Large Language Models", "Gu, Yuxian", 2023, "2306.08543"),
         experimental=True,
+        metrics=("loss", "teacher_divergence", "teacher_advantage", *_COMPLETIONS, "grad_norm"),
     ),
 }

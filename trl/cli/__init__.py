@@ -44,10 +44,16 @@ def notices_aside(aside: bool) -> Iterator[None]:
         yield
 
 
-def hide_library_notes() -> None:
-    """Hide warnings of libraries that a user of the command cannot act on."""
+def hide_library_notes(verbose: bool = False) -> None:
+    """Hide warnings of libraries that a user of the command cannot act on; with `verbose` those alone that are meant
+    for the libraries' own developers."""
     import logging
     import warnings
+
+    from trl.screen import fold_library_notes
+
+    if not verbose:
+        fold_library_notes()
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     # It logs at import that it looked for a faster CPU kernel.

@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         meant = nearest(name, known)
         print(f"trl: there is no {what} {name}{meant} `trl --help` lists them.", file=sys.stderr)
         return 2
+    if "--verbose" not in rest:
+        os.environ.setdefault("TQDM_DELAY", "2")  # bars of less than two seconds stay away; tqdm reads it at its import
     run: Callable[[Sequence[str], str], int]
     try:
         run = import_module(known[name].module).run

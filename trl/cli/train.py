@@ -105,7 +105,7 @@ def run(argv: Sequence[str], command: str) -> int:
 
 def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     set_environment(argv)
-    hide_library_notes()
+    hide_library_notes("--verbose" in argv)
 
     method = METHODS[command]
     parser = training_parser(command)
@@ -145,6 +145,7 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
         peft_config=adapter,
         **judges,
     )
+    trainer.progress.tells_commands = False  # `closing` does, once the model is saved
     try:
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
@@ -152,7 +153,7 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.process_index == 0:
         pad = trainer.processing_class.pad_token_id
-        print(closing(command, method.head, trainer.args.output_dir, script, pad), flush=True)
+        print(closing(command, method, trainer.args.output_dir, script, pad), flush=True)
     return 0
 
 
@@ -290,8 +291,11 @@ def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any
     return train, test
 
 
-def closing(command: str, head: str, output_dir: str, script: Any, pad: int | None = None) -> str:
-    """The last lines of a run: the folder of the result, how to open it and how to train on."""
+def closing(command: str, method: Any, output_dir: str, script: Any, pad: int | None = None) -> str:
+    """The last lines of a run: the folder of the result, how to open it, and the commands that take it up."""
+    from trl.trainer.summary import next_commands
+
+    head = method.head
     adapter = os.path.exists(os.path.join(output_dir, "adapter_config.json"))
     package, opener = ("peft", f"AutoPeftModelFor{head}") if adapter else ("transformers", f"AutoModelFor{head}")
     # An adapter's folder lacks the number of labels (transformers would guess two) and the padding token (a score is
@@ -309,6 +313,9 @@ def closing(command: str, head: str, output_dir: str, script: Any, pad: int | No
             f"The trained {'adapter' if adapter else 'model'} is in {output_dir}",
             f'  open it:    from {package} import {opener}; model = {opener}.from_pretrained("{output_dir}"{more})',
             f"  train on:   {again}",
+            "  go on:      the same command with a larger --max_steps or --num_train_epochs, and "
+            "--resume_from_checkpoint",
+            *(f"  {name + ':':<12}{line}" for name, line in next_commands(output_dir, method, adapter)),
         ]
     )
 

@@ -757,7 +757,7 @@ _HELPERS = {
         empty_cache forward get_reward generate batch_generation respond_to_batch compute_flops_per_token compute_mfu
         adjusted_mfu get_peak_flops get_peak_flops_per_device""",
     "trl.compat.helpers.older": """
-        GMPOConfig GRPOWithReplayBufferConfig SftScriptArguments DpoScriptArguments RichProgressCallback
+        GMPOConfig GRPOWithReplayBufferConfig SftScriptArguments DpoScriptArguments
         FDivergenceConstants init_zero_verbose
         suppress_experimental_warning RewardFunc RolloutFunc EnvironmentFactory DatasetType""",
     "trl.compat.helpers.packages": """

@@ -242,6 +242,7 @@ def grpo(size: Size, folder: Path, seed: int) -> bool:
 def trained(trainer: Any) -> tuple[dict[str, float], dict[str, float]]:
     """Train and save; the metrics on the held-out rows before and after."""
     before = trainer.evaluate()
+    trainer.progress.tells_commands = False  # the stage does
     trainer.train()
     after = trainer.evaluate()
     trainer.save_model()

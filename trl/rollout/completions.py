@@ -1,11 +1,13 @@
 """Completions with their rewards: on the screen, and one file a step in the output folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 WIDTH = 400  # characters of a text on the screen
+OWN = frozenset({"step", "mode", "prompt", "completion", "advantage"})  # columns that are no extras
 
 
 class Table:
@@ -30,23 +32,58 @@ class Table:
         parquet.write_table(pyarrow.Table.from_pylist([*known, *plain]), place.with_suffix(".parquet"))
 
     @staticmethod
-    def show(rows: Sequence[dict[str, Any]], step: int, limit: int | None = None, unique_prompts: bool = False) -> None:
-        """Print the rows as a table, at most `limit` of them, or one of each prompt."""
-        from rich.console import Console
-        from rich.table import Table as Grid
+    def show(
+        rows: Sequence[dict[str, Any]],
+        step: int,
+        limit: int | None = None,
+        unique_prompts: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Print the rows, at most `limit` of them, or one of each prompt: under each prompt its completions, with their
+        rewards, the total of these, and the advantage.
+
+        `weights` are those of the reward functions, by name; the total is the sum of the rewards times them.
+        """
+        from rich import get_console
 
         if unique_prompts:
             rows = list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
-        rows = rows[:limit]
-        if not rows:
-            return
-        names = [name for name in rows[0] if name not in ("step", "mode")]
-        grid = Grid(title=f"step {step}", show_lines=True)
-        for name in names:
-            grid.add_column(name, overflow="fold")
-        for row in rows:
-            grid.add_row(*(_short(row[name]) for name in names))
-        Console().print(grid)
+        for prompt, same in groupby(rows[:limit], key=lambda row: row["prompt"]):
+            get_console().print(_grid(readable(prompt), list(same), step, dict(weights or {})))
+
+
+def _grid(prompt: str, rows: Sequence[dict[str, Any]], step: int, weights: dict[str, float]) -> Any:
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    grid = Grid(
+        title=Text(f"step {step}, prompt: {_short(prompt)}"), title_justify="left", show_lines=True, expand=True
+    )
+    grid.add_column("completion", overflow="fold", ratio=1)
+    extra = [name for name in rows[0] if name not in {*OWN, *weights}]
+    for name in [*(["rewards"] if weights else []), *extra, "advantage"]:
+        grid.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        given = {name: row[name] for name in weights if row.get(name) is not None}
+        lines = [f"{name} {_short(value)}" + (f" × {weights[name]:g}" if len(weights) > 1 else "")
+                 for name, value in given.items()]  # fmt: skip
+        total = [f"total {_short(sum(weights[name] * value for name, value in given.items()))}"] * (len(weights) > 1)
+        cells = [readable(row["completion"]), *(["\n".join([*lines, *total])] if weights else [])]
+        cells += [readable(row[name]) for name in extra] + [row.get("advantage", "")]
+        grid.add_row(*(Text(_short(cell)) for cell in cells))
+    return grid
+
+
+def readable(value: Any) -> Any:
+    """Messages, also as JSON, as `role: text`, a line each; other values as they are."""
+    if isinstance(value, str) and value.startswith("[{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    if not isinstance(value, list) or not all(isinstance(each, dict) and "content" in each for each in value):
+        return value
+    return "\n".join(f"{each.get('role', 'text')}: {each['content']}" for each in value)
 
 
 def _plain(value: Any) -> Any:

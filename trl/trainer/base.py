@@ -26,11 +26,11 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
                         wrapped that was evaluated before
 """
 
+import contextlib
 import copy
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ from trl.models.unwrap import unwrap
 from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
 
-from . import construct, evaluation, overrides, report, resume
+from . import construct, evaluation, overrides, progress, report, resume
 from .card import write_card
 from .loader import IN_ITS_OWN_ORDER, Collate, batches_of, check_order, row_loader, stream_loader, train_split
 from .method import Method
@@ -142,6 +142,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self.progress = progress.install(self)
         construct.configure_sharding(self.accelerator, args)
         self.model_accepts_loss_kwargs = True  # read instead of `loss_is_scaled_for_ga` up to transformers 5.20
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
@@ -262,14 +263,14 @@ class BaseTrainer(Adoptable, Method, Trainer):
         saving.try_saving(self.model, self.processing_class, self.args)
         set_seed(self.args.seed)  # dropout does not depend on what else drew since the trainer was made
         self._sums["train"].clear()
-        self._tokens_seen = 0
-        self._distinct = self._positions = 0
+        self._tokens_seen = self._distinct = self._positions = 0
         self._between_logs = None
         if folder is not None:
             resume.load_between_logs(self, folder)
         report.show(self)
         construct.forget_evaluation(self)
-        return super().train(str(folder) if folder else None, *args, **kwargs)
+        with contextlib.closing(self.progress):
+            return super().train(str(folder) if folder else None, *args, **kwargs)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:  # fmt: skip
@@ -372,7 +373,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        on_host = offload.on_host(model) if self.args.activation_offloading else nullcontext()
+        on_host = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
         with self._half_products(), on_host, overrides.completed(self):
             return super().training_step(model, *args, **kwargs)
 

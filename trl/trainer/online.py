@@ -334,7 +334,8 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
         table = of_all_ranks(rows, args.world_size, in_order=mode == "train")  # the places are those of the round
         if self.is_world_process_zero():
             self.completions.write(table, step, mode)
-            self.completions.show(table, step, args.num_completions_to_print, args.log_unique_prompts)
+            weights = dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True))
+            self.completions.show(table, step, args.num_completions_to_print, args.log_unique_prompts, weights)
 
     # --- the step -------------------------------------------------------------------------------------------------
 

@@ -99,11 +99,6 @@ def log_line(stats: Mapping[str, Any], reward_S: Tensor) -> dict[str, float]:
     return found
 
 
-def in_short(logged: Mapping[str, float]) -> str:
-    shown = ("env/reward_mean", "objective/kl", "ppo/loss/policy", "ppo/loss/value")
-    return ", ".join(f"{name} {logged[name]:.4g}" for name in shown if name in logged)
-
-
 def table_of(columns: Mapping[str, Sequence[Any]], step: int) -> list[dict[str, Any]]:
     """Columns of a batch as rows of the table of completions."""
     rows = zip(*columns.values(), strict=True)

@@ -23,7 +23,7 @@ from . import queries as of_queries
 from .own_loop import OwnLoop
 from .ppo_inputs import given_to_step, sampling_asked, scored_traces, step_inputs
 from .ppo_rounds import PPORounds
-from .ppo_stats import in_short, log_line, step_stats, step_times, table_of
+from .ppo_stats import log_line, step_stats, step_times, table_of
 from .queries import Queries, numbers, token_rows
 
 
@@ -232,7 +232,6 @@ class PPOStepTrainer(PPORounds):
         self.log(logged)
         if not self.is_world_process_zero():
             return
-        print(f"trl: step {self.steps_taken}: {in_short(logged)}", flush=True)
         names = [name for name in columns_to_log if name in batch]
         if self.args.log_completions and names:
             columns = {**{name: batch[name] for name in names}, "reward": reward_S.tolist()}

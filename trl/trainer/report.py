@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import get_console
 from torch import nn
 
+from trl import screen
 from trl.engine.score import Attachment
 from trl.models import adapters
 from trl.rollout.filters import describe
@@ -15,6 +17,13 @@ from trl.rollout.rounds import RoundSizes
 from trl.rollout.types import Sampling
 
 from . import overrides
+
+# By what a line begins with, the group that it is shown in; other lines are of the plan.
+GROUPS = {
+    "model": ("model", "updates", "reference", "teacher", "value"),
+    "engine": ("engine", "torch_compile", "data_collator"),
+}
+_printed: set[str] = set()  # lines of the reports of this process
 
 
 def model_lines(model: nn.Module, rate: float, full_rate: float, precision: str) -> list[str]:
@@ -115,7 +124,29 @@ def show(trainer: Any) -> None:
     """Print the report, and write what is known of the data into the output folder."""
     if not trainer.is_world_process_zero():
         return
-    print("\n".join(f"trl: {line}" for line in trainer.report()), flush=True)
+    print_report(trainer.report(), {name: each.lines() for name, each in trainer.reports.items()})
     if trainer.reports and trainer.args.should_save:
         found = {name: each.to_dict() for name, each in trainer.reports.items()}
         Path(trainer.args.output_dir, "data_report.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def print_report(lines: Sequence[str], of_data: Mapping[str, Sequence[str]]) -> None:
+    """Print a trainer's report by groups, cautions last. What this process has printed before is left out, but for
+    cautions. `of_data` has the lines of each data set, by its name."""
+    groups: dict[str, list[str]] = {name: [] for name in ("data", "model", "engine", "plan", "caution")}
+    known = 0
+    for line in lines:
+        data = next((name for name, own in of_data.items() if line in own), None)
+        if screen.is_caution(line):
+            kind, _, text = line.strip().partition(": ")
+            groups["caution"].append(f"{kind}: {text}" if data in (None, "train") else f"{kind}: {data}: {text}")
+        elif line in _printed:
+            known += 1
+        else:
+            begins = (name for name, words in GROUPS.items() if line.startswith(words))
+            groups[next(begins, "plan") if data is None else "data"].append(line)
+    _printed.update(lines)
+    found = {name: each for name, each in groups.items() if each}
+    if known:
+        found = {"report": ["report: as before" + (", but for this" if found else "")], **found}
+    screen.paragraphs(get_console(), found)

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from trl.config import ScriptArguments
-from trl.notices import notify_once
 from trl.trainer.grpo import GRPOConfig
 
 RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
@@ -61,13 +60,6 @@ class FDivergenceConstants:
 
     ALPHA_DIVERGENCE_COEF_KEY = "alpha_divergence_coef"
     ALPHA_DIVERGENCE_COEF_DEFAULT = 1.0
-
-
-class RichProgressCallback(TrainerCallback):
-    """Nothing: trainers show their progress themselves."""
-
-    def __init__(self) -> None:
-        notify_once("RichProgressCallback is not needed: trainers show their progress themselves")
 
 
 def init_zero_verbose() -> None:
