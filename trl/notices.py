@@ -17,4 +17,4 @@ def notify_once(sentence: str) -> None:
 def _name() -> str:
     """The library's name before a notice, in yellow in a terminal that knows colours."""
     plain = os.name == "nt" or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return "trl:" if plain or not sys.stdout.isatty() else "\x1b[1;33mtrl:\x1b[0m"
+    return "trl:" if plain or sys.stdout is None or not sys.stdout.isatty() else "\x1b[1;33mtrl:\x1b[0m"

@@ -27,7 +27,7 @@ def is_terminal(console: Console) -> bool:
     """Whether lines on the console can be drawn again: a terminal, and not a file, whatever FORCE_COLOR says."""
     if console.is_dumb_terminal or not console.is_terminal:
         return False
-    return console.file is not sys.stdout or sys.stdout.isatty()
+    return console.file is not sys.stdout or (sys.stdout is not None and sys.stdout.isatty())
 
 
 def number(value: Any) -> str:

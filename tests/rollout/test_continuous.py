@@ -14,6 +14,7 @@ from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.types import Request, Sampling
+from trl.trainer.drawing import sampler_of
 
 
 def expected_logps(model, drawn, temperature):
@@ -188,7 +189,7 @@ def tokenizer(smol_path):
 def test_a_trainer_draws_by_it_and_learns(tmp_path, tokenizer, capsys):
     settings = {"use_transformers_continuous_batching": True, "shuffle_dataset": False, "learning_rate": 0.0}
     trainer = test_online.make(tmp_path, tokenizer, max_steps=2, **settings)
-    trainer.sampler = trainer._sampler(trainer.sampling)
+    trainer.sampler = sampler_of(trainer.args, tokenizer, trainer.sampling)
     assert isinstance(trainer.sampler, ContinuousSampler)
     gradient, line = test_online.first_step(trainer)
     assert all(each.isfinite().all() and each.any() for each in gradient.values())

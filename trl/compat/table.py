@@ -803,10 +803,10 @@ _BATCH = (("batch", "rows"), "`batch`, which makes a batch of prepared rows (and
 _LOSS = (("loss", "compute_loss"), "`loss`, which returns sums and metrics (or `compute_loss`)")
 _REFERENCE_LOGPS = (("reference_values", "loss"), "`reference_values`, or `loss`")
 _DRAWING = (
-    ("sampler", "_sampler", "credit", "collect"),
+    ("sampler", "credit", "collect"),
     "`credit`, which gets all traces of a round with their rewards; pass sampler= or reward_funcs= for the rest",
 )
-_GENERATION = (("sampler", "_sampler"), "`generate` of a sampler and set it as the attribute `sampler`")
+_GENERATION = (("sampler",), "`generate` of a sampler and set it as the attribute `sampler`")
 _JUDGED_LOSS = {
     **dict.fromkeys(("_compute_loss", "get_batch_loss_metrics", "concatenated_forward", "get_batch_logps"), _LOSS),
     **dict.fromkeys(("concatenated_inputs", "tokenize_row", "build_tokenized_answer"), _BATCH),

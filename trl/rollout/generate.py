@@ -48,7 +48,7 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     return {each for each in found - {None} if each < base.get_input_embeddings().num_embeddings}
 
 
-def sampling_of(fields: Any, model: nn.Module, tokenizer: Any, max_new_tokens: int, **asked: Any) -> Sampling:
+def sampling_of(fields: Any, model: nn.Module, tokenizer: Any, max_new_tokens: int, /, **asked: Any) -> Sampling:
     """The sampling that a config's `SamplingFields` describe. `generation_kwargs` override the fields, and `asked`,
     further arguments of `generate`, override both."""
     further = {**(fields.generation_kwargs or {}), **asked}
