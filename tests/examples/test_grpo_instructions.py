@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 
 from examples import grpo_instructions as example
 from examples.grpo_instructions import Point
+from tests.examples.helpers import quick
 from trl.rewards.named import find
 
 ROOT = Path(__file__).parents[2]
@@ -114,18 +112,9 @@ def test_a_command_is_printed_as_it_is_run() -> None:
 
 @pytest.mark.slow
 def test_the_quick_example_runs(smol2_path: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/grpo_instructions.py", "--quick", "--model_name_or_path", smol2_path]
-        + ["--output_dir", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "--reward_funcs examples/grpo_instructions.py:follows" in done.stdout
-    assert f"Mean reward on {example.QUICK.held_out} held-out prompts" in done.stdout
+    said = quick("grpo_instructions.py", smol2_path, tmp_path)
+    assert "--reward_funcs examples/grpo_instructions.py:follows" in said
+    assert f"Mean reward on {example.QUICK.held_out} held-out prompts" in said
     with (tmp_path / "curve.csv").open(newline="") as stream:
         assert [line["step"] for line in csv.DictReader(stream)] == ["0", "1", "2"]
     ElementTree.parse(tmp_path / "curve.svg")

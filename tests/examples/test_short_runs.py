@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -14,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import gkd, grpo_instructions, iterative_sft, online_dpo, ppo_sentiment
+from tests.examples.helpers import quick
 
-ROOT = Path(__file__).parents[2]
 HEADER = ["step", "train_reward", "eval_reward", "eval_reward_ci95"]
 
 
@@ -114,15 +111,6 @@ def test_the_command_of_online_dpo() -> None:
 
 @pytest.mark.slow
 def test_online_dpo_runs(smol2_path: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/online_dpo.py", "--quick", "--model_name_or_path", smol2_path]
-        + ["--output_dir", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"Mean reward on {online_dpo.QUICK.held_out} held-out prompts" in done.stdout
+    said = quick("online_dpo.py", smol2_path, tmp_path)
+    assert f"Mean reward on {online_dpo.QUICK.held_out} held-out prompts" in said
     check_curve(tmp_path, [0, 2], [1, 2])

@@ -75,7 +75,7 @@ def test_a_terminal_shows_the_metrics_of_the_method(width: int) -> None:
     assert all(len(line) <= width for line in text.splitlines() if "\x1b" not in line)
     bar = next(line for line in reversed(text.splitlines()) if "step 12/12" in line)
     assert "reward 0.62" in bar and "in all" in bar
-    assert width == 80 or "epoch 1.20" in bar  # what there is no room for is left out
+    assert width == 80 or "epoch 1.20" in bar  # a narrow bar leaves it out
 
 
 def test_a_notice_stands_above_the_bar(capsys: pytest.CaptureFixture[str]) -> None:

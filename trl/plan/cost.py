@@ -8,7 +8,7 @@ from .trace import layers_of
 
 
 def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> float:
-    """Bytes of the keys and values of so many tokens."""
+    """Bytes of the keys and values of `tokens` tokens."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -198,7 +198,7 @@ class Plan:
         return (one, one) if self.run.samples else (one, self._traced(2).of(layers))
 
     def activations(self, rows: int) -> float:
-        """Bytes of activations of a micro-batch of so many rows, at their peak."""
+        """Bytes of activations of a micro-batch of `rows` rows, at their peak."""
         one, two = self._one_and_two
         found = one + (two - one) * (rows - 1)
         if self.run.offloading:

@@ -154,6 +154,6 @@ def _fake(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def tree(row: int, prompt: int, completions: list[int], trained_root: bool = False) -> Tree:
-    """A prompt of so many tokens with completions of so many."""
+    """A prompt of `prompt` tokens with completions of the given lengths."""
     branches = tuple(Branch([1] * length, [True] * length) for length in completions)
     return Tree(Branch([1] * prompt, [trained_root] * prompt), branches, row=row)

@@ -26,7 +26,7 @@ from trl.methods import METHODS, Method
 
 from .summary import commands, summary
 
-PAUSE_S = 0.1  # the bar is drawn again after so many seconds, at the earliest
+PAUSE_S = 0.1  # the shortest time between two drawings of the bar
 SHORTEST, LONGEST = 6, 50  # columns of the bar itself
 NARROW = 110  # columns of a terminal below which the table has fewer of its own
 NOTEBOOK = "NotebookProgressCallback"  # its module cannot be imported without IPython
