@@ -56,7 +56,7 @@ def test_sft_train_and_resume(after_sft: Path, smol2_path: str) -> None:
     flags = ("--model_name_or_path", smol2_path, "--max_steps", "3", "--resume_from_checkpoint")
     done = run(after_sft, "sft_train.py", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(losses(after_sft / "sft_output", 3)) == 3 and len(re.findall("'loss': ", done.stdout)) == 1
+    assert len(losses(after_sft / "sft_output", 3)) == 3 and len(re.findall(" loss=", done.stdout)) == 1
 
 
 def test_dpo_train(after_sft: Path) -> None:
@@ -70,7 +70,7 @@ def test_dpo_train(after_sft: Path) -> None:
 def test_ppo_train(after_sft: Path) -> None:
     done = run(after_sft, "ppo_train.py", "--max_steps", "2")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"trl: step (\d):", done.stdout) == ["1", "2"]
+    assert len(re.findall(r"^step=\d+ ", done.stdout, re.M)) == 2  # a line a batch
     assert (after_sft / "ppo_final" / "adapter_model.safetensors").is_file()
 
 

@@ -214,7 +214,7 @@ def test_what_cannot_be_merged(tiny_path: str, tmp_path: Path, adapter: str) -> 
         merge_adapter(tiny_path, tmp_path / "merged")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ModelError, match="full exists already: name another output_dir"):
+    with pytest.raises(ModelError, match="full exists already: name another folder"):
         merge_adapter(adapter, tmp_path / "full")
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))

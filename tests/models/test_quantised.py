@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+import trl
 from tests.rollout.helpers import sample
-from tests.trainer.helpers import chat_rows, sft
+from tests.trainer.helpers import DEFAULTS, chat_rows, sft
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import flat, padded
 from trl.engine.head import plain_linear
@@ -209,6 +210,47 @@ def test_training_saving_loading(smol2_path: str, tmp_path: Path, changes: dict[
     with torch.no_grad():
         ours, theirs = (each.eval()(input_ids=IDS).logits for each in (model, again))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+ONLINE = {
+    "PPO": {},
+    "OnlineDPO": {},
+    "GKD": {"lmbda": 1.0, "max_new_tokens": 6, "teacher": "teacher_model"},
+    "MiniLLM": {"num_generations": 2, "teacher": "teacher_model"},
+    "IterativeSFT": {},
+}
+
+
+@pytest.mark.parametrize("method", ONLINE)
+def test_methods_with_models_beside_the_policy(smol2_path: str, tmp_path: Path, method: str) -> None:
+    """The adapter learns, the 4-bit weights stay, and what is saved is an adapter."""
+    tokenizer = AutoTokenizer.from_pretrained(smol2_path)
+    further = dict(ONLINE[method])
+    given = {further.pop("teacher"): four_bit(smol2_path)} if "teacher" in further else {}
+    if method in ("PPO", "OnlineDPO"):
+        given["reward_funcs"] = lambda completions, **rest: [float(len(text)) for text in completions]
+    if method not in ("IterativeSFT", "GKD"):
+        further["max_completion_length"] = 6
+        given["train_dataset"] = [{"prompt": f"say {word}"} for word in ("red", "old", "cat", "mat")]
+    if method == "GKD":
+        given["train_dataset"] = chat_rows(4)
+    settings = {**DEFAULTS, "output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_steps": 2, **further}
+    model = four_bit(smol2_path)
+    args = getattr(trl, f"{method}Config")(**settings, bf16=True)
+    trainer = getattr(trl, f"{method}Trainer")(
+        model=model, args=args, processing_class=tokenizer, peft_config=lora(), **given
+    )
+    named = dict(trainer.model.named_parameters())
+    before = {name: each.detach().clone() for name, each in named.items()}
+    if method == "IterativeSFT":
+        trainer.step(texts=["a quiet river runs", "an old red wall"])
+    else:
+        trainer.train()
+    moved = {name for name, each in named.items() if not torch.equal(each, before[name])}
+    assert all("lora_" in name or "value" in name or "v_head" in name for name in moved), sorted(moved)
+    assert {name for name, each in named.items() if "lora_B.default" in name} <= moved
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
 
 
 def test_an_adapter_that_peft_loads_back_keeps_its_dtype(tiny_path: str, tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ class _Chat:
 
     def _lines(self) -> Iterator[str]:
         if not self.interactive:
-            yield from (line.rstrip("\n") for line in sys.stdin)
+            for number, line in enumerate(sys.stdin, start=1):
+                if not line.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in line):
+                    raise ValueError(f"line {number} of the input is not UTF-8: convert it first")
+                yield line.rstrip("\n")
             return
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # `input` then edits lines and remembers them

@@ -52,7 +52,7 @@ def help_text() -> str:
         "Post-training of language models.",
         "",
         "commands:",
-        *(f"  {name:<12}{command.summary}" for name, command in commands().items()),
+        *(f"  {name:<14}{command.summary}" for name, command in commands().items()),
         "",
         "options:",
         "  -h, --help     this text; after a command, its options",

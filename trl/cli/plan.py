@@ -26,6 +26,9 @@ def run(argv: Sequence[str], command: str) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.method not in methods:
         raise UsageError(f"there is no method {options.method}{nearest(options.method, methods)}")
+    for name, least in (("gpu_memory", 0.0), ("utilisation", 0.0), ("num_rows", 0), ("price_per_hour", -1.0)):
+        if (value := getattr(options, name)) is not None and value <= least:
+            raise UsageError(f"--{name}: {value:g} is too small")
     set_environment(rest)
     hide_library_notes()
     values, elsewhere, _ = train.training_parser(options.method).read_apart(rest)

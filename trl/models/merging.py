@@ -162,7 +162,7 @@ def new_folder(path: str | Path) -> Path:
     """The path of a folder that is about to be made. Raises `ModelError` if it exists and is not empty."""
     folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} exists already: name another output_dir, or remove it first")
+        raise ModelError(f"{folder} exists already: name another folder, or remove it first")
     return folder
 
 
