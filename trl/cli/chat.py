@@ -124,7 +124,7 @@ class _Chat:
     def _lines(self) -> Iterator[str]:
         if not self.interactive:
             for number, line in enumerate(sys.stdin, start=1):
-                if not line.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in line):
+                if any("\udc80" <= letter <= "\udcff" for letter in line):
                     raise ValueError(f"line {number} of the input is not UTF-8: convert it first")
                 yield line.rstrip("\n")
             return
