@@ -92,6 +92,12 @@ def complete_file(settings: GenerateArguments, on_block: Callable[[int, int, flo
     if output.exists() and not settings.overwrite:
         raise ValueError(f"{output} exists already: name another output_file, or set overwrite=True (--overwrite)")
     data = load(settings.dataset_name, settings.dataset_split, settings.dataset_config)
+    names = getattr(data, "column_names", None) or ()
+    if settings.prompt_column is None and {"instruction", "input"} <= {*names} and "prompt" not in names:
+        raise ValueError(
+            f"{settings.dataset_name} has a column `input` beside `instruction`, which would be left out: join "
+            "them with `trl data convert FILE prompts.jsonl --to prompt`, or set --prompt_column instruction"
+        )
     model, tokenizer = open_model(settings, adapter=settings.adapter_name_or_path)
     prompts = _prompts(settings, data, tokenizer)
     sampling = settings.sampling(model, tokenizer)
