@@ -172,6 +172,14 @@ class BaseConfig(Adoptable, TrainingArguments):
         metadata={"help": "Compute a prompt once for all its completions; they then share its dropout mask."},
     )
 
+    max_tokens_per_micro_batch: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum tokens in a forward pass of training: a step is cut into micro-batches by it, with the "
+            "same gradient. `auto`: as suits the device. Default: the batch size; of completions that are sampled "
+            "1,024 tokens on a CPU, 16,384 on an accelerator."
+        },
+    )
     log_all: bool = field(
         default=False, metadata={"help": "Show all metrics on the screen, not those alone that matter for the method."}
     )
@@ -190,6 +198,7 @@ class BaseConfig(Adoptable, TrainingArguments):
         elif self.bf16 and not accelerator and not self.use_cpu:
             self.use_cpu = True
             notify_once("no accelerator here: bf16=True runs on the CPU, in bfloat16 autocast")
+        self.max_tokens_per_micro_batch = tokens_or_auto(self.max_tokens_per_micro_batch)
         options.check(self)
         # transformers calls it activation checkpointing from 5.2x on, and keeps the old name as an alias that warns.
         if hasattr(self, "activation_checkpointing"):
@@ -243,6 +252,16 @@ class SequenceFields:
         if isinstance(self.columns, str):
             self.columns = columns_of(self.columns)
         super().__post_init__()  # type: ignore[misc]  # of the configuration that the fields are mixed into
+
+
+def tokens_or_auto(tokens: int | str | None) -> int | str | None:
+    """A number of tokens as it is given on a command line, or the word `auto`."""
+    if not isinstance(tokens, str) or tokens == "auto":
+        return tokens
+    try:
+        return int(tokens.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise ValueError(f"max_tokens_per_micro_batch={tokens!r}: give a number of tokens, or auto") from None
 
 
 def columns_of(columns: str) -> dict[str, str]:
@@ -372,12 +391,6 @@ class RolloutFields(SamplerFields):
     )
     num_iterations: int = field(default=1, metadata={"help": "Number of times that each completion is trained on."})
     shuffle_dataset: bool | None = field(default=True, metadata={"help": "Use the prompts in a new order each epoch."})
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum tokens in a forward pass of training. Default: 1,024 on a CPU, 16,384 on an accelerator."
-        },
-    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}
     )

@@ -12,8 +12,9 @@ Hooks of `transformers.Trainer` (5.17 to 5.23) that are overridden, and why:
     compute_loss        divides by those counts: any split of the same rows gives the same gradient
     _prepare_input      moves what a batch holds and casts nothing: sums of log-probs need fp32
     create_optimizer    steps in float32 on weights that are kept in bfloat16
-    training_step       keeps saved activations on the host where that is asked for, and brings an overridden
-                        `compute_loss` to the step's scale
+    training_step       keeps saved activations on the host where that is asked for, brings an overridden `compute_loss`
+                        to the step's scale, and takes a step again that ran out of memory
+    floating_point_ops, _track_num_input_tokens    of all micro-batches that a call of `training_step` had
     compute_loss_context_manager    autocast around whatever a loss runs, and half precision on a CPU without
                         instructions for it
     prediction_step, evaluation_loop    evaluation as sums and counts; no logits are kept
@@ -30,12 +31,11 @@ import contextlib
 import copy
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -44,8 +44,6 @@ from transformers.trainer_utils import set_seed
 from trl import checkpoint
 from trl.compat.arguments import Adoptable
 from trl.config import BaseConfig
-from trl.data.mixture import Mixture
-from trl.data.reading import sources
 from trl.data.report import DataReport
 from trl.engine import linear
 from trl.engine.forest import Batch, computed, gridded, relabelled
@@ -57,12 +55,13 @@ from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
 
 from . import construct, evaluation, overrides, progress, report, resume
+from .budget import Budget, as_list, as_slots, tokens_asked_for
 from .card import write_card
-from .loader import IN_ITS_OWN_ORDER, Collate, batches_of, check_order, row_loader, stream_loader, train_split
+from .loader import IN_ITS_OWN_ORDER, Collate, batches_of, check_order, prepared, row_loader, stream_loader
 from .method import Method
 from .metrics import Totals, gather_rows
 from .nonfinite import NonFiniteError, what_is_not_finite
-from .step import Step
+from .step import Step, counts_of_all
 
 
 class BaseTrainer(Adoptable, Method, Trainer):
@@ -127,6 +126,8 @@ class BaseTrainer(Adoptable, Method, Trainer):
         check_order(args.train_sampling_strategy, self.takes_lengths, type(self).__name__)
         self._collate = Collate(self.batch, data_collator, args.share_prompt, raw=self._users_rows)
         self._collate.tokens_without_row = self._without_row
+        self.budget = Budget(tokens_asked_for(args.max_tokens_per_micro_batch, args.device))
+        self.components = (*self.components, self.budget)
 
         super().__init__(
             model=model,
@@ -192,23 +193,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """Read and tokenise a data set, or each of a dictionary of them. What is prepared already passes."""
-        if dataset is None:
-            return None
-        if name == "train" and isinstance(dataset, dict):
-            dataset = train_split(dataset)
-        if isinstance(dataset, dict) and all(map(sources.is_data_set, dataset.values())):
-            return {key: self._prepared(value, f"{name} {key}") for key, value in dataset.items()}
-        if not isinstance(dataset, Mixture):
-            dataset = sources.load(dataset, skip_bad_rows=getattr(self.args, "skip_bad_rows", False))
-        if self._users_rows or self.is_prepared(dataset) or any(dataset is each for each in self.prepared_streams):
-            return dataset
-        with self.args.main_process_first(desc="preparing the data"):
-            rows, self.reports[name] = self.rows(dataset, name)
-        if not isinstance(rows, Dataset):
-            self.prepared_streams.append(rows)
-        if self._without_row is not None:
-            self._without_row.check_dataset(rows, name)
-        return rows
+        return prepared(self, dataset, name)
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -293,23 +278,31 @@ class BaseTrainer(Adoptable, Method, Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         samples = [self._taken(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         samples = self.rewritten(samples, training=True)
-        found = [{**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]} for batch in samples]
-        kinds = list(found[0]) if found else []
-        totals = torch.tensor([float(sum(counts[kind] for counts in found)) for kind in kinds], device=device)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(totals)
-        counts = dict(zip(kinds, totals.clamp(min=1), strict=True))
-        self._tokens_seen += sum(batch["tokens"] for batch in samples)
-        for distinct, positions in map(computed, samples):
+        if not samples:
+            self.under_way = None
+            return [], None  # type: ignore[return-value]
+        self.budget.begin(self)
+        step = self.budget.fitted(self, "train", lambda: self.begin_step(self.budget.cut(self, samples)))
+        self._tokens_seen += sum(batch["tokens"] for batch in step.batches)
+        for distinct, positions in map(computed, step.batches):
             self._distinct += distinct
             self._positions += positions
-        self.under_way = self.begin(samples, counts) if samples else None
-        return (list(self.under_way.batches), self.under_way.count(None)) if self.under_way else ([], None)  # type: ignore[return-value]
+        return as_slots(step.batches, len(samples)), step.count(None)
+
+    def begin_step(self, batches: list[Batch]) -> Step:
+        """The optimizer step on these micro-batches of this rank."""
+        found = [{**self.counts(batch), overrides.ROWS: batch["row_S"].shape[0]} for batch in batches]
+        self.under_way = self.begin(batches, counts_of_all(found, self.args.device, self.args.world_size))
+        return self.under_way
 
     def begin(self, batches: list[Batch], counts: dict[str, Tensor], **about: Any) -> Step:
         """An optimizer step on these micro-batches, with what `before_step` says of them."""
         found = self.before_step(self.model_wrapped, batches, training=True)
         return Step({**counts, **found.counts}, found.beside(batches), True, found.shared, **about)
+
+    def made_of(self, rows: Sequence[Any]) -> Batch:
+        """A batch of some of the rows of others, or of none."""
+        return self._collate(rows)
 
     def _taken(self, batch: Batch) -> Batch:
         """A batch of ours as it is; of one from a loader of the user's own, what is trained in it."""
@@ -372,10 +365,17 @@ class BaseTrainer(Adoptable, Method, Trainer):
         # Under DeepSpeed `Trainer` casts all numbers to the dtype of the weights, log-probs and advantages too.
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         on_host = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
         with self._half_products(), on_host, overrides.completed(self):
-            return super().training_step(model, *args, **kwargs)
+            return self.budget.part(self, model, as_list(inputs), num_items_in_batch)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return sum(map(super().floating_point_ops, as_list(inputs)))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        for batch in as_list(inputs):
+            super()._track_num_input_tokens(batch)
 
     def compute_loss_context_manager(self) -> Any:
         stack = super().compute_loss_context_manager()

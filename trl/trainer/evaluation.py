@@ -54,19 +54,22 @@ def predicted(trainer: Any, model: nn.Module, inputs: Batch, prediction_loss_onl
     """The loss of a batch, and logits and labels where a `compute_metrics` reads them. Adds to the sums of the
     evaluation."""
     logits = labels = None
-    [inputs] = trainer.rewritten([trainer._taken(inputs)], training=False)
+    whole = trainer.rewritten([trainer._taken(inputs)], training=False)
+    [inputs] = whole
+    keeps_logits = "labels" in inputs and trainer.compute_metrics is not None and not prediction_loss_only
+
+    def take() -> Tensor:
+        batches = whole if keeps_logits else trainer.budget.cut(trainer, whole, equally=False)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            found = trainer.before_step(model, batches, training=False)
+            shared = {**trainer._of_evaluation, **found.shared}
+            step = Step(trainer._counted(inputs), batches, False, shared)
+            return sum_of_losses(trainer, model, found.beside(batches), step)
+
+    loss = trainer.budget.fitted(trainer, "eval", take)
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        found = trainer.before_step(model, [inputs], training=False)
-        batch = trainer._prepare_inputs(*found.beside([inputs]))
-        counts = trainer.counts(batch)
-        if overrides.has_own_loss(trainer):
-            loss = own_evaluation(trainer, model, batch, trainer._counted(batch), next(iter(counts.values())))
-        else:
-            step = Step(trainer._counted(batch), [batch], False, {**trainer._of_evaluation, **found.shared})
-            sums, metrics = trainer.loss(model, batch, step)
-            trainer._add("eval", {**metrics, **parts(sums, counts)})
-            loss = torch.stack([total / max(counts[kind], 1) for kind, total in sums.items()]).sum()
-        if "labels" in batch and trainer.compute_metrics is not None and not prediction_loss_only:
+        if keeps_logits:
+            batch = trainer._prepare_inputs(inputs)
             labels = batch["labels"]
             grid = {key: batch[key] for key in ("input_ids", "attention_mask")}
             logits = model(**grid, use_cache=False).logits
@@ -75,6 +78,21 @@ def predicted(trainer: Any, model: nn.Module, inputs: Batch, prediction_loss_onl
             rows = batch["row_S"].shape[0]
             labels, logits, inputs["input_ids"] = labels[:rows], logits[:rows], inputs["input_ids"][:rows]
     return loss, logits, labels
+
+
+def sum_of_losses(trainer: Any, model: nn.Module, batches: list[Batch], step: Step) -> Tensor:
+    """The loss of an evaluation's batch that may be cut, and `step` is about; adds to the sums of the evaluation."""
+    total = torch.zeros((), device=trainer.args.device)
+    for batch in map(trainer._prepare_inputs, batches):
+        counts = trainer.counts(batch)
+        if overrides.has_own_loss(trainer):
+            loss = own_evaluation(trainer, model, batch, trainer._counted(batch), next(iter(counts.values())))
+            total += loss * (batch["row_S"].shape[0] / step.count(overrides.ROWS))
+            continue
+        sums, metrics = trainer.loss(model, batch, step)
+        trainer._add("eval", {**metrics, **parts(sums, counts)})
+        total += torch.stack([each / step.count(kind) for kind, each in sums.items()]).sum()
+    return total
 
 
 def own_evaluation(trainer: Any, model: nn.Module, batch: Batch, counts: dict[str, Tensor], items: int) -> Tensor:

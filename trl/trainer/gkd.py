@@ -24,6 +24,7 @@ from trl.rollout.generate import InProcessSampler, stop_ids
 from trl.rollout.types import Request, Sampling
 
 from .attributes import shows
+from .loader import SOURCE, Source
 from .sft import SFTConfig, SFTTrainer
 from .step import Step
 from .teacher import Teacher
@@ -180,8 +181,16 @@ class GKDTrainer(SFTTrainer):
                 answer = next(answers)
                 root = Branch(ids, [False] * len(ids))
                 trees.append(Tree(root, (Branch(answer, [True] * len(answer), row),), row))
-            found.append(self._collate.to_batch(trees))
+            found.append(self.made_of(trees))
         return found
+
+    def made_of(self, rows: Sequence[Any]) -> Batch:
+        """Also of trees: what was sampled in place of the data's completions."""
+        if rows and isinstance(rows[0], Tree):
+            return {**self._collate.to_batch(list(rows)), SOURCE: Source(rows)}
+        batch = super().made_of(rows)
+        batch.pop("trees", None)
+        return batch
 
     def _writer(self) -> str | None:
         """Who writes the completions of this step; None: they are the data's. The same on every rank."""

@@ -404,6 +404,9 @@ class GRPOTrainer(OnlineTrainer):
             found["sampling/importance_sampling_ratio/min"] = smallest(weight)
         return found
 
+    def forget_step(self) -> None:
+        self.bonus.seen = 0.0
+
     def train_on(self, model: nn.Module, traces: list[TrainingTrace]) -> Tensor:
         loss = super().train_on(model, traces)
         if self.bonus.is_used:

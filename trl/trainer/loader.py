@@ -11,12 +11,24 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trl.data.batching.batches import RowBatches, StreamBatches
 from trl.data.batching.collate import PaddableRow, Tree, labelled
+from trl.data.mixture import Mixture
 from trl.data.reading import sources
 from trl.engine.forest import Batch, gridded, padded, unshared, with_labels
 from trl.engine.score import Attachment
 from trl.models import vocabulary
 from trl.notices import notify_once
 from trl.rollout.rounds import StepSampler
+
+SOURCE = "source"
+
+
+class Source:
+    """The rows of a batch, by which it can be cut. Whatever moves a batch leaves them alone."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = list(rows)
 
 
 class Collate:
@@ -40,8 +52,10 @@ class Collate:
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
         if self.users is not None and len(rows):
-            return self.taken(self._by_users(rows), [int(row.get("row", -1)) for row in rows])
-        return self.batch(rows, self.to_batch)
+            batch = self.taken(self._by_users(rows), [int(row.get("row", -1)) for row in rows])
+        else:
+            batch = self.batch(rows, self.to_batch)
+        return {**batch, SOURCE: Source(rows)}
 
     def to_batch(self, trees: list[Tree]) -> Batch:
         assert self.attachment is not None
@@ -111,6 +125,27 @@ def train_split(splits: dict[str, Any]) -> Any:
         f"train_dataset is a dictionary of splits: `{taken}` is trained on" + f", and not {others}" * bool(others)
     )
     return dataset
+
+
+def prepared(trainer: Any, dataset: Any, name: str) -> Any:
+    """A data set as its trainer's method reads it, or each of a dictionary of them."""
+    if dataset is None:
+        return None
+    if name == "train" and isinstance(dataset, dict):
+        dataset = train_split(dataset)
+    if isinstance(dataset, dict) and all(map(sources.is_data_set, dataset.values())):
+        return {key: trainer._prepared(value, f"{name} {key}") for key, value in dataset.items()}
+    if not isinstance(dataset, Mixture):
+        dataset = sources.load(dataset, skip_bad_rows=getattr(trainer.args, "skip_bad_rows", False))
+    if trainer._users_rows or trainer.is_prepared(dataset) or any(dataset is each for each in trainer.prepared_streams):
+        return dataset
+    with trainer.args.main_process_first(desc="preparing the data"):
+        rows, trainer.reports[name] = trainer.rows(dataset, name)
+    if not isinstance(rows, Dataset):
+        trainer.prepared_streams.append(rows)
+    if trainer._without_row is not None:
+        trainer._without_row.check_dataset(rows, name)
+    return rows
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:

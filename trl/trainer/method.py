@@ -87,6 +87,9 @@ class Method:
         """Statistics over the micro-batches of an optimizer step, or over one batch of an evaluation."""
         return Statistics()
 
+    def forget_step(self) -> None:
+        """The step under way is taken again: drop what `loss` has noted of it."""
+
     def before_evaluation(self, dataloader: DataLoader) -> dict[str, Any]:
         """Statistics over the whole data set of an evaluation: entries of `Step.shared` for all its batches."""
         return {}

@@ -47,6 +47,7 @@ from trl.rollout.types import Environment, Sampler, Sampling
 from . import evaluation, overrides
 from .attributes import shows
 from .base import BaseTrainer
+from .budget import passes, share_of_traces
 from .constant_reward import ConstantReward
 from .drawing import LONGEST, judge_of, opened, sampler_of
 from .loader import rounds_of, stream_of_rounds
@@ -403,26 +404,21 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
             prompts = {id(each.prompt_ids): each.prompt_ids for each in traces}
             self._tokens_seen += sum(map(len, {tuple(prompt) for prompt in prompts.values()}))
         counts[overrides.ROWS] = torch.tensor(max(float(len(active)), 1.0), device=args.device)
-        groups = self._micro_batches([each for each in active if each.holder == args.process_index])
-        # The step happens even if nothing has a gradient.
-        batches = [self.to_batch(group) for group in groups or [[]]]
-        for distinct, positions in map(computed, batches):
-            self._distinct += distinct
-            self._positions += positions
-        self.under_way = self.begin(batches, counts, on_policy=self.is_on_policy())
-        total = torch.zeros((), device=self.args.device)
-        # The loss is that of the whole step already; DeepSpeed would divide it by the accumulation it was set up for.
-        unscaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        mine = [each for each in active if each.holder == args.process_index]
+
+        def take(alone: bool) -> Tensor:
+            # The step happens even if nothing has a gradient.
+            batches = [self.made_of(group) for group in self._micro_batches(mine) or [[]]]
+            self.under_way = self.begin(batches, counts, on_policy=self.is_on_policy())
+            return passes(self, model, self.under_way.batches, None, alone)
+
         saved = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
         with self._half_products(), saved, overrides.completed(self):
-            for number, batch in enumerate(self.under_way.batches):
-                last = number == len(batches) - 1
-                self.accelerator.sync_gradients = last  # DeepSpeed's engine steps where it is told so
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager():
-                        loss = self.compute_loss(model, self._prepare_inputs(batch))
-                    self.accelerator.backward(loss, **unscaled)
-                total += loss.detach()
+            total = self.budget.whole(self, model, take)
+        assert self.under_way is not None
+        for distinct, positions in map(computed, self.under_way.batches):
+            self._distinct += distinct
+            self._positions += positions
         return total
 
     def rows_of_a_step(self) -> int:
@@ -437,10 +433,11 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
     def _micro_batches(self, traces: Sequence[TrainingTrace]) -> list[list[TrainingTrace]]:
         """Traces of one forward pass each; as many groups on every rank, empty ones among them."""
         args = self.args
-        groups = micro_batches(traces, args.max_tokens_per_micro_batch, args.share_prompt, args.device, self.together)
+        groups = micro_batches(traces, self.budget.tokens, args.share_prompt, args.device, self.together)
+        self.budget.shares = [share_of_traces(group, self.together) for group in groups]
         return equally_many(groups, args.world_size, args.device)
 
-    def to_batch(self, traces: Sequence[TrainingTrace]) -> Batch:
+    def made_of(self, traces: Sequence[TrainingTrace]) -> Batch:
         """Traces as a batch: under each prompt its traces, with what the loss reads of each trained token."""
         return {**self._collate.to_batch(trees(traces)), **columns_of_tokens(traces, self._columns())}
 
@@ -449,8 +446,18 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
         # Also without rows: other ranks may have some, and wait for this one.
         traces = self.collect(inputs["rows"], self.num_generations_eval, training=False)
         found = {kind: float(count) for kind, count in self.counts_of(traces).items()}
+        total = self.budget.fitted(self, "eval", lambda: self._evaluated_on(model, traces, found))
+        zero = torch.zeros((), device=self.args.device)
+        if overrides.has_own_loss(self):
+            evaluation.add_own(self, zero, 0)  # also where this rank has no rows
+        else:
+            self._add("eval", evaluation.parts(dict.fromkeys(found, zero), found))
+        return total, None, None
+
+    def _evaluated_on(self, model: nn.Module, traces: list[TrainingTrace], found: dict[str, float]) -> Tensor:
+        """The loss of the traces, `found` of each kind, which is also added to the sums of the evaluation."""
         total = torch.zeros((), device=self.args.device)
-        batches = [self.to_batch(group) for group in self._micro_batches(traces)]
+        batches = [self.made_of(group) for group in self._micro_batches(traces)]
         statistics = self.before_step(model, batches, training=False)
         counts = {**found, overrides.ROWS: float(len(traces))}
         counts_of_step = {kind: torch.tensor(max(n, 1.0), device=self.args.device) for kind, n in counts.items()}
@@ -465,12 +472,7 @@ class OnlineTrainer(OnlineAttributes, OnlineMethod, BaseTrainer):
                 sums, metrics = self.loss(model, batch, step)
             self._add("eval", {**metrics, **evaluation.parts(sums, dict.fromkeys(sums, 0.0))})
             total += torch.stack([each / max(found[kind], 1.0) for kind, each in sums.items()]).sum()
-        zero = torch.zeros((), device=self.args.device)
-        if overrides.has_own_loss(self):
-            evaluation.add_own(self, zero, 0)  # also where this rank has no rows
-        else:
-            self._add("eval", evaluation.parts(dict.fromkeys(found, zero), found))
-        return total, None, None
+        return total
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip

@@ -198,6 +198,9 @@ class PPORounds(OnlineTrainer):
 
     # --- the step -------------------------------------------------------------------------------------------------
 
+    def forget_step(self) -> None:
+        self.guards.seen = 0.0
+
     def train_on(self, model: nn.Module, traces: list[TrainingTrace]) -> Tensor:
         args = self.args
         if self.guards.is_over:

@@ -31,12 +31,16 @@ def scored(
     for row, own in zip(rows, columns, strict=True):
         length = len(own["ids"])
         blank.append(TrainingTrace(int(row["row"]), row["prompt_ids"], length, 0.0, length, {"ids": own["ids"]}))
-    found: list[Columns] = []
-    for group in trainer._micro_batches(blank):
-        batch = trainer._prepare_inputs(trainer._collate.to_batch(trees(group)))
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            stats = ask(batch, temperature=trainer.scoring_temperature)
-        lengths = [each.length for each in group]
-        parts = {name: getattr(stats, of).float().cpu().split(lengths) for name, of in names.items()}
-        found += [{name: part[place].numpy().copy() for name, part in parts.items()} for place in range(len(group))]
-    return found
+
+    def take() -> list[Columns]:
+        found: list[Columns] = []
+        for group in trainer._micro_batches(blank):
+            batch = trainer._prepare_inputs(trainer._collate.to_batch(trees(group)))
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                stats = ask(batch, temperature=trainer.scoring_temperature)
+            lengths = [each.length for each in group]
+            parts = {name: getattr(stats, of).float().cpu().split(lengths) for name, of in names.items()}
+            found += [{name: part[place].numpy().copy() for name, part in parts.items()} for place in range(len(group))]
+        return found
+
+    return trainer.budget.fitted(trainer, trainer.mode, take)

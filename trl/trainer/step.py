@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trl.engine.forest import Batch
@@ -42,3 +43,11 @@ class Step:
     def count(self, kind: str | None) -> Tensor:
         """Items of a kind; None: of the first."""
         return self.counts[next(iter(self.counts)) if kind is None else kind]
+
+
+def counts_of_all(found: Sequence[Mapping[str, int]], device: torch.device, ranks: int) -> dict[str, Tensor]:
+    """The counts of a step out of those of this rank's micro-batches, at least one: summed over them and over ranks."""
+    totals = torch.tensor([float(sum(counts[kind] for counts in found)) for kind in found[0]], device=device)
+    if ranks > 1:
+        torch.distributed.all_reduce(totals)
+    return dict(zip(found[0], totals.clamp(min=1), strict=True))
