@@ -419,7 +419,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
         self._sums["eval"].clear()
         if self.compute_metrics is not None and self.args.world_size > 1 and not self.args.eval_use_gather_object:
             self.gather_function = gather_rows  # that of accelerate takes as many rows of every rank
-        self._of_evaluation = self.before_evaluation(dataloader)
+        self._of_evaluation = self.budget.fitted(self, "eval", lambda: self.before_evaluation(dataloader))
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self._reduced("eval", num_tokens=self._tokens_seen)  # seen in training so far, as upstream logs it
         for name, value in evaluation.with_loss(found).items():

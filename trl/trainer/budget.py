@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from trl.engine.forest import Batch, computed
@@ -121,16 +122,18 @@ class Budget(Component):
 
     def _ended(self, trainer: Any, model: nn.Module, again: Callable[[], Tensor], loss: Tensor) -> Tensor:
         """The loss of the step, taken again until memory is enough for every rank."""
+        lowered = False
         while (tokens := self._lowered(trainer)) is not None:
-            notify_once(
-                "memory ran out in a micro-batch: the step is taken again, and further ones too, in micro-batches of "
-                f"at most {tokens:,} tokens (max_tokens_per_micro_batch). The gradient is the same"
-            )
-            self.tokens, self._failed = tokens, False
+            self.tokens, self._failed, lowered = tokens, False, True
             model.zero_grad()
             trainer._sums["train"].metrics = dict(self._metrics)
             trainer.forget_step()
             loss = self._tried(trainer, again)
+        if lowered:
+            notify_once(
+                f"memory ran out in step {trainer.state.global_step + 1}: it was taken again, with the same gradient, "
+                f"and micro-batches have at most {self.tokens:,} tokens from here on (max_tokens_per_micro_batch)"
+            )
         if self.agrees(trainer):
             passes(trainer, model, [trainer.made_of([])], None, alone=False)
         return loss
@@ -219,6 +222,8 @@ def passes(trainer: Any, model: nn.Module, batches: Sequence[Batch], items: Any,
         for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
             apart = alone or left > 0
             trainer.accelerator.sync_gradients = due and not apart  # DeepSpeed's engine steps where it is told so
+            if alone and isinstance(model, DistributedDataParallel):
+                model.require_forward_param_sync = False  # buffers are constants: no meeting over them
             with trainer.accelerator.no_sync(model) if apart else nullcontext():
                 total += Trainer.training_step(trainer, model, batch, items)
     finally:

@@ -160,7 +160,10 @@ class KTOTrainer(UnpairedTrainer):
         return self._estimate(model, batches) if training and self.needs_kl() else Statistics()
 
     def before_evaluation(self, dataloader: Any) -> dict[str, Any]:
-        return dict(self._estimate(self.model, dataloader).shared) if self.needs_kl() else {}
+        if not self.needs_kl():
+            return {}
+        cut = (self.budget.cut(self, [batch], equally=False) for batch in dataloader)
+        return dict(self._estimate(self.model, (each for batches in cut for each in batches)).shared)
 
     def _estimate(self, model: nn.Module, batches: Iterable[Batch]) -> Statistics:
         """The reference point over all batches and ranks, a scalar, and what the reference says of each batch."""
