@@ -217,6 +217,8 @@ def passes(trainer: Any, model: nn.Module, batches: Sequence[Batch], items: Any,
     """Forward and backward passes of micro-batches, whose loss is returned: scalar. The last one exchanges gradients
     between the ranks where that is due now, unless the rank runs `alone`."""
     due = trainer.accelerator.sync_gradients
+    if trainer.under_way is not None:  # what a loss of the user's own divides a mean over the step by
+        trainer.current_gradient_accumulation_steps = len(trainer.under_way.batches)
     total = torch.zeros((), device=trainer.args.device)
     try:
         for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
