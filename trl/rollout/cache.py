@@ -62,9 +62,10 @@ class ColumnCache(Cache):
     def keep(self, rows: list[int]) -> None:
         """Move these rows to the front."""
         span = slice(self.first, self.at)
+        index = torch.tensor(rows)
         for layer in self.layers:
             for kept in (layer.keys, layer.values):
-                index = torch.tensor(rows, device=kept.device)
+                index = index.to(kept.device)
                 kept[: len(rows), :, span] = kept[:, :, span].index_select(0, index)
 
     def shift(self, to: int) -> None:
