@@ -9,7 +9,7 @@ transformers' own SDPA.
 """
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +19,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from . import blocks
+from .blocks import Scoring
+
 NAME = "trl_segments"
 
 # torch 2.11's kernel needs as many key heads as query heads; later kernels group them.
 _VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-class Scoring(NamedTuple):
-    """How one layer turns queries and keys into weights."""
-
-    scale: float
-    dropout: float = 0.0
-    window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    softcap: float | None = None  # scores are bounded to softcap * tanh(score / softcap) (Gemma 2)
-    sinks: Tensor | None = None  # [Hq], one extra logit per head without a value (gpt-oss)
-
-    @property
-    def explicit(self) -> bool:
-        """Whether no fused kernel computes this layer."""
-        return self.softcap is not None or self.sinks is not None
 
 
 def segment_mask(
@@ -179,6 +167,8 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int,
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention aligned to the end: the last query sees the last key. query [1, Hq, Lq, D], Lq <= Lk."""
+    if scoring.explicit:
+        return _explicit(query, key, value, None, scoring)
     length, window = query.shape[2], scoring.window
     before = key.shape[2] - length
     if window is None or key.shape[2] <= window:
@@ -198,14 +188,12 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None,
     length, reach = query.shape[2], key.shape[2]
     square = length == reach and (window is None or length <= window)
     mask = None
-    if (not square or scoring.explicit) and (length > 1 or (window is not None and reach > window)):
+    if not square and (length > 1 or (window is not None and reach > window)):
         query_position = torch.arange(reach - length, reach, device=query.device)[:, None]
         key_position = torch.arange(reach, device=query.device)
         mask = key_position <= query_position
         if window is not None:
             mask &= key_position > query_position - window
-    if scoring.explicit:
-        return _explicit(query, key, value, mask, scoring)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None and query.is_cuda:
         # With a mask, grouped heads would be computed by the slowest kernel.
@@ -224,23 +212,11 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None,
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    """Softmax written out in fp32, for score caps and sinks, which no fused kernel has. The mask is boolean or
-    additive."""
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = (query @ key.transpose(2, 3)).float() * scoring.scale
-    if scoring.softcap is not None:
-        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    weights = F.dropout(weights, scoring.dropout) if scoring.dropout else weights
-    return weights.to(value.dtype) @ value
+    """Attention with score caps and sinks, which no fused kernel has. The mask is boolean or additive; without one the
+    attention is causal, aligned to the end, within the window."""
+    if not scoring.dropout and (mask is None or not mask.requires_grad):
+        return blocks.attend(query, key, value, mask, scoring)
+    return blocks.written_out(query, key, value, mask, scoring)
 
 
 AttentionInterface.register(NAME, segment_attention)
