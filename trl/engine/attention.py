@@ -34,6 +34,7 @@ def segment_mask(
     kv_length: int,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask that transformers builds before the layers run: None for a flat row, else that of SDPA.
@@ -43,12 +44,16 @@ def segment_mask(
     """
     if attention_mask is None and q_length == kv_length:
         return None
+    if q_length == 1 and attention_mask is not None and attention_mask.is_cuda:
+        # Whether a mask leaves anything out is read on the host, which would wait at every token.
+        allow_is_causal_skip = False
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
         attention_mask=attention_mask,
         local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
 

@@ -182,6 +182,13 @@ def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
     return _finish(batch, predict, at, target, seq, rows, tokens)
 
 
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch, or an entry of one, on a device. Nobody waits for the copy."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=device.type == "cuda")
+    return {key: moved(each, device) for key, each in value.items()} if isinstance(value, dict) else value
+
+
 def with_labels(batch: Batch) -> Batch:
     """A padded batch with `labels` [B, L]: the token where it is trained, -100 elsewhere (not shifted)."""
     labels = torch.full_like(batch["input_ids"], -100)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from trl.data.batching.collate import Branch, Tree
 from trl.engine import attention
-from trl.engine.forest import Batch, flat, padded
+from trl.engine.forest import Batch, flat, moved, padded
 from trl.engine.head import plain_linear
 from trl.engine.score import _LAYOUT_KEYS, _REQUEST, Attachment, _add_keyword, _readout
 from trl.models import shards
@@ -115,7 +115,7 @@ def _inputs(base: Any, batch: Batch) -> dict[str, Any]:
     """The model's inputs, on the device of its embeddings. If these are offloaded, their hooks move the inputs."""
     device = base.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
-    return {key: _to(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
+    return {key: moved(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
 
 
 def _hidden(model: nn.Module, batch: Batch) -> Tensor:
@@ -130,12 +130,6 @@ def _hidden(model: nn.Module, batch: Batch) -> Tensor:
         "hidden": True,
     }
     return model(**inputs, use_cache=False, **{_REQUEST: request})["hidden"].float()
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return {key: _to(item, device) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _tolerance(base: Any, dtype: torch.dtype) -> float:

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from trl.rollout.draws import on
+
 
 class ColumnLayer(CacheLayerMixin):
     """Keys and values of one layer, [rows, heads, columns, D]. Their bookkeeping is shared by all layers."""
@@ -65,7 +67,7 @@ class ColumnCache(Cache):
         index = torch.tensor(rows)
         for layer in self.layers:
             for kept in (layer.keys, layer.values):
-                index = index.to(kept.device)
+                index = on(index, kept.device)
                 kept[: len(rows), :, span] = kept[:, :, span].index_select(0, index)
 
     def shift(self, to: int) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .types import Request
 
+Cached = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [heads, length, D]
+
 
 class Prompt:
-    """A prompt that was prefilled: keys and values of each layer [heads, length, D], and what its end predicts [V]."""
+    """A prompt that was prefilled, and what its end predicts [V]."""
 
-    def __init__(self, ids: Sequence[int], cached: list[tuple[Tensor, Tensor]], logits_V: Tensor) -> None:
+    def __init__(self, ids: Sequence[int], cached: Cached, logits_V: Tensor) -> None:
         self.ids, self.cached, self.logits_V = list(ids), cached, logits_V
 
 

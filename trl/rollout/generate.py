@@ -20,13 +20,16 @@ from transformers import (
     DynamicCache,
 )
 
+from trl.data.batching.collate import Branch, Tree
 from trl.data.tokenizing.chat import end_tokens
+from trl.engine.forest import flat, moved
 from trl.engine.linear import few_rows
+from trl.engine.score import without_mask
 from trl.models.shards import is_sharded
 from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rollout.cache import ColumnCache
-from trl.rollout.draws import Draws, Prompt, Row, by_length, on
+from trl.rollout.draws import Cached, Draws, Prompt, Row, by_length, on
 from trl.rollout.exchange import anyone
 from trl.rollout.filters import FURTHER, filters, penalties
 
@@ -171,6 +174,8 @@ class _Run:
         self.cache: ColumnCache | None = None
         self.kwargs = _accepted(base)
         self.is_sharded = is_sharded(model)
+        attachment = getattr(base, "_trl_attachment", None)
+        self.is_flat = attachment is not None and attachment.is_flat and "logits_to_keep" in self.kwargs
         self.penalties, self.filters = penalties(sampling, self.device), filters(sampling, self.device)
         self.read_every = READ_EVERY.get(self.device.type, READ_EVERY["default"])
         if self.penalties or sampling.stop_strings:
@@ -234,19 +239,41 @@ class _Run:
     def _prefill(self, indices: list[int]) -> None:
         for group in self._groups(indices):
             prompts = [self.requests[index].prompt_ids for index in group]
-            width = max(map(len, prompts))
-            ids = torch.zeros(len(group), width, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for place, prompt in enumerate(prompts):
-                ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
-                mask[place, width - len(prompt) :] = 1
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            cache = DynamicCache()
-            logits_BV = self._forward(ids, mask, positions, cache)
+            if self.is_flat:
+                caches, logits_BV = self._prefilled_flat(prompts)
+            else:
+                caches, logits_BV = self._prefilled_padded(prompts)
             for place, index in enumerate(group):
-                length = len(prompts[place])
-                cached = [(layer.keys[place, :, -length:], layer.values[place, :, -length:]) for layer in cache.layers]
-                self.prompts[index] = Prompt(prompts[place], cached, logits_BV[place])
+                self.prompts[index] = Prompt(prompts[place], caches[place], logits_BV[place])
+
+    def _prefilled_flat(self, prompts: list[Any]) -> tuple[list[Cached], Tensor]:
+        """The prompts in one row: keys and values of each, and what its end predicts, [B, V]. No mask is made."""
+        row = flat([Tree(Branch(list(ids), [False] * len(ids))) for ids in prompts])
+        lengths = [len(ids) for ids in prompts]
+        inputs = {name: moved(row[name], self.device) for name in ("input_ids", "position_ids", "segments")}
+        last_B = on(torch.tensor(lengths).cumsum(0) - 1, self.device)
+        cache = DynamicCache()
+        self._someone_asks(True)
+        logits = self.model(**without_mask(inputs), past_key_values=cache, logits_to_keep=last_B, use_cache=True).logits
+        parts = [[kept[0].split(lengths, 1) for kept in (layer.keys, layer.values)] for layer in cache.layers]
+        caches = [[(keys[place], values[place]) for keys, values in parts] for place in range(len(prompts))]
+        return caches, logits[0].float()
+
+    def _prefilled_padded(self, prompts: list[Any]) -> tuple[list[Cached], Tensor]:
+        """The same for a model that takes no flat row: the prompts as rows, padded on the left."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[place, width - len(prompt) :] = 1
+        cache = DynamicCache()
+        logits_BV = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        caches = [
+            [(layer.keys[place, :, -length:], layer.values[place, :, -length:]) for layer in cache.layers]
+            for place, length in enumerate(map(len, prompts))
+        ]
+        return caches, logits_BV
 
     def _groups(self, indices: list[int]) -> Iterator[list[int]]:
         """Prompts of like lengths together, so that little is padded."""

@@ -48,7 +48,7 @@ from trl.data.mixture import Mixture
 from trl.data.reading import sources
 from trl.data.report import DataReport
 from trl.engine import linear
-from trl.engine.forest import Batch, computed, gridded, relabelled
+from trl.engine.forest import Batch, computed, gridded, moved, relabelled
 from trl.engine.probe import attach
 from trl.losses.tokens import Metric
 from trl.models import adapters, low_bits, offload, saving, vocabulary
@@ -370,7 +370,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         # Under DeepSpeed `Trainer` casts all numbers to the dtype of the weights, log-probs and advantages too.
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        return moved(data, self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         on_host = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()
