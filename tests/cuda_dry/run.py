@@ -142,6 +142,7 @@ def _seen(watch: Watch) -> dict[str, Any]:
         "too_large": watch.too_large,
         "largest": list(watch.largest_shape),
         "peak": watch.peak,
+        "kernels": watch.kernels,
     }
 
 

@@ -47,3 +47,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dic
 @pytest.mark.parametrize(("name", "option"), every_case())
 def test_every_case(whole: dict[tuple[str, str], dict[str, Any]], name: str, option: str) -> None:
     check(whole[name, option])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
+def test_the_kernel_is_called_again_only_where_its_output_is_not_kept(
+    whole: dict[tuple[str, str], dict[str, Any]], name: str
+) -> None:
+    calls = {option: each["kernels"] for (case, option), each in whole.items() if case == name}
+    assert calls["bf16"] == calls["autocast"] == calls["window"] == calls["checkpointing, selective"] > 0
+    assert calls["checkpointing"] > calls["bf16"] and calls["softcap"] == 0

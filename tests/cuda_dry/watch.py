@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -23,6 +24,7 @@ class Watch(TorchDispatchMode):
         self.longest = longest
         self.bytes = self.peak = self.largest = 0
         self.largest_shape: tuple[int, ...] = ()
+        self.kernels = 0  # calls of the variable-length kernel
         self.waits: list[str] = []
         self.too_large: list[str] = []
         self.counts = False  # whether what runs now is a micro-batch or a decoding step
@@ -40,6 +42,7 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         given = {id(each.untyped_storage()) for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)}
         found = func(*args, **kwargs)
+        self.kernels += func is torch.ops.torch_attn._varlen_attn.default
         if self.counts:
             self._wait(func, args, kwargs, found)
         for each in tree_iter(found):

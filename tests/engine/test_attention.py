@@ -119,6 +119,7 @@ def test_the_variable_length_kernel_is_called_by_its_contract(monkeypatch, windo
     """CUDA's path with the kernel replaced by its contract equals the CPU's, shared prompts and windows included."""
     monkeypatch.setattr(attention, "_VARLEN_GROUPS_HEADS", groups)
     monkeypatch.setattr(attention, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(attention, "_card_serves", lambda device: True)
     segments = flat(families.forest())["segments"]
     tokens = sum(length for length, _ in segments["spans"])
     generator = torch.Generator().manual_seed(1)
@@ -140,7 +141,11 @@ def test_the_variable_length_kernel_is_called_by_its_contract(monkeypatch, windo
     torch.testing.assert_close(torch.Tensor(got.float()), expected.float(), atol=3e-2, rtol=3e-2)
 
 
-def test_what_the_variable_length_kernel_does_not_serve():
+def test_what_the_variable_length_kernel_does_not_serve(monkeypatch):
+    capability = (8, 0)
+    attention._card_serves.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
     def serves(dtype=torch.bfloat16, size=64, value_size=None, cuda=True, **scoring):
         query = torch.zeros(1, 2, 3, size, dtype=dtype)
         value = torch.zeros(1, 2, 3, value_size or size, dtype=dtype)
@@ -158,6 +163,10 @@ def test_what_the_variable_length_kernel_does_not_serve():
     assert not serves(dropout=0.1)
     assert not serves(softcap=30.0)
     assert not serves(sinks=torch.zeros(2))
+    capability = (7, 5)
+    attention._card_serves.cache_clear()
+    assert not serves()
+    attention._card_serves.cache_clear()
 
 
 def test_a_window_without_mask_or_segments_is_applied_by_position():

@@ -8,6 +8,7 @@ transformers' own SDPA.
 `B` rows, `Hq, Hk` query and key heads, `T` tokens of the row, `D` head size, `Lq, Lk` a segment's queries and keys.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -83,7 +84,7 @@ def segment_attention(
     if segments is not None:
         if kwargs.get("position_bias") is not None:
             raise ValueError("attention by segment does not support a learned position bias")
-        if _varlen_serves(query, value, scoring):
+        if "cu_query_M1" in segments and _varlen_serves(query, value, scoring):
             return _varlen(query, key, value, segments, scoring), None
         return by_segment(query, key, value, segments["spans"], scoring).transpose(1, 2), None
 
@@ -121,7 +122,19 @@ def _varlen_serves(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
         and query.shape[-1] % 8 == 0
         and scoring.dropout == 0.0
         and not scoring.explicit
+        and _card_serves(query.device)
     )
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether the variable-length kernel runs on this device."""
+    return device.type == "cuda" and _card_serves(device)
+
+
+@functools.cache
+def _card_serves(device: torch.device) -> bool:
+    """Whether the kernel runs on this card: FlashAttention needs compute capability 8.0 (Ampere) or newer."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any], scoring: Scoring) -> Tensor:

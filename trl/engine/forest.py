@@ -142,6 +142,11 @@ def flat(trees: Iterable[Tree]) -> Batch:
     return _finish(batch, predict, at, target, seq, rows, width if trees else 0)
 
 
+def without_kernel(batch: Batch) -> Batch:
+    """A flat batch whose segments go through attention one by one, on any device."""
+    return {**batch, "segments": {"spans": batch["segments"]["spans"]}}
+
+
 def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
     """Lay a forest out as one right-padded row per sequence, the prompt repeated in each.
 

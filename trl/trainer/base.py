@@ -148,7 +148,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
         self.neftune_noise_alpha = None
         overrides.check_optimizer(self.optimizer, model)
-        self.attachment = self._collate.attachment = attach(model)
+        self.attachment = self._collate.attachment = attach(model, self.compute_loss_context_manager)
         self._collate.labels = overrides.reads_batches(self) is not None
 
         self._sums = {"train": Totals(), "eval": Totals()}

@@ -69,6 +69,7 @@ class ValueFunction(Component):
         found = attach(own)
         if trainer.attachment.is_flat and not found.is_flat:
             raise ValueError(f"value_model cannot read the policy's flat rows: {found.reason}. Leave it out")
+        trainer.attachment.kernel_reason = trainer.attachment.kernel_reason or found.kernel_reason
         add_critic(trainer.model, own)
 
     def _module(self, trainer: BaseTrainer) -> Any:
