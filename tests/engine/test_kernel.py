@@ -7,13 +7,43 @@ import torch
 
 from tests.engine import families
 from tests.engine.test_attention import reference_varlen
-from trl.engine import attention
+from trl.engine import kernel as engine
 from trl.engine.forest import without_kernel
 from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.models.offload import _policy
 
-FAMILIES = ["llama", "qwen2-window", "gemma3", "qwen3_moe", "gpt_neox"]
+FAMILIES = ["llama", "qwen2-window", "gemma3", "qwen3_moe", "gpt_neox", "gpt_oss"]
+
+
+def segments_of(lengths):
+    """First and last rows of each segment's queries and keys."""
+    queries, keys = ([*zip(each[:-1].tolist(), each[1:].tolist(), strict=True)] for each in lengths[:2])
+    for (q0, q1), (k0, k1) in zip(queries, keys, strict=True):
+        yield q0, q1, k0, k1
+
+
+def backward_by_contract(grad, query, key, value, out, lse, lengths, scoring):
+    """What the kernel's backward pass computes: from weights exp(score - lse) and the outputs that it is given."""
+    grads = [torch.zeros_like(each) for each in (query, key, value)]
+    repeats = query.shape[1] // key.shape[1]
+    for q0, q1, k0, k1 in segments_of(lengths):
+        keys, values = (each[k0:k1].repeat_interleave(repeats, 1) for each in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], keys) * scoring.scale
+        position = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
+        other = torch.arange(k1 - k0)
+        hidden = (other > position) | (other <= position - (scoring.window or 10**6))
+        weights = (scores - lse[:, q0:q1, None]).exp().masked_fill(hidden, 0.0)
+        of_weights = torch.einsum("qhd,khd->hqk", grad[q0:q1], values)
+        along = torch.einsum("qhd,qhd->hq", grad[q0:q1], out[q0:q1])[..., None]
+        of_scores = weights * (of_weights - along) * scoring.scale
+        grads[0][q0:q1] = torch.einsum("hqk,khd->qhd", of_scores, keys)
+        for place, part in (
+            (1, torch.einsum("hqk,qhd->khd", of_scores, query[q0:q1])),
+            (2, torch.einsum("hqk,qhd->khd", weights, grad[q0:q1])),
+        ):
+            grads[place][k0:k1] = part.view(k1 - k0, key.shape[1], repeats, -1).sum(2)
+    return tuple(grads)
 
 
 def stand_in(query, *args, **kwargs):
@@ -26,9 +56,10 @@ def stand_in(query, *args, **kwargs):
 def kernel(monkeypatch):
     """This machine as one whose kernel serves every layer without score caps and sinks."""
     stand_in.calls = 0
-    monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    monkeypatch.setattr(attention, "has_kernel", lambda device: True)
-    monkeypatch.setattr(attention, "_varlen_serves", lambda query, value, scoring: not scoring.explicit)
+    monkeypatch.setattr(engine, "varlen_attn", stand_in)
+    monkeypatch.setattr(engine, "_backward", backward_by_contract)
+    monkeypatch.setattr(engine, "exists_on", lambda device: True)
+    monkeypatch.setattr(engine, "serves", lambda query, value, scoring: scoring.softcap is None)
     return monkeypatch
 
 
@@ -85,7 +116,7 @@ def without_backward(query, *args, **kwargs):
     ],
 )
 def test_a_kernel_that_fails_is_left_out_and_rows_stay_flat(kernel, broken, reason):
-    kernel.setattr(attention, "varlen_attn", broken)
+    kernel.setattr(engine, "varlen_attn", broken)
     model = families.build("llama")
     attachment = attach(model)
     assert attachment.is_flat and attachment.kernel_reason.startswith(reason)
@@ -97,7 +128,7 @@ def test_a_kernel_that_fails_is_left_out_and_rows_stay_flat(kernel, broken, reas
 
 
 def test_a_model_that_does_not_train_needs_no_backward_pass(kernel):
-    kernel.setattr(attention, "varlen_attn", without_backward)
+    kernel.setattr(engine, "varlen_attn", without_backward)
     assert attach(families.build("llama").requires_grad_(False)).kernel_reason is None
 
 
@@ -108,8 +139,8 @@ def test_the_probe_runs_the_kernel_in_the_precision_of_training(kernel):
         seen.add(query.dtype)
         return reference_varlen(query, *args, **kwargs)
 
-    kernel.setattr(attention, "varlen_attn", noted)
-    kernel.setattr(attention, "_varlen_serves", lambda query, value, scoring: query.dtype == torch.bfloat16)
+    kernel.setattr(engine, "varlen_attn", noted)
+    kernel.setattr(engine, "serves", lambda query, value, scoring: query.dtype == torch.bfloat16)
     model = families.build("llama")
     assert attach(copy.deepcopy(model)).kernel_reason is None and not seen
     attachment = attach(model, lambda: torch.autocast("cpu", torch.bfloat16))

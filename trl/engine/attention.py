@@ -8,25 +8,19 @@ transformers' own SDPA.
 `B` rows, `Hq, Hk` query and key heads, `T` tokens of the row, `D` head size, `Lq, Lk` a segment's queries and keys.
 """
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from . import blocks
+from . import blocks, kernel
 from .blocks import Scoring
 
 NAME = "trl_segments"
-
-# torch 2.11's kernel needs as many key heads as query heads; later kernels group them.
-_VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def segment_mask(
@@ -84,8 +78,8 @@ def segment_attention(
     if segments is not None:
         if kwargs.get("position_bias") is not None:
             raise ValueError("attention by segment does not support a learned position bias")
-        if "cu_query_M1" in segments and _varlen_serves(query, value, scoring):
-            return _varlen(query, key, value, segments, scoring), None
+        if "cu_query_M1" in segments and kernel.serves(query, value, scoring):
+            return kernel.attend(query, key, value, segments, scoring), None
         return by_segment(query, key, value, segments["spans"], scoring).transpose(1, 2), None
 
     if attention_mask is None and query.shape[2] == key.shape[2]:
@@ -111,59 +105,6 @@ def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
         grouped, key, value, attn_mask=mask, dropout_p=scoring.dropout, scale=scoring.scale
     )
     return out.reshape(query.shape[0], 1, heads, value.shape[3])
-
-
-def _varlen_serves(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    """Whether FlashAttention's variable-length kernel computes this layer."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and scoring.dropout == 0.0
-        and not scoring.explicit
-        and _card_serves(query.device)
-    )
-
-
-def has_kernel(device: torch.device) -> bool:
-    """Whether the variable-length kernel runs on this device."""
-    return device.type == "cuda" and _card_serves(device)
-
-
-@functools.cache
-def _card_serves(device: torch.device) -> bool:
-    """Whether the kernel runs on this card: FlashAttention needs compute capability 8.0 (Ampere) or newer."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any], scoring: Scoring) -> Tensor:
-    """All segments in one kernel call: [1, H, T, D] -> [1, T, Hq, D]. Lengths stay on the device."""
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if segments["key_index"] is not None:
-        key, value = key.index_select(0, segments["key_index"]), value.index_select(0, segments["key_index"])
-    grouped: dict[str, Any] = {}
-    if key.shape[1] != query.shape[1]:
-        if _VARLEN_GROUPS_HEADS:
-            grouped = {"enable_gqa": True}
-        else:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    left = -1 if scoring.window is None else scoring.window - 1
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        segments["cu_query_M1"],
-        segments["cu_key_M1"],
-        segments["longest_query"],
-        segments["longest_key"],
-        scale=scoring.scale,
-        window_size=(left, 0),
-        **grouped,
-    )
-    assert isinstance(out, Tensor)
-    return out[None]
 
 
 def by_segment(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], scoring: Scoring) -> Tensor:
