@@ -100,7 +100,7 @@ def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     out, lse = torch.empty_like(query), torch.empty(query.shape[1], query.shape[0])
     left, right = window_size
-    assert right == 0
+    assert right == 0 or window_size == (-1, -1)
     bounds = zip(
         cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), cu_seq_k[:-1].tolist(), cu_seq_k[1:].tolist(), strict=True
     )
@@ -108,7 +108,7 @@ def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
         scores = torch.einsum("qhd,khd->hqk", query[q0:q1].float(), key[k0:k1].float()) * scale
         position = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
         other = torch.arange(k1 - k0)
-        hidden = (other > position) | ((left >= 0) & (other < position - left))
+        hidden = ((right == 0) & (other > position)) | ((left >= 0) & (other < position - left))
         scores = scores.masked_fill(hidden, -torch.inf)
         weights, lse[:, q0:q1] = scores.softmax(-1), scores.logsumexp(-1)
         out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, value[k0:k1].float()).to(query.dtype)

@@ -16,33 +16,27 @@ from trl.models.offload import _policy
 FAMILIES = ["llama", "qwen2-window", "gemma3", "qwen3_moe", "gpt_neox", "gpt_oss"]
 
 
-def segments_of(lengths):
-    """First and last rows of each segment's queries and keys."""
-    queries, keys = ([*zip(each[:-1].tolist(), each[1:].tolist(), strict=True)] for each in lengths[:2])
-    for (q0, q1), (k0, k1) in zip(queries, keys, strict=True):
-        yield q0, q1, k0, k1
-
-
-def backward_by_contract(grad, query, key, value, out, lse, lengths, scoring):
+def backward_by_contract(part, grad, query, key, value, out, lse, scale):
     """What the kernel's backward pass computes: from weights exp(score - lse) and the outputs that it is given."""
     grads = [torch.zeros_like(each) for each in (query, key, value)]
-    repeats = query.shape[1] // key.shape[1]
-    for q0, q1, k0, k1 in segments_of(lengths):
+    repeats, (left, right) = query.shape[1] // key.shape[1], part.window
+    ends = [each.tolist() for each in (part.cu_query, part.cu_key)]
+    for q0, q1, k0, k1 in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
         keys, values = (each[k0:k1].repeat_interleave(repeats, 1) for each in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], keys) * scoring.scale
+        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], keys) * scale
         position = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
         other = torch.arange(k1 - k0)
-        hidden = (other > position) | (other <= position - (scoring.window or 10**6))
+        hidden = ((right == 0) & (other > position)) | ((left >= 0) & (other < position - left))
         weights = (scores - lse[:, q0:q1, None]).exp().masked_fill(hidden, 0.0)
         of_weights = torch.einsum("qhd,khd->hqk", grad[q0:q1], values)
         along = torch.einsum("qhd,qhd->hq", grad[q0:q1], out[q0:q1])[..., None]
-        of_scores = weights * (of_weights - along) * scoring.scale
+        of_scores = weights * (of_weights - along) * scale
         grads[0][q0:q1] = torch.einsum("hqk,khd->qhd", of_scores, keys)
-        for place, part in (
+        for place, found in (
             (1, torch.einsum("hqk,qhd->khd", of_scores, query[q0:q1])),
             (2, torch.einsum("hqk,qhd->khd", weights, grad[q0:q1])),
         ):
-            grads[place][k0:k1] = part.view(k1 - k0, key.shape[1], repeats, -1).sum(2)
+            grads[place][k0:k1] = found.view(k1 - k0, key.shape[1], repeats, -1).sum(2)
     return tuple(grads)
 
 
@@ -57,7 +51,7 @@ def kernel(monkeypatch):
     """This machine as one whose kernel serves every layer without score caps and sinks."""
     stand_in.calls = 0
     monkeypatch.setattr(engine, "varlen_attn", stand_in)
-    monkeypatch.setattr(engine, "_backward", backward_by_contract)
+    monkeypatch.setattr(engine._Part, "backward", backward_by_contract)
     monkeypatch.setattr(engine, "exists_on", lambda device: True)
     monkeypatch.setattr(engine, "serves", lambda query, value, scoring: scoring.softcap is None)
     return monkeypatch
@@ -70,17 +64,23 @@ def numbers(model, batch):
     return logp_N.detach(), families.gradients(model)
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["roots apart", "keys of roots repeated"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_by_the_kernel_has_the_numbers_of_segments_one_by_one(kernel, family):
+def test_a_model_by_the_kernel_has_the_numbers_of_segments_one_by_one(kernel, family, joined):
+    if not joined and family == "gpt_oss":
+        pytest.skip("sinks need the parts")
+    kernel.setattr(engine, "_gives_parts", lambda: joined)
     model = families.build(family)
     attachment = attach(model)
-    assert attachment.is_flat and attachment.kernel_reason is None
+    assert attachment.is_flat and attachment.kernel_reason is None and not attachment.repeats_keys
     stand_in.calls = 0
     batch = attachment.batch(families.forest())
     logp_N, gradients = numbers(model, batch)
-    assert stand_in.calls == model.config.num_hidden_layers
+    calls = stand_in.calls
+    windows = sum("sliding" in kind for kind in getattr(model.config, "layer_types", None) or [])
+    assert calls == model.config.num_hidden_layers + joined * (model.config.num_hidden_layers - windows)
     expected_N, others = numbers(model, without_kernel(batch))
-    assert stand_in.calls == model.config.num_hidden_layers
+    assert stand_in.calls == calls
     torch.testing.assert_close(logp_N, expected_N, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
@@ -116,6 +116,7 @@ def without_backward(query, *args, **kwargs):
     ],
 )
 def test_a_kernel_that_fails_is_left_out_and_rows_stay_flat(kernel, broken, reason):
+    kernel.setattr(engine, "_gives_parts", lambda: False)
     kernel.setattr(engine, "varlen_attn", broken)
     model = families.build("llama")
     attachment = attach(model)
@@ -127,7 +128,19 @@ def test_a_kernel_that_fails_is_left_out_and_rows_stay_flat(kernel, broken, reas
     )
 
 
+def test_parts_that_fail_leave_the_kernel_with_repeated_keys(kernel):
+    kernel.setattr(engine._Part, "backward", refuses)
+    model = families.build("llama")
+    attachment = attach(model)
+    assert attachment.is_flat and attachment.kernel_reason is None and attachment.repeats_keys
+    stand_in.calls = 0
+    logp_N, _ = numbers(model, attachment.batch(families.forest()))
+    assert stand_in.calls == model.config.num_hidden_layers
+    torch.testing.assert_close(logp_N, families.naive(model, families.forest())["logp"], atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_that_does_not_train_needs_no_backward_pass(kernel):
+    kernel.setattr(engine, "_gives_parts", lambda: False)
     kernel.setattr(engine, "varlen_attn", without_backward)
     assert attach(families.build("llama").requires_grad_(False)).kernel_reason is None
 

@@ -1,12 +1,12 @@
 """All segments of a row in one call of torch's variable-length kernel (FlashAttention), on CUDA in half precision.
 
-`Hq, Hk` query and key heads, `T` tokens of the row, `K` keys (those of shared prompts repeated), `D` head size,
-`M` segments.
+`Hq, Hk` query and key heads, `T` tokens of the row, `D` head size, `M` segments, `R` roots with branches, `B` tokens of
+branches.
 """
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def _card_serves(device: torch.device) -> bool:
 
 @functools.cache
 def _gives_parts() -> bool:
-    """Whether forward and backward pass can be called apart, as sinks need it."""
+    """Whether forward and backward pass can be called apart, as sinks and shared prompts need it."""
     operation = getattr(torch.ops.torch_attn, "_varlen_attn_backward", None)
     return operation is not None and [each.name for each in operation.default._schema.arguments] == _BACKWARD
 
@@ -55,69 +55,108 @@ def _gives_parts() -> bool:
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any], scoring: Scoring) -> Tensor:
     """Attention by segment: [1, H, T, D] -> [1, T, Hq, D]. Lengths stay on the device."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if segments["key_index"] is not None:
-        key, value = key.index_select(0, segments["key_index"]), value.index_select(0, segments["key_index"])
     if key.shape[1] != query.shape[1] and not _GROUPS_HEADS:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    lengths = [segments[name] for name in ("cu_query_M1", "cu_key_M1", "longest_query", "longest_key")]
-    if scoring.sinks is not None:
-        out = _WithSinks.apply(query, key, value, scoring.sinks, lengths, scoring._replace(sinks=None))
-    else:
-        out, _ = _forward(query, key, value, lengths, scoring)
-    return out[None]
+    sees_all = scoring.window is None or scoring.window >= segments["longest_key"]
+    window = (-1 if scoring.window is None else scoring.window - 1, 0)
+    own = _Part(segments["cu_query_M1"], segments["cu_query_M1"], *[segments["longest_query"]] * 2, window)
+    roots = None
+    if segments["key_index"] is not None:
+        if sees_all and "branch_index" in segments and _gives_parts():
+            lengths = [segments[name] for name in ("cu_branch_R1", "cu_root_R1", "longest_branch", "longest_root")]
+            roots = _Part(*lengths, (-1, -1), segments["branch_index"], segments["root_index"])
+        else:
+            key, value = (each.index_select(0, segments["key_index"]) for each in (key, value))
+            own = own._replace(cu_key=segments["cu_key_M1"], longest_key=segments["longest_key"])
+    if roots is not None or scoring.sinks is not None:
+        return _Joined.apply(query, key, value, scoring.sinks, own, roots, scoring.scale)[None]
+    return own.forward(query, key, value, scoring.scale, lse=False)[0][None]
 
 
-def _window(scoring: Scoring) -> tuple[int, int]:
-    return -1 if scoring.window is None else scoring.window - 1, 0
+class _Part(NamedTuple):
+    """One call of the kernel. `rows` and `keys` are the queries and keys of the row that take part, if not all."""
+
+    cu_query: Tensor
+    cu_key: Tensor
+    longest_query: int
+    longest_key: int
+    window: tuple[int, int]  # (-1, 0) is causal, (-1, -1) sees everything
+    rows: Tensor | None = None
+    keys: Tensor | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, lse: bool) -> tuple[Tensor, Any]:
+        """Outputs [T, Hq, D], and with `lse` the log-sum-exp of each query's scores, [Hq, T]."""
+        further: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
+        if lse:
+            further["return_aux"] = AuxRequest(lse=True)
+        found = varlen_attn(query, key, value, *self[:4], scale=scale, window_size=self.window, **further)
+        return found if isinstance(found, tuple) else (found, None)  # type: ignore[return-value]
+
+    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+                 scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of queries, keys and values, from weights `exp(score - lse)` and the outputs that they gave."""
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        return torch.ops.torch_attn._varlen_attn_backward(
+            grad, query, key, value, out, lse, *self[:4], self.window == (-1, 0), no_dropout, scale, list(self.window)
+        )
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, lengths: list[Any], scoring: Scoring,
-             lse: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Outputs [T, Hq, D], and with `lse` the log-sum-exp of each query's scores, [Hq, T]."""
-    further: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
-    if lse:
-        further["return_aux"] = AuxRequest(lse=True)
-    found = varlen_attn(query, key, value, *lengths, scale=scoring.scale, window_size=_window(scoring), **further)
-    return found if isinstance(found, tuple) else (found, None)  # type: ignore[return-value]
+class _Joined(torch.autograd.Function):
+    """A softmax whose parts are computed apart: over a segment's own keys, over those of its root, and its sink.
 
-
-def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, lengths: list[Any],
-              scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values, from weights `exp(score - lse)` and the outputs that they gave."""
-    window = _window(scoring)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return torch.ops.torch_attn._varlen_attn_backward(
-        grad.contiguous(), query, key, value, out, lse, *lengths, window == (-1, 0), no_dropout, scoring.scale,
-        list(window),
-    )  # fmt: skip
-
-
-class _WithSinks(torch.autograd.Function):
-    """Softmax with one more score for each head, its sink, that has no value (gpt-oss).
-
-    The sink joins the log-sum-exp that the kernel returns and scales its outputs down. The kernel's backward pass takes
-    both from outside: weights and gradients are then those of the whole softmax, exactly.
+    Each part gives outputs and the log-sum-exp of its scores, by which they are joined. The kernel's backward pass
+    takes outputs and log-sum-exp from outside: with those of the whole softmax, the gradients of a part are exactly its
+    share. The keys of a root are read once for all its branches, and their gradients are added up within the kernel, in
+    float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, lengths: list[Any],
-                scoring: Scoring) -> Tensor:  # fmt: skip
-        out, lse_HT = _forward(query, key, value, lengths, scoring, lse=True)
-        assert lse_HT is not None
-        whole_HT = torch.logaddexp(lse_HT, sinks.float()[:, None])
-        out = (out * (lse_HT - whole_HT).exp().T[..., None]).to(out.dtype)
-        cu_query, cu_key, *longest = lengths
-        ctx.save_for_backward(query, key, value, sinks, out, whole_HT, cu_query, cu_key)
-        ctx.longest, ctx.scoring = longest, scoring
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, own: _Part,
+                roots: _Part | None, scale: float) -> Tensor:  # fmt: skip
+        out, lse_HT = own.forward(query, key, value, scale, lse=True)
+        if roots is not None:
+            of_roots, lse_HB = roots.forward(*_chosen(roots, query, key, value), scale, lse=True)
+            own_HB = lse_HT.index_select(1, roots.rows)
+            whole_HB = torch.logaddexp(own_HB, lse_HB)
+            both = out.index_select(0, roots.rows).float() * _share(own_HB, whole_HB)
+            both += of_roots.float() * _share(lse_HB, whole_HB)
+            out = out.index_copy(0, roots.rows, both.to(out.dtype))
+            lse_HT = lse_HT.index_copy(1, roots.rows, whole_HB)
+        if sinks is not None:
+            whole_HT = torch.logaddexp(lse_HT, sinks.float()[:, None])
+            out = (out.float() * _share(lse_HT, whole_HT)).to(out.dtype)
+            lse_HT = whole_HT
+        ctx.save_for_backward(query, key, value, sinks, out, lse_HT)
+        ctx.own, ctx.roots, ctx.scale = own, roots, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, out, lse_HT, cu_query, cu_key = ctx.saved_tensors
-        lengths = [cu_query, cu_key, *ctx.longest]
-        grads = _backward(grad, query, key, value, out, lse_HT, lengths, ctx.scoring)
-        along_TH = torch.linalg.vecdot(grad.float(), out.float())
-        sunk_HT = (sinks.float()[:, None] - lse_HT).exp()
-        grad_sinks = -(sunk_HT * along_TH.T).sum(1)
-        return *grads, grad_sinks.to(sinks.dtype), None, None
+        query, key, value, sinks, out, lse_HT = ctx.saved_tensors
+        own, roots, grad = ctx.own, ctx.roots, grad.contiguous()
+        grads = list(own.backward(grad, query, key, value, out, lse_HT, ctx.scale))
+        if roots is not None:
+            of_branches = [each.index_select(0, roots.rows) for each in (grad, out)]
+            parts = roots.backward(
+                of_branches[0], *_chosen(roots, query, key, value), of_branches[1],
+                lse_HT.index_select(1, roots.rows), ctx.scale,
+            )  # fmt: skip
+            for place, (part, index) in enumerate(zip(parts, (roots.rows, roots.keys, roots.keys), strict=True)):
+                both = grads[place].index_select(0, index).float() + part.float()
+                grads[place] = grads[place].index_copy(0, index, both.to(part.dtype))
+        grad_sinks = None
+        if sinks is not None:
+            along_HT = torch.linalg.vecdot(grad.float(), out.float()).T
+            grad_sinks = -((sinks.float()[:, None] - lse_HT).exp() * along_HT).sum(1).to(sinks.dtype)
+        return *grads, grad_sinks, None, None, None
+
+
+def _chosen(part: _Part, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    indices = (part.rows, part.keys, part.keys)
+    return [each.index_select(0, index) for each, index in zip((query, key, value), indices, strict=True)]
+
+
+def _share(part_HT: Tensor, whole_HT: Tensor) -> Tensor:
+    """The share of the whole softmax that a part has, [T, Hq, 1]."""
+    return (part_HT - whole_HT).exp().T[..., None]

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from trl.data.batching.collate import Branch, Tree
 from trl.engine import attention, kernel
-from trl.engine.forest import Batch, flat, moved, padded, without_kernel
+from trl.engine.forest import Batch, flat, moved, padded, with_repeated_keys, without_kernel
 from trl.engine.head import plain_linear
 from trl.engine.score import _LAYOUT_KEYS, _REQUEST, Attachment, _add_keyword, _readout
 from trl.models import shards
@@ -48,7 +48,13 @@ def attach(model: nn.Module, precision: Callable[[], Any] = contextlib.nullconte
             attachment.is_flat, attachment.reason = False, reason
         else:
             with precision():
-                attachment.kernel_reason = _kernel_failure(model, base)
+                attachment.kernel_reason = _kernel_failure(model, base, flat)
+                if attachment.kernel_reason is not None:
+                    # Its parts may be what fails here.
+                    attachment.kernel_reason = _kernel_failure(
+                        model, base, lambda trees: with_repeated_keys(flat(trees))
+                    )
+                    attachment.repeats_keys = True
         if scalar_head(base) is None:
             attachment.head_reason = _head_failure(model, base, attachment) or _parts_reason(base)
         elif not hasattr(base, SCALAR_HEAD):
@@ -180,14 +186,14 @@ def _first_failure(model: nn.Module, base: Any) -> str | None:
     return None
 
 
-def _kernel_failure(model: nn.Module, base: Any) -> str | None:
+def _kernel_failure(model: nn.Module, base: Any, build: Callable[[list[Tree]], Batch]) -> str | None:
     """The reason why the variable-length kernel cannot be called for this model, in one sentence, or None. Where no
     layer calls it, both runs are the same."""
     if not kernel.exists_on(base.get_input_embeddings().weight.device):
         return None
     root, left, right = _tokens(base, 31, 40), _tokens(base, 17, 9), _tokens(base, 41, 70)
     branches = (Branch(left, [True] * len(left)), Branch(right, [True] * len(right)))
-    batch = flat([_leaf(_tokens(base, 11, 23)), Tree(Branch(root, [False] * len(root)), branches)])
+    batch = build([_leaf(_tokens(base, 11, 23)), Tree(Branch(root, [False] * len(root)), branches)])
     backward = any(each.requires_grad for each in base.parameters()) and not shards.zero_3_is_planned()
     try:
         ours, theirs = (_with_gradient(model, base, each, backward) for each in (batch, without_kernel(batch)))
@@ -253,7 +259,7 @@ def _agree(attachment: Attachment, base: Any, configs: list[Any]) -> None:
     """Take the first rank's result on every rank: others may hold no weights yet."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    names = ("is_flat", "reason", "head_reason", "kernel_reason")
+    names = ("is_flat", "reason", "head_reason", "kernel_reason", "repeats_keys")
     verdict = [{name: getattr(attachment, name) for name in names}]
     torch.distributed.broadcast_object_list(verdict, src=0)
     for name, value in verdict[0].items():

@@ -23,7 +23,7 @@ from trl.data.batching.collate import Tree
 from trl.models.unwrap import SCALAR_HEAD, scalar_head
 from trl.models.value_head import critic, value_head
 
-from .forest import Batch, flat, padded, without_kernel
+from .forest import Batch, flat, padded, with_repeated_keys, without_kernel
 from .head import Readout, TokenStats, _Logits, token_stats
 from .measures import MEASURES, Comparison
 
@@ -41,13 +41,17 @@ class Attachment:
     head_reason: str | None = None  # the reason for computing full logits, in one sentence; None: chunked
     pad_id: int = 0
     kernel_reason: str | None = None  # the reason for not calling the variable-length kernel, in one sentence
+    repeats_keys: bool = False  # whether that kernel gets the keys of a shared prompt once for each branch
     kept: list[Any] | None = None  # if a list: it collects the model's own outputs, with full logits
 
     def batch(self, trees: Iterable[Tree]) -> Batch:
         """Lay a forest out for this model: flat or padded."""
         if not self.is_flat:
             return padded(trees, self.pad_id)
-        return flat(trees) if self.kernel_reason is None else without_kernel(flat(trees))
+        row = flat(trees)
+        if self.kernel_reason is not None:
+            return without_kernel(row)
+        return with_repeated_keys(row) if self.repeats_keys else row
 
 
 def score(
