@@ -55,5 +55,6 @@ def test_the_kernel_is_called_again_only_where_its_output_is_not_kept(
     whole: dict[tuple[str, str], dict[str, Any]], name: str
 ) -> None:
     calls = {option: each["kernels"] for (case, option), each in whole.items() if case == name}
-    assert calls["bf16"] == calls["autocast"] == calls["window"] == calls["checkpointing, selective"] > 0
+    assert calls["bf16"] == calls["autocast"] == calls["checkpointing, selective"] > 0
     assert calls["checkpointing"] > calls["bf16"] and calls["softcap"] == 0
+    assert calls["window"] > 0 and calls["sinks"] > 0

@@ -242,6 +242,21 @@ def test_a_prompt_is_prefilled_once(monkeypatch):
     assert sum(computed[1:]) == sum(len(each.ids) - 1 for group in drawn for each in group)
 
 
+def test_a_model_that_cannot_prefill_one_row_is_given_padded_ones(monkeypatch):
+    model = build("llama")
+    expected = sample(InProcessSampler(), model, requests(), Sampling(max_new_tokens=5))
+    other = build("llama")
+    original = other.forward
+
+    def forward(*args, logits_to_keep=0, **kwargs):
+        return original(*args, logits_to_keep=int(logits_to_keep), **kwargs)
+
+    monkeypatch.setattr(other, "forward", forward)
+    drawn = sample(InProcessSampler(), other, requests(), Sampling(max_new_tokens=5))
+    assert other._trl_sampled is None and other._trl_prefills_padded
+    assert ids(drawn) == ids(expected)
+
+
 def test_what_is_in_force_is_said():
     sampling = Sampling(max_new_tokens=5, temperature=0.7, top_p=0.9, stop_ids=(2,), further={"min_new_tokens": 2})
     assert describe(sampling) == "temperature 0.7, top_p 0.9, min_new_tokens 2, at most 5 tokens, stops at 2"

@@ -60,12 +60,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any], 
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     sees_all = scoring.window is None or scoring.window >= segments["longest_key"]
     window = (-1 if scoring.window is None else scoring.window - 1, 0)
-    own = _Part(segments["cu_query_M1"], segments["cu_query_M1"], *[segments["longest_query"]] * 2, window)
+    longest = segments["longest_query"]
+    own = _Part(segments["cu_query_M1"], segments["cu_query_M1"], longest, longest, window)
     roots = None
     if segments["key_index"] is not None:
         if sees_all and "branch_index" in segments and _gives_parts():
-            lengths = [segments[name] for name in ("cu_branch_R1", "cu_root_R1", "longest_branch", "longest_root")]
-            roots = _Part(*lengths, (-1, -1), segments["branch_index"], segments["root_index"])
+            part = _Part(segments["cu_branch_R1"], segments["cu_root_R1"], segments["longest_branch"],
+                         segments["longest_root"], window=(-1, -1))  # fmt: skip
+            roots = _Roots(part, segments["branch_index"], segments["root_index"])
         else:
             key, value = (each.index_select(0, segments["key_index"]) for each in (key, value))
             own = own._replace(cu_key=segments["cu_key_M1"], longest_key=segments["longest_key"])
@@ -75,15 +77,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any], 
 
 
 class _Part(NamedTuple):
-    """One call of the kernel. `rows` and `keys` are the queries and keys of the row that take part, if not all."""
+    """One call of the kernel."""
 
     cu_query: Tensor
     cu_key: Tensor
     longest_query: int
     longest_key: int
     window: tuple[int, int]  # (-1, 0) is causal, (-1, -1) sees everything
-    rows: Tensor | None = None
-    keys: Tensor | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float, lse: bool) -> tuple[Tensor, Any]:
         """Outputs [T, Hq, D], and with `lse` the log-sum-exp of each query's scores, [Hq, T]."""
@@ -91,7 +91,7 @@ class _Part(NamedTuple):
         if lse:
             further["return_aux"] = AuxRequest(lse=True)
         found = varlen_attn(query, key, value, *self[:4], scale=scale, window_size=self.window, **further)
-        return found if isinstance(found, tuple) else (found, None)  # type: ignore[return-value]
+        return found if isinstance(found, tuple) else (found, None)
 
     def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
                  scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -100,6 +100,17 @@ class _Part(NamedTuple):
         return torch.ops.torch_attn._varlen_attn_backward(
             grad, query, key, value, out, lse, *self[:4], self.window == (-1, 0), no_dropout, scale, list(self.window)
         )
+
+
+class _Roots(NamedTuple):
+    """The call for branches on their roots, and the rows of both in the flat row."""
+
+    part: _Part
+    rows: Tensor  # [B]
+    keys: Tensor
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return query.index_select(0, self.rows), key.index_select(0, self.keys), value.index_select(0, self.keys)
 
 
 class _Joined(torch.autograd.Function):
@@ -113,10 +124,10 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, own: _Part,
-                roots: _Part | None, scale: float) -> Tensor:  # fmt: skip
+                roots: _Roots | None, scale: float) -> Tensor:  # fmt: skip
         out, lse_HT = own.forward(query, key, value, scale, lse=True)
         if roots is not None:
-            of_roots, lse_HB = roots.forward(*_chosen(roots, query, key, value), scale, lse=True)
+            of_roots, lse_HB = roots.part.forward(*roots.of(query, key, value), scale, lse=True)
             own_HB = lse_HT.index_select(1, roots.rows)
             whole_HB = torch.logaddexp(own_HB, lse_HB)
             both = out.index_select(0, roots.rows).float() * _share(own_HB, whole_HB)
@@ -138,8 +149,8 @@ class _Joined(torch.autograd.Function):
         grads = list(own.backward(grad, query, key, value, out, lse_HT, ctx.scale))
         if roots is not None:
             of_branches = [each.index_select(0, roots.rows) for each in (grad, out)]
-            parts = roots.backward(
-                of_branches[0], *_chosen(roots, query, key, value), of_branches[1],
+            parts = roots.part.backward(
+                of_branches[0], *roots.of(query, key, value), of_branches[1],
                 lse_HT.index_select(1, roots.rows), ctx.scale,
             )  # fmt: skip
             for place, (part, index) in enumerate(zip(parts, (roots.rows, roots.keys, roots.keys), strict=True)):
@@ -150,11 +161,6 @@ class _Joined(torch.autograd.Function):
             along_HT = torch.linalg.vecdot(grad.float(), out.float()).T
             grad_sinks = -((sinks.float()[:, None] - lse_HT).exp() * along_HT).sum(1).to(sinks.dtype)
         return *grads, grad_sinks, None, None, None
-
-
-def _chosen(part: _Part, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    indices = (part.rows, part.keys, part.keys)
-    return [each.index_select(0, index) for each, index in zip((query, key, value), indices, strict=True)]
 
 
 def _share(part_HT: Tensor, whole_HT: Tensor) -> Tensor:

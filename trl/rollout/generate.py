@@ -143,7 +143,11 @@ class InProcessSampler:
         check, made once for each model."""
         base = unwrap(model)
         if not hasattr(base, "_trl_sampled"):
-            base._trl_sampled = fault = _first_fault(self, model)
+            fault = _first_fault(self, model)
+            if fault is not None:
+                base._trl_prefills_padded = True  # the row of prompts may be what it does not take
+                fault = _first_fault(self, model)
+            base._trl_sampled = fault
             if fault is not None:
                 notify_once(f"completions are drawn by the model's own generate, without refilling: {fault}")
         return base._trl_sampled is None
@@ -175,7 +179,8 @@ class _Run:
         self.kwargs = _accepted(base)
         self.is_sharded = is_sharded(model)
         attachment = getattr(base, "_trl_attachment", None)
-        self.is_flat = attachment is not None and attachment.is_flat and "logits_to_keep" in self.kwargs
+        takes_rows = "logits_to_keep" in self.kwargs and not getattr(base, "_trl_prefills_padded", False)
+        self.is_flat = attachment is not None and attachment.is_flat and takes_rows
         self.penalties, self.filters = penalties(sampling, self.device), filters(sampling, self.device)
         self.read_every = READ_EVERY.get(self.device.type, READ_EVERY["default"])
         if self.penalties or sampling.stop_strings:
