@@ -169,6 +169,8 @@ class _Run:
         if self.rows < wanted:
             self.capacity += sampling.max_new_tokens
             self.rows = max(1, min(sampler.max_rows, most // self.capacity))
+        if self.device.type == "cuda" and self.rows < min(sampler.max_rows, wanted) // 2:
+            notify_once("few completions are drawn together: the keys and values of more do not fit into free memory")
         self.waiting = deque((index, request.first + each) for index, request in enumerate(requests)
                              for each in range(request.samples))  # fmt: skip
         self.prompts: dict[int, Prompt] = {}
