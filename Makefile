@@ -8,12 +8,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test test-short test-rest test-all lint install docs
+.PHONY: help demo test test-short test-rest test-all test-dry lint install docs
 
 help:
 	@echo "make demo       install, then train a small real model on this machine (trl demo)"
 	@echo "make test       install, then ruff, mypy and the short tests (15 minutes at most on two cores)"
 	@echo "make test-all   the above and the slow tests (an hour at most)"
+	@echo "make test-dry   every trainer and the sampler on CUDA tensors without values (needs no GPU, but the tool drygpu)"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make docs       install, then build the documentation into docs/_build/html; a warning is an error"
 
@@ -34,6 +35,13 @@ test-short: .venv/.installed-dev
 # One after the other: these measure time, start processes of their own, or want all cores.
 test-rest: .venv/.installed-deepspeed
 	$(PYTEST) -m slow $(ARGS)
+
+# The folder of a tool that runs torch's CUDA build on a device that computes nothing; it installs that build once (5 GB).
+DRYGPU ?= ../shared/tools/drygpu
+
+test-dry:
+	@test -x "$(DRYGPU)/run" || { echo "the tool drygpu is not there: make test-dry DRYGPU=FOLDER"; exit 1; }
+	PYTHONPATH="$(CURDIR):$(abspath $(DRYGPU))" "$(DRYGPU)/run" tests/cuda_dry/run.py $(ARGS)
 
 install: .venv/.installed-dev
 

@@ -81,7 +81,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         output_dir=str(options.folder / options.side), max_steps=options.steps, per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation, logging_steps=1, save_strategy="no", report_to="none",
         learning_rate=1e-4, max_length=options.max_length, use_cpu=True, bf16=False, seed=0, disable_tqdm=True,
-        max_tokens_per_micro_batch="auto" if options.side == "auto" else None, gradient_checkpointing=not options.capped,
+        max_tokens_per_micro_batch="auto" if options.side == "auto" else None,
+        gradient_checkpointing=not options.capped,
     )  # fmt: skip
     trainer = getattr(trl, f"{name}Trainer")(
         model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model_of(options)),
@@ -123,7 +124,8 @@ def compare(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str
     print(f"losses of {len(first['losses'])} steps: {first['losses'][0]:.4f} -> {first['losses'][-1]:.4f}; "
           f"largest difference {far:.1e}, of gradient norms {norm:.1e} (relative)")  # fmt: skip
     for name, side in zip(names, (first, second), strict=True):
-        print(f"{name:8} {statistics.median(side['seconds']):8.3f} s a step, {side['processor']:8.1f} processor seconds, "
+        middle = statistics.median(side["seconds"])
+        print(f"{name:8} {middle:8.3f} s a step, {side['processor']:8.1f} processor seconds, "
               f"{side['peak'] / 2**20:8,.0f} MiB at most, budget {side['tokens']}")  # fmt: skip
     ratios = [a / b for a, b in zip(first["seconds"][1:], second["seconds"][1:], strict=True)]
     if ratios:

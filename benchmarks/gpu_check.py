@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl
 from trl.data.batching.collate import Branch, Tree
-from trl.engine import attention
+from trl.engine import kernel as kernel_of
 from trl.engine.forest import padded
 from trl.engine.head import Readout, token_stats
 from trl.engine.probe import attach
@@ -88,14 +88,14 @@ def plain(model: Any, batch: dict[str, Any]) -> Tensor:
 def layouts(options: argparse.Namespace) -> dict[str, Any]:
     trees, device = trees_of(options), options.device
     calls = 0
-    kernel = attention.varlen_attn
+    kernel = kernel_of.varlen_attn
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return kernel(*args, **kwargs)
 
-    attention.varlen_attn = counted
+    kernel_of.varlen_attn = counted
     ways = {
         "padded float32": (torch.float32, False, False),
         "padded autocast": (torch.float32, False, True),
@@ -129,7 +129,7 @@ def layouts(options: argparse.Namespace) -> dict[str, Any]:
             "gradient_difference": ((gradient - reference[1]).norm() / reference[1].norm()).item(),
         }
         print(f"{name:22} " + " ".join(f"{key} {value:.6g}" for key, value in found[name].items()), flush=True)
-    attention.varlen_attn = kernel
+    kernel_of.varlen_attn = kernel
     return found
 
 

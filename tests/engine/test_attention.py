@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.engine import families
-from trl.engine import attention
+from trl.engine import attention, kernel
 from trl.engine.attention import Scoring, by_segment
 from trl.engine.forest import flat
 
@@ -90,16 +90,17 @@ class _FakeCuda(torch.Tensor):
     is_cuda = True
 
 
-def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False,
+                     return_aux=None):  # fmt: skip
     """The kernel's contract, written out: causal to the end of the keys, (left, right) window, grouped heads."""
     assert query.dim() == 3 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert enable_gqa or query.shape[1] == key.shape[1]
     assert max_q == int(cu_seq_q.diff().max()) and max_k == int(cu_seq_k.diff().max())
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    out = torch.empty_like(query)
+    out, lse = torch.empty_like(query), torch.empty(query.shape[1], query.shape[0])
     left, right = window_size
-    assert right == 0
+    assert right == 0 or window_size == (-1, -1)
     bounds = zip(
         cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), cu_seq_k[:-1].tolist(), cu_seq_k[1:].tolist(), strict=True
     )
@@ -107,18 +108,20 @@ def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
         scores = torch.einsum("qhd,khd->hqk", query[q0:q1].float(), key[k0:k1].float()) * scale
         position = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
         other = torch.arange(k1 - k0)
-        hidden = (other > position) | ((left >= 0) & (other < position - left))
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        hidden = ((right == 0) & (other > position)) | ((left >= 0) & (other < position - left))
+        scores = scores.masked_fill(hidden, -torch.inf)
+        weights, lse[:, q0:q1] = scores.softmax(-1), scores.logsumexp(-1)
         out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, value[k0:k1].float()).to(query.dtype)
-    return out
+    return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
 @pytest.mark.parametrize("groups", [True, False])
 @pytest.mark.parametrize("window", [None, 6])
 def test_the_variable_length_kernel_is_called_by_its_contract(monkeypatch, window, groups):
     """CUDA's path with the kernel replaced by its contract equals the CPU's, shared prompts and windows included."""
-    monkeypatch.setattr(attention, "_VARLEN_GROUPS_HEADS", groups)
-    monkeypatch.setattr(attention, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(kernel, "_GROUPS_HEADS", groups)
+    monkeypatch.setattr(kernel, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(kernel, "_card_serves", lambda device: True)
     segments = flat(families.forest())["segments"]
     tokens = sum(length for length, _ in segments["spans"])
     generator = torch.Generator().manual_seed(1)
@@ -140,12 +143,16 @@ def test_the_variable_length_kernel_is_called_by_its_contract(monkeypatch, windo
     torch.testing.assert_close(torch.Tensor(got.float()), expected.float(), atol=3e-2, rtol=3e-2)
 
 
-def test_what_the_variable_length_kernel_does_not_serve():
+def test_what_the_variable_length_kernel_does_not_serve(monkeypatch):
+    capability = (8, 0)
+    kernel._card_serves.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
     def serves(dtype=torch.bfloat16, size=64, value_size=None, cuda=True, **scoring):
         query = torch.zeros(1, 2, 3, size, dtype=dtype)
         value = torch.zeros(1, 2, 3, value_size or size, dtype=dtype)
         query = query.as_subclass(_FakeCuda) if cuda else query
-        return attention._varlen_serves(query, value, Scoring(scale=1.0, **scoring))
+        return kernel.serves(query, value, Scoring(scale=1.0, **scoring))
 
     assert serves()
     assert serves(window=4)
@@ -157,7 +164,12 @@ def test_what_the_variable_length_kernel_does_not_serve():
     assert not serves(value_size=32)
     assert not serves(dropout=0.1)
     assert not serves(softcap=30.0)
-    assert not serves(sinks=torch.zeros(2))
+    assert serves(sinks=torch.zeros(2))
+    assert not serves(sinks=torch.zeros(2), softcap=30.0)
+    capability = (7, 5)
+    kernel._card_serves.cache_clear()
+    assert not serves()
+    kernel._card_serves.cache_clear()
 
 
 def test_a_window_without_mask_or_segments_is_applied_by_position():

@@ -229,17 +229,32 @@ def test_a_prompt_is_prefilled_once(monkeypatch):
     model = build("llama")
     sample(InProcessSampler(), model, requests(1), Sampling(max_new_tokens=1))  # the check of the model
     computed = []
-    original = generate._Run._forward
+    original = model.forward
 
-    def counted(self, ids, *args):
-        computed.append(ids.numel())
-        return original(self, ids, *args)
+    def counted(input_ids, **kwargs):
+        computed.append(input_ids.numel())
+        return original(input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(generate._Run, "_forward", counted)
+    monkeypatch.setattr(model, "forward", counted)
     drawn = sample(InProcessSampler(), model, requests(8), Sampling(max_new_tokens=4))
-    assert sum(computed[:1]) == len(PROMPTS) * max(map(len, PROMPTS))  # one prefill of all
+    assert sum(computed[:1]) == sum(map(len, PROMPTS))  # one prefill of all, without padding
     # The first token comes from the prefill; each further one is one position.
     assert sum(computed[1:]) == sum(len(each.ids) - 1 for group in drawn for each in group)
+
+
+def test_a_model_that_cannot_prefill_one_row_is_given_padded_ones(monkeypatch):
+    model = build("llama")
+    expected = sample(InProcessSampler(), model, requests(), Sampling(max_new_tokens=5))
+    other = build("llama")
+    original = other.forward
+
+    def forward(*args, logits_to_keep=0, **kwargs):
+        return original(*args, logits_to_keep=int(logits_to_keep), **kwargs)
+
+    monkeypatch.setattr(other, "forward", forward)
+    drawn = sample(InProcessSampler(), other, requests(), Sampling(max_new_tokens=5))
+    assert other._trl_sampled is None and other._trl_prefills_padded
+    assert ids(drawn) == ids(expected)
 
 
 def test_what_is_in_force_is_said():
@@ -271,3 +286,35 @@ def test_logits_that_are_not_numbers_are_an_error(temperature):
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(ValueError, match="not finite numbers at token 0 of a completion: its weights have diverged"):
         sample(InProcessSampler(), model, requests(), sampling)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {"top_k": 20}), ("llama", {"further": {"min_new_tokens": 5}}), ("gpt_oss", {"temperature": 0})],
+)
+def test_tokens_that_are_looked_at_every_few_steps_are_the_same(monkeypatch, family, settings):
+    """On a device the host looks at the tokens of several steps at once: rows end, leave and enter later."""
+    model = build(family)
+    sampling = Sampling(max_new_tokens=13, stop_ids=(STOP, 9, 12, 13), **settings)
+    asked = [request._replace(limit=limit) for request, limit in zip(requests(4), (None, 1, 6, 13, None), strict=True)]
+    expected = sample(InProcessSampler(max_rows=5), model, asked, sampling)
+    assert len({len(each.ids) for group in expected for each in group}) > 2
+    for steps in (3, 50):
+        monkeypatch.setitem(generate.READ_EVERY, "cpu", steps)
+        for rows in (3, 256):
+            drawn = sample(InProcessSampler(max_rows=rows), model, asked, sampling)
+            assert ids(drawn) == ids(expected)
+            for ours, theirs in zip(drawn, expected, strict=True):
+                for one, other in zip(ours, theirs, strict=True):
+                    assert one.finished is other.finished
+                    assert one.logps == pytest.approx(other.logps, abs=1e-4)
+
+
+def test_room_counts_what_the_allocator_holds_unused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**20, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * 2**20)
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert generate._tokens_that_fit(model, torch.device("cuda")) == 4 * 2**20 // token

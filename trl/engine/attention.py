@@ -8,36 +8,19 @@ transformers' own SDPA.
 `B` rows, `Hq, Hk` query and key heads, `T` tokens of the row, `D` head size, `Lq, Lk` a segment's queries and keys.
 """
 
-import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from . import blocks, kernel
+from .blocks import Scoring
+
 NAME = "trl_segments"
-
-# torch 2.11's kernel needs as many key heads as query heads; later kernels group them.
-_VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-class Scoring(NamedTuple):
-    """How one layer turns queries and keys into weights."""
-
-    scale: float
-    dropout: float = 0.0
-    window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    softcap: float | None = None  # scores are bounded to softcap * tanh(score / softcap) (Gemma 2)
-    sinks: Tensor | None = None  # [Hq], one extra logit per head without a value (gpt-oss)
-
-    @property
-    def explicit(self) -> bool:
-        """Whether no fused kernel computes this layer."""
-        return self.softcap is not None or self.sinks is not None
 
 
 def segment_mask(
@@ -46,6 +29,7 @@ def segment_mask(
     kv_length: int,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask that transformers builds before the layers run: None for a flat row, else that of SDPA.
@@ -55,12 +39,16 @@ def segment_mask(
     """
     if attention_mask is None and q_length == kv_length:
         return None
+    if q_length == 1 and attention_mask is not None and attention_mask.is_cuda:
+        # Whether a mask leaves anything out is read on the host, which would wait at every token.
+        allow_is_causal_skip = False
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
         attention_mask=attention_mask,
         local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
 
@@ -90,8 +78,8 @@ def segment_attention(
     if segments is not None:
         if kwargs.get("position_bias") is not None:
             raise ValueError("attention by segment does not support a learned position bias")
-        if _varlen_serves(query, value, scoring):
-            return _varlen(query, key, value, segments, scoring), None
+        if "cu_query_M1" in segments and kernel.serves(query, value, scoring):
+            return kernel.attend(query, key, value, segments, scoring), None
         return by_segment(query, key, value, segments["spans"], scoring).transpose(1, 2), None
 
     if attention_mask is None and query.shape[2] == key.shape[2]:
@@ -119,47 +107,6 @@ def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     return out.reshape(query.shape[0], 1, heads, value.shape[3])
 
 
-def _varlen_serves(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    """Whether FlashAttention's variable-length kernel computes this layer."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and scoring.dropout == 0.0
-        and not scoring.explicit
-    )
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: dict[str, Any], scoring: Scoring) -> Tensor:
-    """All segments in one kernel call: [1, H, T, D] -> [1, T, Hq, D]. Lengths stay on the device."""
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if segments["key_index"] is not None:
-        key, value = key.index_select(0, segments["key_index"]), value.index_select(0, segments["key_index"])
-    grouped: dict[str, Any] = {}
-    if key.shape[1] != query.shape[1]:
-        if _VARLEN_GROUPS_HEADS:
-            grouped = {"enable_gqa": True}
-        else:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    left = -1 if scoring.window is None else scoring.window - 1
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        segments["cu_query_M1"],
-        segments["cu_key_M1"],
-        segments["longest_query"],
-        segments["longest_key"],
-        scale=scoring.scale,
-        window_size=(left, 0),
-        **grouped,
-    )
-    assert isinstance(out, Tensor)
-    return out[None]
-
-
 def by_segment(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], scoring: Scoring) -> Tensor:
     """Attention one segment at a time: query [1, Hq, T, D], key and value [1, Hk, T, D] -> [1, Hq, T, D].
 
@@ -179,6 +126,8 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int,
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention aligned to the end: the last query sees the last key. query [1, Hq, Lq, D], Lq <= Lk."""
+    if scoring.explicit:
+        return _explicit(query, key, value, None, scoring)
     length, window = query.shape[2], scoring.window
     before = key.shape[2] - length
     if window is None or key.shape[2] <= window:
@@ -198,14 +147,12 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None,
     length, reach = query.shape[2], key.shape[2]
     square = length == reach and (window is None or length <= window)
     mask = None
-    if (not square or scoring.explicit) and (length > 1 or (window is not None and reach > window)):
+    if not square and (length > 1 or (window is not None and reach > window)):
         query_position = torch.arange(reach - length, reach, device=query.device)[:, None]
         key_position = torch.arange(reach, device=query.device)
         mask = key_position <= query_position
         if window is not None:
             mask &= key_position > query_position - window
-    if scoring.explicit:
-        return _explicit(query, key, value, mask, scoring)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None and query.is_cuda:
         # With a mask, grouped heads would be computed by the slowest kernel.
@@ -224,23 +171,11 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None,
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    """Softmax written out in fp32, for score caps and sinks, which no fused kernel has. The mask is boolean or
-    additive."""
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = (query @ key.transpose(2, 3)).float() * scoring.scale
-    if scoring.softcap is not None:
-        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    weights = F.dropout(weights, scoring.dropout) if scoring.dropout else weights
-    return weights.to(value.dtype) @ value
+    """Attention with score caps and sinks, which no fused kernel has. The mask is boolean or additive; without one the
+    attention is causal, aligned to the end, within the window."""
+    if not scoring.dropout and (mask is None or not mask.requires_grad):
+        return blocks.attend(query, key, value, mask, scoring)
+    return blocks.written_out(query, key, value, mask, scoring)
 
 
 AttentionInterface.register(NAME, segment_attention)

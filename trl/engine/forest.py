@@ -76,8 +76,10 @@ def flat(trees: Iterable[Tree]) -> Batch:
 
     `segments` holds, for kernels that read lengths on the device: `cu_query_M1` and `cu_key_M1` [M + 1] (int32,
     cumulative lengths), `key_index` (the row entries that are the keys, segment by segment; None if they are the row
-    itself) and the two maximum lengths. For kernels called once per segment it holds `spans`: a list of (length, root)
-    in row order, where root is the number of the segment whose keys come first, or -1.
+    itself) and the two maximum lengths. With shared prompts they also get the tokens of branches and of the roots that
+    have any, `branch_index` and `root_index`, with their cumulative lengths by root, `cu_branch_R1` and `cu_root_R1`
+    [R + 1], and the maximum lengths of these. For kernels called once per segment it holds `spans`: a list of (length,
+    root) in row order, where root is the number of the segment whose keys come first, or -1.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -139,7 +141,44 @@ def flat(trees: Iterable[Tree]) -> Batch:
             "longest_key": max(key_lengths),
         },
     }
+    if shared:
+        batch["segments"] |= _roots(spans, lengths)
     return _finish(batch, predict, at, target, seq, rows, width if trees else 0)
+
+
+def _roots(spans: list[tuple[int, int]], lengths: list[int]) -> dict[str, Any]:
+    """What the branches of each root have in common, see `flat`."""
+    starts = np.cumsum([0, *lengths])
+    first: dict[int, int] = {}  # root -> where its branches begin
+    last: dict[int, int] = {}
+    for number, (length, root) in enumerate(spans):
+        if root >= 0:
+            first.setdefault(root, int(starts[number]))
+            last[root] = int(starts[number]) + length
+    branches = [last[root] - first[root] for root in first]
+    roots = [lengths[root] for root in first]
+    found = {"longest_branch": max(branches), "longest_root": max(roots)}
+    index = {
+        "branch_index": np.concatenate([np.arange(first[root], last[root]) for root in first]),
+        "root_index": np.concatenate([np.arange(starts[root], starts[root] + lengths[root]) for root in first]),
+    }
+    return {
+        **found,
+        **{name: torch.from_numpy(each) for name, each in index.items()},
+        "cu_branch_R1": _cumulative(branches),
+        "cu_root_R1": _cumulative(roots),
+    }
+
+
+def without_kernel(batch: Batch) -> Batch:
+    """A flat batch whose segments go through attention one by one, on any device."""
+    return {**batch, "segments": {"spans": batch["segments"]["spans"]}}
+
+
+def with_repeated_keys(batch: Batch) -> Batch:
+    """A flat batch whose kernel is given the keys of a root once for each branch, in one call."""
+    segments = {name: each for name, each in batch["segments"].items() if name not in ("branch_index", "root_index")}
+    return {**batch, "segments": segments}
 
 
 def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
@@ -180,6 +219,13 @@ def padded(trees: Iterable[Tree], pad_id: int = 0) -> Batch:
         "attention_mask": torch.from_numpy(attention),
     }
     return _finish(batch, predict, at, target, seq, rows, tokens)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch, or an entry of one, on a device. Nobody waits for the copy."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=device.type == "cuda")
+    return {key: moved(each, device) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def with_labels(batch: Batch) -> Batch:

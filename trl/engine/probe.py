@@ -9,20 +9,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from trl.data.batching.collate import Branch, Tree
-from trl.engine import attention
-from trl.engine.forest import Batch, flat, padded
+from trl.engine import attention, kernel
+from trl.engine.forest import Batch, flat, moved, padded, with_repeated_keys, without_kernel
 from trl.engine.head import plain_linear
 from trl.engine.score import _LAYOUT_KEYS, _REQUEST, Attachment, _add_keyword, _readout
 from trl.models import shards
 from trl.models.unwrap import SCALAR_HEAD, evaluating, scalar_head, unwrap
 
 
-def attach(model: nn.Module) -> Attachment:
+def attach(model: nn.Module, precision: Callable[[], Any] = contextlib.nullcontext) -> Attachment:
     """Make a causal language model ready for `score`. Idempotent; call it again after wrapping the model in PEFT.
 
     Sets the attention implementation (permanently: layers read it again when a checkpointed forward is recomputed),
-    adds one keyword to `forward`, then probes. In a distributed run all ranks take the first rank's result. Raises
-    ValueError for a model without a language-model head or a scoring head.
+    adds one keyword to `forward`, then probes: the layout with segments one by one, then, on a GPU, the variable-length
+    kernel under the autocast that `precision` enters, with a backward pass where the model trains. In a distributed run
+    all ranks take the first rank's result. Raises ValueError for a model without a language-model head or a scoring
+    head.
     """
     base = unwrap(model)
     if base.get_output_embeddings() is None and scalar_head(base) is None:
@@ -44,6 +46,15 @@ def attach(model: nn.Module) -> Attachment:
             for each, own in zip(configs, base._trl_attention, strict=True):
                 each._attn_implementation = own
             attachment.is_flat, attachment.reason = False, reason
+        else:
+            with precision():
+                attachment.kernel_reason = _kernel_failure(model, base, flat)
+                if attachment.kernel_reason is not None:
+                    # Its parts may be what fails here.
+                    attachment.kernel_reason = _kernel_failure(
+                        model, base, lambda trees: with_repeated_keys(flat(trees))
+                    )
+                    attachment.repeats_keys = True
         if scalar_head(base) is None:
             attachment.head_reason = _head_failure(model, base, attachment) or _parts_reason(base)
         elif not hasattr(base, SCALAR_HEAD):
@@ -84,7 +95,8 @@ def _configs(base: nn.Module) -> list[Any]:
 @contextlib.contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, the random state left as it was."""
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+    devices = {each.device for each in model.parameters() if each.is_cuda}
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
         yield
 
 
@@ -115,7 +127,7 @@ def _inputs(base: Any, batch: Batch) -> dict[str, Any]:
     """The model's inputs, on the device of its embeddings. If these are offloaded, their hooks move the inputs."""
     device = base.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
-    return {key: _to(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
+    return {key: moved(batch[key], device) for key in _LAYOUT_KEYS if key in batch}
 
 
 def _hidden(model: nn.Module, batch: Batch) -> Tensor:
@@ -130,12 +142,6 @@ def _hidden(model: nn.Module, batch: Batch) -> Tensor:
         "hidden": True,
     }
     return model(**inputs, use_cache=False, **{_REQUEST: request})["hidden"].float()
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return {key: _to(item, device) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _tolerance(base: Any, dtype: torch.dtype) -> float:
@@ -158,21 +164,67 @@ def _first_failure(model: nn.Module, base: Any) -> str | None:
     def run(build: Callable[[list[Tree]], Batch], *trees: Tree) -> Tensor:
         return _hidden(model, build(list(trees)))
 
+    def one_by_one(trees: list[Tree]) -> Batch:
+        return without_kernel(flat(trees))
+
     try:
-        row = run(flat, _leaf(first), _leaf(second))[-count:]
-        moved = run(flat, _leaf(other), _leaf(second))[-count:]
-        if not _distance(moved, row) <= tolerance:
+        row = run(one_by_one, _leaf(first), _leaf(second))[-count:]
+        changed = run(one_by_one, _leaf(other), _leaf(second))[-count:]
+        if not _distance(changed, row) <= tolerance:
             return "tokens of one segment reach another: some layers mix along the row or drop the segments"
         if not _distance(row, run(padded, _leaf(second))) <= tolerance:
             return "a segment in a flat row differs from the same tokens alone"
         branches = (Branch(left, [True] * len(left)), Branch(right, [True] * len(right)))
-        shared = run(flat, Tree(Branch(root, [False] * len(root)), branches))
-        apart = run(flat, *(Tree(Branch(root + ids, [False] * len(root) + [True] * len(ids))) for ids in (left, right)))
+        shared = run(one_by_one, Tree(Branch(root, [False] * len(root)), branches))
+        apart = run(
+            one_by_one, *(Tree(Branch(root + ids, [False] * len(root) + [True] * len(ids))) for ids in (left, right))
+        )
         if not _distance(shared, apart) <= tolerance:
             return "a shared prompt differs from the same prompt repeated"
     except Exception as error:
         return f"its forward does not take a flat row ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     return None
+
+
+def _kernel_failure(model: nn.Module, base: Any, build: Callable[[list[Tree]], Batch]) -> str | None:
+    """The reason why the variable-length kernel cannot be called for this model, in one sentence, or None. Where no
+    layer calls it, both runs are the same."""
+    if not kernel.exists_on(base.get_input_embeddings().weight.device):
+        return None
+    root, left, right = _tokens(base, 31, 40), _tokens(base, 17, 9), _tokens(base, 41, 70)
+    branches = (Branch(left, [True] * len(left)), Branch(right, [True] * len(right)))
+    batch = build([_leaf(_tokens(base, 11, 23)), Tree(Branch(root, [False] * len(root)), branches)])
+    backward = any(each.requires_grad for each in base.parameters()) and not shards.zero_3_is_planned()
+    try:
+        ours, theirs = (_with_gradient(model, base, each, backward) for each in (batch, without_kernel(batch)))
+    except Exception as error:
+        return f"it does not run here ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    names = ("outputs", "gradients")
+    for name, own, other in zip(names, ours, theirs, strict=False):
+        if not _distance(own, other) <= _tolerance(base, torch.bfloat16):
+            return f"its {name} differ from those of segments one by one"
+    return None
+
+
+def _with_gradient(model: nn.Module, base: Any, batch: Batch, backward: bool) -> list[Tensor]:
+    """The hidden states that predict the trained tokens, [N, H], and with `backward` the gradient at the embeddings."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    if not backward:
+        return [_hidden(model, batch)]
+    hook = base.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            hidden_NH = _hidden(model, batch)
+            weight_NH = torch.linspace(-1, 1, hidden_NH.numel(), device=hidden_NH.device).view_as(hidden_NH)
+            (gradient,) = torch.autograd.grad((hidden_NH * weight_NH).sum(), embedded)
+    finally:
+        hook.remove()
+    return [hidden_NH.detach(), gradient.float()]
 
 
 def _head_failure(model: nn.Module, base: Any, attachment: Attachment) -> str | None:
@@ -207,8 +259,10 @@ def _agree(attachment: Attachment, base: Any, configs: list[Any]) -> None:
     """Take the first rank's result on every rank: others may hold no weights yet."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    verdict = [(attachment.is_flat, attachment.reason, attachment.head_reason)]
+    names = ("is_flat", "reason", "head_reason", "kernel_reason", "repeats_keys")
+    verdict = [{name: getattr(attachment, name) for name in names}]
     torch.distributed.broadcast_object_list(verdict, src=0)
-    attachment.is_flat, attachment.reason, attachment.head_reason = verdict[0]
+    for name, value in verdict[0].items():
+        setattr(attachment, name, value)
     for config, own in zip(configs, base._trl_attention, strict=True):
         config._attn_implementation = attention.NAME if attachment.is_flat else own

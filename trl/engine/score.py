@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -22,7 +23,7 @@ from trl.data.batching.collate import Tree
 from trl.models.unwrap import SCALAR_HEAD, scalar_head
 from trl.models.value_head import critic, value_head
 
-from .forest import Batch, flat, padded
+from .forest import Batch, flat, padded, with_repeated_keys, without_kernel
 from .head import Readout, TokenStats, _Logits, token_stats
 from .measures import MEASURES, Comparison
 
@@ -39,11 +40,18 @@ class Attachment:
     readout: Readout = field(default_factory=Readout)  # scale and softcap of the head
     head_reason: str | None = None  # the reason for computing full logits, in one sentence; None: chunked
     pad_id: int = 0
+    kernel_reason: str | None = None  # the reason for not calling the variable-length kernel, in one sentence
+    repeats_keys: bool = False  # whether that kernel gets the keys of a shared prompt once for each branch
     kept: list[Any] | None = None  # if a list: it collects the model's own outputs, with full logits
 
     def batch(self, trees: Iterable[Tree]) -> Batch:
         """Lay a forest out for this model: flat or padded."""
-        return flat(trees) if self.is_flat else padded(trees, self.pad_id)
+        if not self.is_flat:
+            return padded(trees, self.pad_id)
+        row = flat(trees)
+        if self.kernel_reason is not None:
+            return without_kernel(row)
+        return with_repeated_keys(row) if self.repeats_keys else row
 
 
 def score(
@@ -185,7 +193,7 @@ def _answer(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> di
         target_N = request["target_N"].to(raw_NV.device)
         columns = _Logits.apply(raw_NV, target_N, replace(readout, scale=1.0, softcap=None))
     else:
-        outputs = _backbone(base)(*args, **kwargs)
+        outputs = _backbone(base)(*args, **without_mask(kwargs))
         hidden_NH = _predicting(outputs[0], request)
         if request.get("hidden"):
             return {"hidden": hidden_NH}
@@ -212,7 +220,7 @@ def _values(base: Any, hidden_NH: Tensor, request: dict[str, Any], *args: Any, *
 def _scalar(base: Any, request: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
     """The scoring head's output at each trained token, [N, labels]."""
     if base._trl_attachment.head_reason is None:
-        hidden_NH = _predicting(_backbone(base)(*args, **kwargs)[0], request)
+        hidden_NH = _predicting(_backbone(base)(*args, **without_mask(kwargs))[0], request)
         if isinstance(getattr(base, "dropout", None), nn.Dropout):
             hidden_NH = base.dropout(hidden_NH)
         return getattr(base, SCALAR_HEAD)(hidden_NH)
@@ -239,14 +247,23 @@ def _with_noise(base: Any, alpha: float, kwargs: dict[str, Any]) -> dict[str, An
     if kwargs.get("segments") is not None:
         spans = kwargs["segments"]["spans"]
         lengths = [length + (spans[root][0] if root >= 0 else 0) for length, root in spans]
-        length_T = torch.tensor(lengths, device=embeds.device).repeat_interleave(
-            torch.tensor([length for length, _ in spans], device=embeds.device)
-        )[None]
+        length_T = torch.from_numpy(np.repeat(lengths, [length for length, _ in spans]))[None]
+        length_T = length_T.to(embeds.device, non_blocking=embeds.is_cuda)
     else:
         length_T = kwargs["attention_mask"].sum(-1, keepdim=True).to(embeds.device)
     size_T = alpha / (length_T * embeds.shape[-1]).sqrt()
     noise = torch.empty_like(embeds).uniform_(-1, 1) * size_T[..., None].to(embeds.dtype)
     return {**kwargs, "inputs_embeds": embeds + noise}
+
+
+def without_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a flat row with a mask of no size: transformers hands a mask of four dimensions on as it is, and
+    attention by segment reads none. Without one transformers looks into the positions for packed sequences, and waits
+    for the device to do so."""
+    if kwargs.get("segments") is None or kwargs.get("attention_mask") is not None:
+        return kwargs
+    row = kwargs["position_ids"]
+    return {**kwargs, "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=row.device)}
 
 
 def _predicting(grid: Tensor, request: dict[str, Any]) -> Tensor:

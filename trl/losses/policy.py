@@ -44,7 +44,7 @@ def pool(log_ratio_N: Tensor, *, seq_N: Tensor, sequences: int, importance_sampl
 
 def _either(condition_N: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """`yes` where the condition holds, else `no`, in the dtype of `like`, [N]."""
-    return torch.where(condition_N, like.new_tensor(yes), like.new_tensor(no))
+    return torch.where(condition_N, like.new_full((), yes), like.new_full((), no))
 
 
 # --- surrogates: [N] each -------------------------------------------------------------------------------------------

@@ -47,13 +47,13 @@ def mean_metric(values: Tensor) -> Metric:
 def smallest(values: Tensor) -> Metric:
     """The smallest of all entries."""
     values = _summable(values.detach())
-    return Metric(values.min() if len(values) else values.new_tensor(torch.inf), float(values.numel()), "min")
+    return Metric(values.min() if len(values) else values.new_full((), torch.inf), float(values.numel()), "min")
 
 
 def largest(values: Tensor) -> Metric:
     """The largest of all entries."""
     values = _summable(values.detach())
-    return Metric(values.max() if len(values) else values.new_tensor(-torch.inf), float(values.numel()), "max")
+    return Metric(values.max() if len(values) else values.new_full((), -torch.inf), float(values.numel()), "max")
 
 
 def position(seq_N: Tensor, sequences: int) -> Tensor:

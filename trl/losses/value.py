@@ -48,7 +48,7 @@ def gae(*, reward_ST: Tensor, value_ST: Tensor, gamma: float, lam: float) -> Ten
 def moments(values_N: Tensor) -> Tensor:
     """How many values there are, their sum and the sum of their squares, [3] in fp64: those of several parts add up."""
     values_N = values_N.double()
-    return torch.stack([values_N.new_tensor(values_N.numel()), values_N.sum(), values_N.square().sum()])
+    return torch.stack([values_N.new_full((), values_N.numel()), values_N.sum(), values_N.square().sum()])
 
 
 def whitened(values: Tensor, moments_3: Tensor, *, shift_mean: bool = True) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from trl.rollout.draws import on
+
 
 class ColumnLayer(CacheLayerMixin):
     """Keys and values of one layer, [rows, heads, columns, D]. Their bookkeeping is shared by all layers."""
@@ -62,9 +64,10 @@ class ColumnCache(Cache):
     def keep(self, rows: list[int]) -> None:
         """Move these rows to the front."""
         span = slice(self.first, self.at)
+        index = torch.tensor(rows)
         for layer in self.layers:
             for kept in (layer.keys, layer.values):
-                index = torch.tensor(rows, device=kept.device)
+                index = on(index, kept.device)
                 kept[: len(rows), :, span] = kept[:, :, span].index_select(0, index)
 
     def shift(self, to: int) -> None:

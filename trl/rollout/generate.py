@@ -20,12 +20,16 @@ from transformers import (
     DynamicCache,
 )
 
+from trl.data.batching.collate import Branch, Tree
 from trl.data.tokenizing.chat import end_tokens
+from trl.engine.forest import flat, moved
 from trl.engine.linear import few_rows
+from trl.engine.score import without_mask
 from trl.models.shards import is_sharded
 from trl.models.unwrap import evaluating, unwrap
 from trl.notices import notify_once
 from trl.rollout.cache import ColumnCache
+from trl.rollout.draws import Cached, Draws, Prompt, Row, by_length, on
 from trl.rollout.exchange import anyone
 from trl.rollout.filters import FURTHER, filters, penalties
 
@@ -35,6 +39,8 @@ ROWS = 256  # that decode together, at most
 CACHE_BYTES = 2**30  # of keys and values; on an accelerator half of what is free
 PREFILL_TOKENS = 4096  # of a prefill, padding included
 DEAD_SHARE = 0.2  # of the rows, from which on they are taken out
+# Tokens of each row between two looks at them. A look waits for the device; what a row draws after its end is dropped.
+READ_EVERY = {"cpu": 1, "default": 8}
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -126,6 +132,7 @@ class InProcessSampler:
                 return
             run = _Run(self, model, [request._replace(samples=1)], sampling)
             run._refill()
+            run.read_every = 1
             while run.active and (row := run.active[0]) is not None:
                 yield Completion(row.ids, row.logps, False)
                 run._advance()
@@ -136,35 +143,14 @@ class InProcessSampler:
         check, made once for each model."""
         base = unwrap(model)
         if not hasattr(base, "_trl_sampled"):
-            base._trl_sampled = fault = _first_fault(self, model)
+            fault = _first_fault(self, model)
+            if fault is not None:
+                base._trl_prefills_padded = True  # the row of prompts may be what it does not take
+                fault = _first_fault(self, model)
+            base._trl_sampled = fault
             if fault is not None:
                 notify_once(f"completions are drawn by the model's own generate, without refilling: {fault}")
         return base._trl_sampled is None
-
-
-class _Prompt:
-    """A prompt that was prefilled: keys and values of each layer [heads, length, D], and what its end predicts [V]."""
-
-    def __init__(self, ids: Sequence[int], cached: list[tuple[Tensor, Tensor]], logits_V: Tensor) -> None:
-        self.ids, self.cached, self.logits_V = list(ids), cached, logits_V
-
-
-class _Row:
-    """A sample under way."""
-
-    def __init__(self, index: int, number: int, request: Request, prompt: _Prompt, longest: int) -> None:
-        self.request, self.number, self.prompt = index, number, prompt
-        self.longest = longest if request.limit is None else min(longest, request.limit)
-        self.ids: list[int] = []
-        self.logps: list[float] = []
-        self.finished = False
-        self.uniforms = np.random.Generator(np.random.Philox(np.random.SeedSequence([*request.seed, number]))).random(
-            longest
-        )
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.ids) + len(self.ids)
 
 
 class _Run:
@@ -183,16 +169,26 @@ class _Run:
         if self.rows < wanted:
             self.capacity += sampling.max_new_tokens
             self.rows = max(1, min(sampler.max_rows, most // self.capacity))
+        if self.device.type == "cuda" and self.rows < min(sampler.max_rows, wanted) // 2:
+            notify_once("few completions are drawn together: the keys and values of more do not fit into free memory")
         self.waiting = deque((index, request.first + each) for index, request in enumerate(requests)
                              for each in range(request.samples))  # fmt: skip
-        self.prompts: dict[int, _Prompt] = {}
+        self.prompts: dict[int, Prompt] = {}
         self.left = {index: request.samples for index, request in enumerate(requests)}
         self.done: dict[tuple[int, int], Completion] = {}
-        self.active: list[_Row | None] = []
+        self.active: list[Row | None] = []
         self.cache: ColumnCache | None = None
         self.kwargs = _accepted(base)
         self.is_sharded = is_sharded(model)
+        attachment = getattr(base, "_trl_attachment", None)
+        takes_rows = "logits_to_keep" in self.kwargs and not getattr(base, "_trl_prefills_padded", False)
+        self.is_flat = attachment is not None and attachment.is_flat and takes_rows
         self.penalties, self.filters = penalties(sampling, self.device), filters(sampling, self.device)
+        self.read_every = READ_EVERY.get(self.device.type, READ_EVERY["default"])
+        if self.penalties or sampling.stop_strings:
+            self.read_every = 1  # both read the tokens so far on the host
+        self.stop_1V = torch.zeros(1, 0, dtype=torch.bool)  # which tokens stop, where these are ruled out at first
+        self.least = sampling.further.get("min_new_tokens") or 0 if sampling.stop_ids else 0
 
     def drawn(self) -> list[list[Completion]]:
         self._refill()
@@ -219,16 +215,18 @@ class _Run:
         while free and self.waiting:
             entering = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
             self._prefill(list(dict.fromkeys(index for index, _ in entering if index not in self.prompts)))
-            rows = [_Row(index, number, self.requests[index], self.prompts[index], self.sampling.max_new_tokens)
+            rows = [Row(index, number, self.requests[index], self.prompts[index], self.sampling.max_new_tokens)
                     for index, number in entering]  # fmt: skip
-            self._draw(rows, torch.stack([row.prompt.logits_V for row in rows]))
+            draws = Draws(rows, 1, self.device)
+            self._draw(draws, torch.stack([row.prompt.logits_V for row in rows]))
+            self._read(draws)
             for row in rows:
                 if not row.finished and len(row.ids) < row.longest:
                     self._enter(row, free.pop(0))
                 else:
                     self._finish(row)
 
-    def _enter(self, row: _Row, place: int) -> None:
+    def _enter(self, row: Row, place: int) -> None:
         if self.cache is None:
             layers = len(row.prompt.cached)
             self.cache = ColumnCache(layers, self.rows, self.capacity, at=self.longest)
@@ -248,19 +246,41 @@ class _Run:
     def _prefill(self, indices: list[int]) -> None:
         for group in self._groups(indices):
             prompts = [self.requests[index].prompt_ids for index in group]
-            width = max(map(len, prompts))
-            ids = torch.zeros(len(group), width, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for place, prompt in enumerate(prompts):
-                ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
-                mask[place, width - len(prompt) :] = 1
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            cache = DynamicCache()
-            logits_BV = self._forward(ids, mask, positions, cache)
+            if self.is_flat:
+                caches, logits_BV = self._prefilled_flat(prompts)
+            else:
+                caches, logits_BV = self._prefilled_padded(prompts)
             for place, index in enumerate(group):
-                length = len(prompts[place])
-                cached = [(layer.keys[place, :, -length:], layer.values[place, :, -length:]) for layer in cache.layers]
-                self.prompts[index] = _Prompt(prompts[place], cached, logits_BV[place])
+                self.prompts[index] = Prompt(prompts[place], caches[place], logits_BV[place])
+
+    def _prefilled_flat(self, prompts: list[Any]) -> tuple[list[Cached], Tensor]:
+        """The prompts in one row: keys and values of each, and what its end predicts, [B, V]. No mask is made."""
+        row = flat([Tree(Branch(list(ids), [False] * len(ids))) for ids in prompts])
+        lengths = [len(ids) for ids in prompts]
+        inputs = {name: moved(row[name], self.device) for name in ("input_ids", "position_ids", "segments")}
+        last_B = on(torch.tensor(lengths).cumsum(0) - 1, self.device)
+        cache = DynamicCache()
+        self._someone_asks(True)
+        logits = self.model(**without_mask(inputs), past_key_values=cache, logits_to_keep=last_B, use_cache=True).logits
+        parts = [[kept[0].split(lengths, 1) for kept in (layer.keys, layer.values)] for layer in cache.layers]
+        caches = [[(keys[place], values[place]) for keys, values in parts] for place in range(len(prompts))]
+        return caches, logits[0].float()
+
+    def _prefilled_padded(self, prompts: list[Any]) -> tuple[list[Cached], Tensor]:
+        """The same for a model that takes no flat row: the prompts as rows, padded on the left."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[place, width - len(prompt) :] = 1
+        cache = DynamicCache()
+        logits_BV = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        caches = [
+            [(layer.keys[place, :, -length:], layer.values[place, :, -length:]) for layer in cache.layers]
+            for place, length in enumerate(map(len, prompts))
+        ]
+        return caches, logits_BV
 
     def _groups(self, indices: list[int]) -> Iterator[list[int]]:
         """Prompts of like lengths together, so that little is padded."""
@@ -277,7 +297,7 @@ class _Run:
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """What the last column predicts, [B, V], fp32."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        inputs = {name: value.to(self.device) for name, value in inputs.items() if name in self.kwargs}
+        inputs = {name: on(value, self.device) for name, value in inputs.items() if name in self.kwargs}
         further = {"logits_to_keep": 1} if "logits_to_keep" in self.kwargs else {}
         self._someone_asks(True)
         return self.model(**inputs, past_key_values=cache, **further, use_cache=True).logits[:, -1].float()
@@ -285,25 +305,30 @@ class _Run:
     # --- one token of every row -----------------------------------------------------------------------------------
 
     def _advance(self) -> None:
+        """A few tokens of every row, drawn before the host looks at them."""
         cache = self.cache
         assert cache is not None
         if cache.at == cache.capacity:
             cache.shift(self.longest + self.sampling.max_new_tokens)
-        ids, lengths = [], []
-        for row in self.active:
-            ids.append(0 if row is None else row.ids[-1])
-            lengths.append(1 if row is None else row.length)
-        length_B = torch.tensor(lengths)
-        first = cache.at + 1 - max(lengths)
-        cache.first = first
-        # A row's tokens are those of the last columns, the new one included.
-        column_T = torch.arange(first, cache.at + 1)
-        mask = (column_T[None] > cache.at - length_B[:, None]).long()
-        logits_BV = self._forward(torch.tensor(ids)[:, None], mask, length_B[:, None] - 1, cache)
-        cache.at += 1
         alive = [place for place, row in enumerate(self.active) if row is not None]
         rows = [row for row in self.active if row is not None]
-        self._draw(rows, logits_BV if len(alive) == len(self.active) else logits_BV[alive])
+        room = min(cache.capacity - cache.at, max(row.longest - len(row.ids) for row in rows))
+        ids = [0 if row is None else row.ids[-1] for row in self.active]
+        lengths = [1 if row is None else row.length for row in self.active]
+        draws = Draws(rows, min(self.read_every, room), self.device)
+        token_B, length_B = on(torch.tensor(ids), self.device), on(torch.tensor(lengths), self.device)
+        alive_R = None if len(alive) == len(self.active) else on(torch.tensor(alive), self.device)
+        cache.first = cache.at + 1 - max(lengths)
+        for _ in range(draws.steps):
+            # A row's tokens are those of the last columns, the new one included.
+            column_T = torch.arange(cache.first, cache.at + 1, device=self.device)
+            mask = (column_T[None] > cache.at - length_B[:, None]).long()
+            logits_BV = self._forward(token_B[:, None], mask, length_B[:, None] - 1, cache)
+            cache.at += 1
+            token_R = self._draw(draws, logits_BV if alive_R is None else logits_BV.index_select(0, alive_R))
+            token_B = token_R if alive_R is None else token_B.index_copy(0, alive_R, token_R)
+            length_B = length_B + 1
+        self._read(draws)
         for place, row in zip(alive, rows, strict=True):
             if row.finished or len(row.ids) == row.longest:
                 self._finish(row)
@@ -320,40 +345,44 @@ class _Run:
                 self.cache.keep(alive)
             self.active = [self.active[place] for place in alive]
 
-    def _draw(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
-        """The next token of each row, by its own random number."""
-        if not rows:
-            return
+    def _draw(self, draws: Draws, logits_RV: Tensor) -> Tensor:
+        """The next token of each row, by its own random number: [R]."""
         sampling = self.sampling
         greedy = sampling.temperature == 0
         scale = 1.0 if greedy else sampling.temperature
-        scores_BV = self._filtered(rows, logits_BV)
+        scores_RV = self._filtered(draws, logits_RV)
         if greedy:
-            token_B = scores_BV.argmax(-1)
+            token_R = scores_RV.argmax(-1)
         else:
-            cumulative_BV = scores_BV.softmax(-1).cumsum(-1)
-            uniform_B = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.float32)
+            cumulative_RV = scores_RV.softmax(-1).cumsum(-1)
             # Keep the draw strictly below the total mass, so that rounding cannot select a zero-probability token.
-            sum_B = cumulative_BV[:, -1]
-            wanted_B = torch.minimum(uniform_B.to(self.device) * sum_B, sum_B.nextafter(torch.zeros_like(sum_B)))
+            sum_R = cumulative_RV[:, -1]
+            wanted_R = torch.minimum(draws.uniform_KR[draws.done] * sum_R, sum_R.nextafter(torch.zeros_like(sum_R)))
             # Past the end only where the logits are not numbers.
-            token_B = torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True)[:, 0].clamp(
-                max=scores_BV.shape[1] - 1
+            token_R = torch.searchsorted(cumulative_RV, wanted_R[:, None], right=True)[:, 0].clamp(
+                max=scores_RV.shape[1] - 1
             )
-        tempered_BV = logits_BV if scale == 1.0 else logits_BV / scale
-        logp_B = tempered_BV.gather(1, token_B[:, None])[:, 0] - tempered_BV.logsumexp(-1)
-        stops = set(sampling.stop_ids)
-        for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist(), strict=True):
-            if math.isnan(logp):
-                raise ValueError(
-                    f"the model's logits are not finite numbers at token {len(row.ids)} of a completion: its weights "
-                    "have diverged, or it overflows in this dtype (in fp16: try bf16)"
-                )
-            row.ids.append(token)
-            row.logps.append(logp)
-            row.finished = token in stops or self._stopped(row)
+        tempered_RV = logits_RV if scale == 1.0 else logits_RV / scale
+        draws.add(token_R, tempered_RV.gather(1, token_R[:, None])[:, 0] - tempered_RV.logsumexp(-1))
+        return token_R
 
-    def _stopped(self, row: _Row) -> bool:
+    def _read(self, draws: Draws) -> None:
+        """What was drawn, into the rows: each as far as its end."""
+        stops = set(self.sampling.stop_ids)
+        for tokens, logps in zip(*draws.read(), strict=True):
+            for row, token, logp in zip(draws.rows, tokens, logps, strict=True):
+                if row.finished or len(row.ids) == row.longest:
+                    continue
+                if math.isnan(logp):
+                    raise ValueError(
+                        f"the model's logits are not finite numbers at token {len(row.ids)} of a completion: its "
+                        "weights have diverged, or it overflows in this dtype (in fp16: try bf16)"
+                    )
+                row.ids.append(token)
+                row.logps.append(logp)
+                row.finished = token in stops or self._stopped(row)
+
+    def _stopped(self, row: Row) -> bool:
         strings = self.sampling.stop_strings
         if not strings:
             return False
@@ -363,34 +392,30 @@ class _Run:
         last = self.tokenizer.decode(row.ids[-max(map(len, strings)) - 8 : -1])
         return any(string in tail and string not in last for string in strings)
 
-    def _filtered(self, rows: Sequence[_Row], logits_BV: Tensor) -> Tensor:
+    def _filtered(self, draws: Draws, logits_RV: Tensor) -> Tensor:
         """Scores of the tokens that can be sampled: penalties and excluded tokens first, then the filters."""
-        scores_BV = logits_BV
+        scores_RV = logits_RV
         if self.penalties:
-            scores_BV = scores_BV.clone()
+            scores_RV = scores_RV.clone()
             # They read the ids. Rows of one length go together, so that there is no padding to be taken for a token.
-            for places, ids in _by_length(rows):
-                scores_BV[places] = self.penalties(ids.to(self.device), scores_BV[places])
-        least = self.sampling.further.get("min_new_tokens") or 0
-        early = [place for place, row in enumerate(rows) if len(row.ids) < least]
-        if early and self.sampling.stop_ids:
-            scores_BV = scores_BV.clone()
-            scores_BV[torch.tensor(early)[:, None], list(self.sampling.stop_ids)] = -torch.inf
-        return self.filters(None, scores_BV) if self.filters else scores_BV
+            for places, ids in by_length(draws.rows):
+                scores_RV[places] = self.penalties(ids.to(self.device), scores_RV[places])
+        if any(len(row.ids) + draws.done < self.least for row in draws.rows):
+            scores_RV = scores_RV.masked_fill(self._stops_of(scores_RV) & draws.early_R1(self.least), -torch.inf)
+        return self.filters(None, scores_RV) if self.filters else scores_RV
 
-    def _finish(self, row: _Row) -> None:
+    def _stops_of(self, scores_RV: Tensor) -> Tensor:
+        """Which tokens stop, [1, V]."""
+        if not self.stop_1V.numel():
+            stop_V = torch.zeros(scores_RV.shape[1], dtype=torch.bool)
+            stop_V[list(self.sampling.stop_ids)] = True
+            self.stop_1V = on(stop_V[None], self.device)
+        return self.stop_1V
+
+    def _finish(self, row: Row) -> None:
         if row not in self.active:
             self._forget(row.request)  # it never entered
         self.done[row.request, row.number] = Completion(row.ids, row.logps, row.finished)
-
-
-def _by_length(rows: Sequence[_Row]) -> Iterator[tuple[list[int], Tensor]]:
-    """Places of the rows of each length, with their prompts and completions, [rows, length]."""
-    places: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row.length, []).append(place)
-    for group in places.values():
-        yield group, torch.tensor([rows[place].prompt.ids + rows[place].ids for place in group])
 
 
 def _tokens_that_fit(base: Any, device: torch.device) -> int:
@@ -403,7 +428,11 @@ def _tokens_that_fit(base: Any, device: torch.device) -> int:
         if torch.is_autocast_enabled(device.type)
         else base.dtype.itemsize
     )
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
+    room = CACHE_BYTES
+    if device.type == "cuda":
+        # What torch holds and does not use is free too, whoever freed it: a training step does so.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = (torch.cuda.mem_get_info(device)[0] + unused) // 2
     return room // (2 * config.num_hidden_layers * heads * width * size)
 
 
@@ -440,7 +469,7 @@ def _by_generate(model: nn.Module, request: Request, sampling: Sampling) -> list
     found = []
     for number in range(request.first, request.first + request.samples):
         # One at a time, so that a sample does not depend on the others.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(int(np.random.SeedSequence([*request.seed, number]).generate_state(1)[0]))
             settings = {
                 "max_new_tokens": min(sampling.max_new_tokens, request.limit or sampling.max_new_tokens),

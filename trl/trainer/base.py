@@ -46,7 +46,7 @@ from trl.compat.arguments import Adoptable
 from trl.config import BaseConfig
 from trl.data.report import DataReport
 from trl.engine import linear
-from trl.engine.forest import Batch, computed, gridded, relabelled
+from trl.engine.forest import Batch, computed, gridded, moved, relabelled
 from trl.engine.probe import attach
 from trl.losses.tokens import Metric
 from trl.models import adapters, low_bits, offload, saving, vocabulary
@@ -149,7 +149,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
         # The engine adds the noise of NEFTune by the length of each sequence; the hook of `Trainer` knows rows alone.
         self.neftune_noise_alpha = None
         overrides.check_optimizer(self.optimizer, model)
-        self.attachment = self._collate.attachment = attach(model)
+        self.attachment = self._collate.attachment = attach(model, self.compute_loss_context_manager)
         self._collate.labels = overrides.reads_batches(self) is not None
 
         self._sums = {"train": Totals(), "eval": Totals()}
@@ -363,7 +363,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         # Under DeepSpeed `Trainer` casts all numbers to the dtype of the weights, log-probs and advantages too.
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        return moved(data, self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         on_host = offload.on_host(model) if self.args.activation_offloading else contextlib.nullcontext()

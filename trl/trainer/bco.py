@@ -80,7 +80,7 @@ class BCOTrainer(UnpairedTrainer):
         quantization_config: Any = None,
     ) -> None:
         self.embedding_func, self.embedding_tokenizer = embedding_func, embedding_tokenizer
-        self.seen, self.mean_reward = 0.0, 0.0  # the running mean
+        self.running = torch.zeros(2, dtype=torch.float64)  # the sum of all rewards so far, and their number
         self.classifier: Any = None
         super().__init__(
             model,
@@ -126,15 +126,13 @@ class BCOTrainer(UnpairedTrainer):
                         policy_S = self.sequence_logp(score(model, moved))
                     reward_S = self.args.beta * (policy_S - ref_S.to(policy_S.device))
                     total = reward_S.to(sums.device).double().sum()
-                    sums += torch.stack([total, sums.new_tensor(float(len(reward_S)))])
+                    sums += torch.stack([total, sums.new_full((), float(len(reward_S)))])
         if training:
             if self.args.world_size > 1:
                 torch.distributed.all_reduce(sums)
-            total, count = sums.tolist()
-            if count:
-                self.seen += count
-                self.mean_reward += (total / count - self.mean_reward) * count / self.seen
-        return Statistics({"delta": torch.tensor(self.mean_reward)}, columns)
+            # The sums stay where they are: nobody waits for the device.
+            self.running = self.running.to(sums.device) + sums
+        return Statistics({"delta": self.running[0] / self.running[1].clamp(min=1)}, columns)
 
     def settings(self, batch: Batch, policy_S: Tensor, step: Step) -> dict[str, Any]:
         return {
@@ -147,11 +145,13 @@ class BCOTrainer(UnpairedTrainer):
         return {"delta": mean_metric(step.shared["delta"].to(self.args.device))}
 
     def method_state(self) -> dict[str, Any]:
-        return {**super().method_state(), "seen": self.seen, "mean_reward": self.mean_reward}
+        total, seen = self.running.tolist()
+        return {**super().method_state(), "seen": seen, "mean_reward": total / max(seen, 1.0)}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self.seen, self.mean_reward = state.get("seen", 0.0), state.get("mean_reward", 0.0)
+        seen = state.get("seen", 0.0)
+        self.running = torch.tensor([state.get("mean_reward", 0.0) * seen, seen], dtype=torch.float64)
 
     # --- the distribution of prompts ------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ class KTOTrainer(UnpairedTrainer):
                     own_S, ref_S = self.reference_values(moved, self.reference.ask(model)).unbind(1)
                     columns.append({"ref_logp_S": own_S})
             total = (policy_S - ref_S).to(sums.device).double().sum()
-            sums += torch.stack([total, sums.new_tensor(float(len(policy_S)))])
+            sums += torch.stack([total, sums.new_full((), float(len(policy_S)))])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
         return Statistics({"kl": kl_estimate((sums[0] / sums[1].clamp(min=1)).float())}, columns)

@@ -110,7 +110,7 @@ class NashMDTrainer(OnlinePairsTrainer):
             "rewards/accuracies": (logp_S > ref_logp_S).float(),
         }
         metrics = {name: masked_mean_metric(value, trained_S) for name, value in values.items()}
-        metrics |= {name: Metric(logp_S.new_tensor(getattr(self, name)), 1.0) for name in ("beta", "mixture_coef")}
+        metrics |= {name: Metric(logp_S.new_full((), getattr(self, name)), 1.0) for name in ("beta", "mixture_coef")}
         return {"completions": self.with_balance(loss_S.sum(), trained_S, stats, metrics)}, metrics
 
     def metrics_of_round(self, score_S: Tensor, ended_S: Tensor) -> dict[str, Tensor]:

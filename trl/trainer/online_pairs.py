@@ -252,7 +252,7 @@ class OnlinePairsTrainer(OnlineTrainer):
             "rewards/margins": masked_mean_metric(chosen_P - rejected_P, trained_P),
             "logps/chosen": masked_mean_metric(available["chosen_logp_P"], trained_P),
             "logps/rejected": masked_mean_metric(available["rejected_logp_P"], trained_P),
-            "beta": Metric(kl_S.new_tensor(beta), 1.0),
+            "beta": Metric(kl_S.new_full((), beta), 1.0),
         }
         return loss_P, metrics
 

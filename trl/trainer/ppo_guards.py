@@ -25,7 +25,7 @@ class Guards:
 
     def observe(self, ratio_N: Tensor, log_ratio_N: Tensor) -> None:
         """Take in a micro-batch of training."""
-        count = ratio_N.new_tensor(float(len(ratio_N)))
+        count = ratio_N.new_full((), float(len(ratio_N)))
         self.seen = self.seen + torch.stack([ratio_N.detach().sum(), log_ratio_N.detach().sum(), count])
 
     def end_step(self, device: torch.device, ranks: int) -> bool:

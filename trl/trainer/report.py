@@ -65,6 +65,8 @@ def engine_lines(attachment: Attachment, reader: str | None, collator: Any, comp
             f"torch_compile: {compiled} parts of layers (norms, feed-forward) are compiled, for all lengths; attention "
             "by segment and the head run as they are"
         )
+    if attachment.is_flat and attachment.kernel_reason:
+        lines.append(f"engine: segments one by one, not by the variable-length kernel: {attachment.kernel_reason}")
     if attachment.head_reason:
         lines.append(f"engine: full logits, because {attachment.head_reason}")
     return lines

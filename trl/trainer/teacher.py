@@ -74,6 +74,8 @@ class Teacher(Component):
             model = model.to(args.device)
         self.model = frozen(model)
         attachment = unwrap(model)._trl_attachment
+        trainer.attachment.kernel_reason = trainer.attachment.kernel_reason or attachment.kernel_reason
+        trainer.attachment.repeats_keys |= attachment.repeats_keys
         if trainer.attachment.is_flat and not attachment.is_flat:
             # Both read the same batches.
             trainer.attachment.is_flat = False

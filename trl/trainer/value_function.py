@@ -69,6 +69,8 @@ class ValueFunction(Component):
         found = attach(own)
         if trainer.attachment.is_flat and not found.is_flat:
             raise ValueError(f"value_model cannot read the policy's flat rows: {found.reason}. Leave it out")
+        trainer.attachment.kernel_reason = trainer.attachment.kernel_reason or found.kernel_reason
+        trainer.attachment.repeats_keys |= found.repeats_keys
         add_critic(trainer.model, own)
 
     def _module(self, trainer: BaseTrainer) -> Any:

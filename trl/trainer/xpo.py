@@ -58,6 +58,6 @@ class XPOTrainer(OnlinePairsTrainer):
         bonus_P = xpo_bonus(other_logp_P=other_logp_P, alpha=self.alpha) * pairs.is_trained_P
         metrics["loss/dpo"] = masked_mean_metric(loss_P, pairs.is_trained_P)
         metrics["loss/xpo"] = masked_mean_metric(bonus_P, pairs.is_trained_P)
-        metrics["alpha"] = Metric(bonus_P.new_tensor(self.alpha), 1.0)
+        metrics["alpha"] = Metric(bonus_P.new_full((), self.alpha), 1.0)
         total = (loss_P + bonus_P).sum()
         return {"pairs": self.with_balance(total, pairs.is_trained_P, pairs.stats, metrics)}, metrics
