@@ -14,9 +14,11 @@ from trl.engine.score import score
 from trl.models.offload import enable_checkpointing
 from trl.plan import CARDS, Card, Run, plan
 from trl.plan.cost import cache_bytes, flops_of_step
-from trl.plan.memory import GIB, RESERVE, weights_of
+from trl.plan.memory import GIB, RESERVE
 from trl.plan.reading import run_of
-from trl.plan.trace import _Alive, activations, tree
+from trl.plan.shapes import tree, trees
+from trl.plan.trace import _Alive, micro_batch
+from trl.plan.weights import weights_of
 
 SMALL = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -31,18 +33,19 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 def test_weights_are_counted_as_the_model_has_them():
     model = AutoModelForCausalLM.from_config(SMALL)
-    found = weights_of(SMALL, torch.bfloat16)
+    found = weights_of(Run(SMALL))
     assert found.total == found.trained == sum(each.numel() for each in model.parameters())
-    assert found.head == 512 * 64  # the head is the embedding
-    assert found.bytes(0, False) == 2 * found.total
+    assert found.head == found.largest == 512 * 64  # the head is the embedding
+    assert found.total_bytes == found.trained_bytes == 2 * found.total == 2 * sum(found.half)
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96
     assert found.products == found.quantised == 3 * layer
-    adapted = weights_of(SMALL, torch.bfloat16, LORA)
+    adapted = weights_of(Run(SMALL, adapter=LORA))
     assert adapted.trained == 3 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
-    assert adapted.trained_bytes == 4 * adapted.trained  # PEFT's adapters are float32
+    assert adapted.trained_bytes == 4 * adapted.trained and adapted.half == ()  # PEFT's adapters are float32
     assert adapted.total - adapted.trained == found.total
-    nested = adapted.bytes(4, True) - 2 * (adapted.total - adapted.quantised)
+    nested = adapted.frozen_bytes(4, True) - 2 * (found.total - adapted.quantised)
     assert nested == pytest.approx(adapted.quantised * (0.5 + 0.127 / 8))
+    assert weights_of(Run(SMALL, dtype=torch.float16)).total_bytes == 4 * found.total  # held in float32
 
 
 def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to():
@@ -50,7 +53,7 @@ def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to():
         vocab_size=512, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1,
     )  # fmt: skip
-    whole = weights_of(config, torch.float32)
+    whole = weights_of(Run(config, dtype=torch.float32))
     experts = 2 * 8 * 3 * 64 * 32
     assert whole.quantised >= experts
     rest = whole.quantised - experts
@@ -59,10 +62,12 @@ def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to():
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["all", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-def test_activations_are_those_of_a_real_run(adapter, checkpointing):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_micro_batch_takes_what_it_takes_in_a_real_run(adapter, checkpointing, accumulation):
     """A run of three layers has what one and two layers on tensors without values foretell."""
-    trees = [tree(0, 20, [30, 30]), tree(1, 40, [25])]
-    traced = activations(SMALL, trees, dtype=torch.float32, adapter=adapter, checkpointing=checkpointing)
+    run = Run(SMALL, "kto", torch.float32, None, adapter, rows=2, prompt=30, completion=50, device="cpu",
+              checkpointing=checkpointing, accumulation=accumulation)  # fmt: skip
+    sections = micro_batch(run, 2)
 
     model = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL))
     if adapter is not None:
@@ -74,13 +79,14 @@ def test_activations_are_those_of_a_real_run(adapter, checkpointing):
         enable_checkpointing(model)
         model.enable_input_require_grads()
     model.train()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    batch = attachment.batch(trees)
+    if accumulation > 1:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    batch = attachment.batch(trees(run, 2))
     with _Alive() as alive:
-        score(model, batch, entropy=True).logp_N.sum().backward()
-    assert traced.of(3) == pytest.approx(alive.peak, rel=0.02)
+        score(model, batch, entropy=True, mean_logit=True).logp_N.sum().backward()
+    assert max(held.total for held in sections) == pytest.approx(alive.peak, rel=0.02)
 
 
 def test_parts_and_phases():
@@ -92,9 +98,9 @@ def test_parts_and_phases():
     rest = 2 * 128256 * 4096 + 65 * 4096
     assert parts["backward"]["weights"] == pytest.approx(linear * (0.5 + 0.127 / 8) + 2 * rest)
     adapter = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
-    assert parts["backward"]["adapter"] == parts["backward"]["gradients"] == 4 * adapter
-    assert parts["optimizer step"]["optimizer"] == 8 * adapter
-    assert found.held["reserve"] == RESERVE
+    assert parts["backward"]["adapter"] == parts["optimizer step"]["gradients"] == 2 * adapter  # under 4 bits: bfloat16
+    assert parts["optimizer step"]["optimizer"] == (8 + 2) * adapter
+    assert found.held["reserve"] == RESERVE["cuda"]
     assert found.fits() and "to spare" in next(found.advice())
     most = found.largest_rows()
     assert found.fits(most) and not found.fits(most + 1)
@@ -118,7 +124,7 @@ def test_a_run_that_does_not_fit_is_told_what_would():
 
 def test_shards_divide_what_they_divide():
     run = {"config": SMALL, "dtype": torch.float32, "processes": 4, "prompt": 8, "completion": 8}
-    total = 4 * weights_of(SMALL, torch.float32).total
+    total = 4 * weights_of(Run(SMALL, dtype=torch.float32)).total
     for sharding, (weights, gradients, state) in {
         "ddp": (1, 1, 1), "zero1": (1, 1, 4), "zero2": (1, 4, 4), "fsdp2": (4, 4, 4), "zero3": (4, 4, 4)
     }.items():  # fmt: skip
@@ -135,7 +141,7 @@ def test_the_cache_of_the_sampler_is_that_of_transformers():
     out = model(input_ids=torch.ones(3, 7, dtype=torch.long), use_cache=True).past_key_values
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.layers)
     assert cache_bytes(SMALL, 7, torch.float32) * 3 == real
-    run = Run(SMALL, "grpo", dtype=torch.float32, rows=4, prompt=8, completion=8)
+    run = Run(SMALL, "grpo", dtype=torch.float32, rows=4, prompt=8, completion=8, device="cpu")
     sampling = {phase.name: phase.parts for phase in plan(run).phases()}["sampling"]
     assert sampling["cache of 4 rows"] == 4 * cache_bytes(SMALL, 16, torch.float32)
 
@@ -145,7 +151,7 @@ def test_operations():
     run = Run(SMALL, dtype=torch.float32, rows=2, prompt=16, completion=16, checkpointing=False)
     weights = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 512 * 64
     attention = 3 * 2.0 * 3 * 64 * 32 * 64
-    assert flops_of_step(run, weights_of(SMALL, torch.float32).products) == pytest.approx(6 * weights * 64 + attention)
+    assert flops_of_step(run, weights_of(run).products) == pytest.approx(6 * weights * 64 + attention)
 
 
 def test_a_run_by_the_arguments_of_a_trainer(tmp_path):

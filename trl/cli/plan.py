@@ -68,10 +68,8 @@ def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Map
     if options.gpu_memory:
         card = Card(options.gpu_memory, *(card[1:] if card else (0.0, 0.0)))
     config = config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
-    others = [
-        getattr(source, name, None)
-        for source, name in ((script, "reward_model_name_or_path"), (args, "teacher_model_name_or_path"))
-    ]
+    judge = getattr(script, "reward_model_name_or_path", None)
+    teacher = getattr(args, "teacher_model_name_or_path", None)
     planned = run_of(
         options.method,
         config,
@@ -80,7 +78,8 @@ def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Map
         dtype=model.dtype,
         bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 0,
         nested=model.use_bnb_nested_quant,
-        frozen=tuple(config_of(name) for name in others if name),
+        teacher=config_of(teacher) if teacher else None,
+        frozen=(config_of(judge),) if judge else (),
         prompt=options.prompt_tokens,
         completion=options.completion_tokens,
         processes=int(elsewhere.get("num_processes", 1)),
