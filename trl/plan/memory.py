@@ -12,7 +12,7 @@ from .trace import Held, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
-RESERVE = {"cuda": 0.8 * GIB, "cpu": 0.02 * GIB}  # the driver's context, the libraries' workspaces
+RESERVE = {"cuda": 0.8 * GIB, "cpu": 0.03 * GIB}  # the driver's context, the libraries' workspaces
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,25 @@ def _aligned(one: Mapping[str, Held], two: Mapping[str, Held]) -> Iterator[tuple
 
 
 def _sections(run: Run, layers: int, amount: int) -> dict[str, Held]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model, batch, teacher = prepared(run, layers, amount, mode)
+    half = run.device == "cpu" and (run.dtype in linear.HALF or run.autocast is not None)
+    products = linear.half_products(torch.device("cpu"), half)
+    alive = _Alive(in_place=not isinstance(products, TorchDispatchMode))
+    _watch(model, layers, alive, gradients=not run.accumulates)
+    cast = torch.autocast("cpu", run.autocast) if run.autocast is not None else contextlib.nullcontext()
+    with mode, alive, products, _offloaded(model, run):
+        with cast:
+            total = _loss(run, model, batch, teacher)
+        alive.section("forward")
+        total.backward()
+        del total
+        alive.section("end")
+    return alive.sections
+
+
+def prepared(run: Run, layers: int, amount: int, mode: FakeTensorMode) -> tuple[nn.Module, Batch, nn.Module | None]:
+    """The policy with `layers` layers, a micro-batch of `amount` and the teacher, if there is one, without values."""
     model = policy(run, layers)
     attachment = attach_unprobed(model)
     if run.critic is not None:
@@ -78,30 +97,17 @@ def _sections(run: Run, layers: int, amount: int) -> dict[str, Held]:
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
     model.train()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     teacher = None
     if run.teacher is not None and run.method in TAUGHT:
         teacher = empty(run.teacher, run.dtype, layers=1)
         attach_unprobed(teacher)
         teacher = _fake_model(teacher.requires_grad_(False).eval(), mode)
     model = _fake_model(model, mode)
-    batch = _fake(attachment.batch(trees(run, amount)), mode)
     if run.accumulates:
         with mode:
             for weight in model.parameters():
                 weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-    alive = _Alive()
-    _watch(model, layers, alive, gradients=not run.accumulates)
-    half = run.device == "cpu" and (run.dtype in linear.HALF or run.autocast is not None)
-    cast = torch.autocast("cpu", run.autocast) if run.autocast is not None else contextlib.nullcontext()
-    with mode, alive, linear.half_products(torch.device("cpu"), half), _offloaded(model, run):
-        with cast:
-            total = _loss(run, model, batch, teacher)
-        alive.section("forward")
-        total.backward()
-        del total
-        alive.section("end")
-    return alive.sections
+    return model, _fake(attachment.batch(trees(run, amount)), mode), teacher
 
 
 def _loss(run: Run, model: nn.Module, batch: Batch, teacher: nn.Module | None) -> Tensor:
@@ -191,8 +197,9 @@ def _watch(model: nn.Module, layers: int, alive: "_Alive", gradients: bool) -> N
 class _Alive(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make while it is on, as long as they live."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool = True) -> None:
         super().__init__()
+        self.in_place = in_place
         self.bytes = self.peak = self.gradients = 0
         self.highest = Held(0, 0)  # of the section under way
         self.sections: dict[str, Held] = {}
@@ -201,11 +208,16 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        self._look()
         given = {id(each.untyped_storage()) for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)}
         found = func(*args, **(kwargs or {}))
         for each in tree_iter(found):
             if isinstance(each, Tensor) and id(storage := each.untyped_storage()) not in given:
                 self._add(storage)
+        # The backward pass adds gradients up in place, but for tensors without values: then what was added to is gone
+        # by the next operation.
+        if not (self.in_place and func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()):
+            self._look()
         return found
 
     def _add(self, storage: Any) -> None:
@@ -214,11 +226,10 @@ class _Alive(TorchDispatchMode):
         self.seen.add(storage)
         size = storage.nbytes()
         self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        self._look()
         weakref.finalize(storage, self._free, size)
 
     def _look(self) -> None:
+        self.peak = max(self.peak, self.bytes)
         if self.bytes > self.highest.total:
             self.highest = Held(self.bytes - self.gradients, self.gradients)
 

@@ -116,8 +116,9 @@ def step_bytes(run: Run, weights: Weights) -> float:
         own = OF_LARGEST.get(run.optim, 0.0) * 4.0 * max(map(max, together))
     if not weights.half:
         return own
-    # Float32 weights and gradients of a chunk, and what it takes to put the halves of one tensor apart.
-    return max(8.0 * sum(sizes) + max(own, 12.0 * max(sizes)) for sizes in together)
+    # Float32 weights and gradients of a chunk in the place of its lower halves, and what it takes to put the halves of
+    # one tensor apart.
+    return max(6.0 * sum(sizes) + max(own, 12.0 * max(sizes)) for sizes in together)
 
 
 def _chunks(sizes: tuple[int, ...]) -> Iterable[list[int]]:
