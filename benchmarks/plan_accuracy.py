@@ -91,7 +91,11 @@ def rows_of(case: dict[str, Any], count: int) -> Any:
     elif case["method"] in ("grpo", "ppo"):
         columns = {"prompt": ["" for _ in prompts], "prompt_ids": prompts}
     else:
-        columns = {"prompt_ids": prompts, "chosen_ids": [completion] * count, "rejected_ids": [completion[::-1]] * count}
+        columns = {
+            "prompt_ids": prompts,
+            "chosen_ids": [completion] * count,
+            "rejected_ids": [completion[::-1]] * count,
+        }
     return Dataset.from_dict({**columns, "row": list(range(count))})
 
 
@@ -208,7 +212,9 @@ def main() -> None:
         print(f"{name:28}{each['predicted'] / GIB:10.3f} G{each['measured'] / GIB:10.3f} G{error:+9.1%}", flush=True)
         if options.parts:
             for phase, parts in each["phases"].items():
-                print(f"    {phase}: " + ", ".join(f"{part} {size / 2**20:.0f}" for part, size in parts.items() if size))
+                print(
+                    f"    {phase}: " + ", ".join(f"{part} {size / 2**20:.0f}" for part, size in parts.items() if size)
+                )
     errors = [abs(each["predicted"] / each["measured"] - 1) for each in found.values()]
     print(f"{len(errors)} cases: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
     if options.json:
@@ -288,7 +294,9 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
     with traces._as_on("cuda"):
         model, batch, teacher = traces.prepared(run, layers_of(run.config), found.amount, mode)
         held = sum(each.numel() * each.element_size() for each in model.parameters())
-        held += sum(each.grad.numel() * each.grad.element_size() for each in model.parameters() if each.grad is not None)
+        held += sum(
+            each.grad.numel() * each.grad.element_size() for each in model.parameters() if each.grad is not None
+        )
         cast = torch.autocast("cpu", run.autocast) if run.autocast else contextlib.nullcontext()
         tracker: Any = MemTracker()
         handle = SimpleNamespace(remove=lambda: None)  # it would put hooks on weights that take no gradient

@@ -8,7 +8,7 @@ from typing import Any
 from . import cost
 from .cards import CARDS, Card
 from .run import Run
-from .trace import Held, micro_batch
+from .trace import Held, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
@@ -40,6 +40,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     steps: int | None = None
     price_per_hour: float | None = None
+    rough: bool = False
     traces: dict[int, list[Held]] = field(default_factory=dict)  # what was traced, by the size of the micro-batch
 
     @cached_property
@@ -109,7 +110,7 @@ class Plan:
 
     def _traced(self, amount: int) -> list[Held]:
         if amount not in self.traces:
-            self.traces[amount] = micro_batch(self.run, amount)
+            self.traces[amount] = (estimated if self.rough else micro_batch)(self.run, amount)
         return self.traces[amount]
 
     def activations(self, amount: float) -> float:
@@ -280,7 +281,7 @@ class Plan:
 
     def with_traces(self, other: "Plan") -> "Plan":
         """This plan with what another one of the same run has measured."""
-        self.__dict__.update(weights=other.weights, held=other.held, traces=other.traces)
+        self.__dict__.update(weights=other.weights, held=other.held, traces=other.traces, rough=other.rough)
         return self
 
 
@@ -294,10 +295,11 @@ def tokens_that_fit(run: Run, memory_bytes: float) -> int:
     return int(most if run.samples else most * run.tokens_of_row)
 
 
-def plan(run: Run, card: Card | str | None = None, utilisation: float = 0.35) -> Plan:
-    """The plan of a run on a card, given by its name in `CARDS` or as a `Card`."""
+def plan(run: Run, card: Card | str | None = None, utilisation: float = 0.35, rough: bool = False) -> Plan:
+    """The plan of a run on a card, given by its name in `CARDS` or as a `Card`. `rough`: activations are estimated from
+    the sizes of the model, in no time, instead of traced."""
     if isinstance(card, str):
         if card not in CARDS:
             raise ValueError(f"there is no card {card!r}; known are {', '.join(CARDS)}, or give --gpu_memory in GiB")
         card = CARDS[card]
-    return Plan(run, card, utilisation)
+    return Plan(run, card, utilisation, rough=rough)

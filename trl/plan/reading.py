@@ -1,7 +1,6 @@
 """A `Run` from the options of a training command or the arguments of a trainer."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +37,9 @@ def run_of(
     processes: int = 1,
     sharding: str = "ddp",
     device: str = "cuda",
+    trained: float = 1.0,
+    rows: int | None = None,
+    accumulation: int | None = None,
 ) -> Run:
     """A run by the trainer arguments `args` of a method. Lengths that are not given are the longest that they allow."""
     wanted = torch_dtype(dtype) if dtype not in (None, "auto") else getattr(config, "dtype", None)
@@ -54,12 +56,13 @@ def run_of(
         adapter=_adapter(method, adapter),
         bits=bits,
         nested=nested,
-        rows=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
+        rows=rows or args.per_device_train_batch_size,
+        accumulation=accumulation or args.gradient_accumulation_steps,
         processes=processes,
         sharding=sharding,
         prompt=prompt,
         completion=completion,
+        trained=trained,
         budget=budget or BUDGET.get(device, BUDGET["default"]),
         generations=getattr(args, "num_generations", None) or 1,
         shares=bool(getattr(args, "share_prompt", True)),
@@ -77,7 +80,7 @@ def run_of(
     if budget is None or found.samples or found.tokens_of_micro_batch <= budget:
         return found
     rows = max(1, budget // found.tokens_of_row)
-    return replace(found, rows=rows, accumulation=-(-found.rows * found.accumulation // rows))
+    return found.having(rows=rows, accumulation=-(-found.rows * found.accumulation // rows))
 
 
 def _adapter(method: str, adapter: Any) -> Any:

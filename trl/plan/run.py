@@ -1,6 +1,6 @@
 """A run as its plan sees it: what takes memory and time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class Run:
     head: str = "CausalLM"
     steps: int | None = None
     device: str = "cuda"
+
+    def having(self, **changes: Any) -> "Run":
+        """This run with other values."""
+        return replace(self, **changes)
 
     @property
     def samples(self) -> bool:

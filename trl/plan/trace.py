@@ -60,6 +60,26 @@ def micro_batch(run: Run, amount: int) -> list[Held]:
     return [last.beyond(first, layers) for first, last in _aligned(one, two)]
 
 
+def estimated(run: Run, amount: int) -> list[Held]:
+    """About what `micro_batch` finds, from the sizes of the model alone."""
+    text = run.config.get_text_config()
+    hidden, layers = text.hidden_size, layers_of(run.config)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    tokens = amount if run.samples else amount * run.tokens_of_row
+    itemsize = (run.autocast or run.dtype).itemsize
+    adapted = 2 if run.adapter is not None else 1
+    # Of a layer: what norms, projections, attention and the feed-forward part save; the residual stream.
+    layer = tokens * itemsize * (9 * hidden + 4 * inner) * adapted
+    stream = tokens * hidden * max(itemsize, run.dtype.itemsize)
+    kept = layer + stream * layers if run.checkpointing else (layer + stream) * layers
+    elements = chunked.CHUNK_ELEMENTS.get(run.device, chunked.CHUNK_ELEMENTS["default"])
+    head = 0.0
+    if run.head == "CausalLM":
+        head = 4.0 * (3 * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
+        head += 4.0 * text.vocab_size * hidden if run.adapter is None else 0.0  # its gradient
+    return [Held(kept + head, 0.0)]
+
+
 def _aligned(one: Mapping[str, Held], two: Mapping[str, Held]) -> Iterator[tuple[Held, Held]]:
     """The sections of a model of one layer beside those of a model of two."""
     for name, held in two.items():
