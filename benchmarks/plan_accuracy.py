@@ -7,8 +7,8 @@
 A real run is a process of its own: SmolLM2's shape with few layers and random weights, two optimizer steps. Its memory
 is what its resident set grows by, from before the model is made; freed memory goes back to the system at once (glibc's
 settings, as `--exact-memory` of the other benchmarks), and a tiny run of the same kind before has loaded all code.
-`--tracked` runs six layers of 8B shapes forward and backward on fake tensors under `torch.distributed._tools.mem_tracker`,
-which counts what the plan extrapolates from one and two. (It takes minutes with all layers.)
+`--tracked` runs six layers of 8B shapes forward and backward on fake tensors under torch's `MemTracker`, which counts
+what the plan extrapolates from one and two. (With all layers it takes many minutes.)
 """
 
 import argparse
@@ -235,7 +235,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                     num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8,
                                     head_dim=256)),
 }  # fmt: skip
-# What differs from: six layers of Llama 8B, sft, bfloat16 weights, all of them, 2 rows of 1024 + 1024 tokens, checkpointing.
+# What differs from: six layers of Llama 8B, sft, bfloat16, all weights, 2 rows of 1024 + 1024 tokens, checkpointing.
 TRACKED: dict[str, dict[str, Any]] = {
     "sft": {},
     "sft kept": {"checkpointing": False},
@@ -282,7 +282,8 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(case["threads"])
     kind, sizes = SHAPES[case["shape"]]
     run = Run(
-        getattr(transformers, kind)(**{**sizes, "num_hidden_layers": 6}), case["method"], dtype=getattr(torch, case["dtype"]),
+        getattr(transformers, kind)(**{**sizes, "num_hidden_layers": 6}), case["method"],
+        dtype=getattr(torch, case["dtype"]),
         autocast=torch.bfloat16 if case["autocast"] else None, adapter=lora(case), bits=case["bits"],
         rows=case["rows"], accumulation=case["accumulation"], prompt=case["prompt"], completion=case["completion"],
         checkpointing=case["checkpointing"], has_reference=case["method"] in ("dpo", "kto"),

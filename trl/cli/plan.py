@@ -56,23 +56,34 @@ def _parser(command: str, methods: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> Any:
-    from trl.models.adapters import lora_config
-    from trl.plan import CARDS, Card, plan
-    from trl.plan.reading import config_of, run_of
+    from trl.plan import CARDS, Card
 
     classes = train.classes(options.method)
-    script, _, model, args = train.training_parser(options.method).instances({"use_cpu": True, **values}, classes)
+    parser = train.training_parser(options.method)
+    script, *_, model, args = parser.instances({"use_cpu": True, **values}, classes)
     if options.gpu is not None and options.gpu not in CARDS:
         raise UsageError(f"there is no card {options.gpu}{nearest(options.gpu, CARDS)} Known are {', '.join(CARDS)}.")
     card = CARDS[options.gpu] if options.gpu else None
     if options.gpu_memory:
         card = Card(options.gpu_memory, *(card[1:] if card else (0.0, 0.0)))
-    config = config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    lengths = {"prompt": options.prompt_tokens, "completion": options.completion_tokens}
+    found = planned(options.method, script, model, args, elsewhere, **lengths)
+    found.card, found.utilisation, found.price_per_hour = card, options.utilisation, options.price_per_hour
+    found.steps = found.run.steps or _steps(options, args, found.run)
+    return found
+
+
+def planned(method: str, script: Any, model: Any, args: Any, elsewhere: Mapping[str, Any], **about: Any) -> Any:
+    """The plan of a training command by its options; `about` are further arguments of `plan.reading.run_of`."""
+    from trl.models.adapters import lora_config
+    from trl.plan import plan
+    from trl.plan.reading import config_of, run_of
+
     judge = getattr(script, "reward_model_name_or_path", None)
     teacher = getattr(args, "teacher_model_name_or_path", None)
-    planned = run_of(
-        options.method,
-        config,
+    run = run_of(
+        method,
+        config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code),
         args,
         adapter=lora_config(model),
         dtype=model.dtype,
@@ -80,15 +91,11 @@ def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Map
         nested=model.use_bnb_nested_quant,
         teacher=config_of(teacher) if teacher else None,
         frozen=(config_of(judge),) if judge else (),
-        prompt=options.prompt_tokens,
-        completion=options.completion_tokens,
         processes=int(elsewhere.get("num_processes", 1)),
         sharding=_sharding(elsewhere),
+        **about,
     )
-    found = plan(planned, card, options.utilisation)
-    found.price_per_hour = options.price_per_hour
-    found.steps = planned.steps or _steps(options, args, planned)
-    return found
+    return plan(run)
 
 
 def _steps(options: argparse.Namespace, args: Any, planned: Any) -> int | None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from . import cost
+from .advice import advice
 from .cards import CARDS, Card
 from .run import Run
 from .trace import Held, estimated, micro_batch
@@ -206,32 +207,11 @@ class Plan:
 
     def advice(self) -> Iterator[str]:
         """What to change, if it does not fit, and what is left, if it does."""
-        if self.card is None:
-            return
-        run, have = self.run, self.card.memory * GIB
-        spare = have - self.peak.total
-        if spare >= 0:
-            yield f"fits, with {spare / GIB:.1f} GiB to spare"
-            if not run.samples and (most := self.largest_rows()) > run.rows:
-                yield f"--per_device_train_batch_size {most} would fit too"
-            return
-        yield f"does not fit: {-spare / GIB:.1f} GiB too much in the phase `{self.peak.name}`"
-        most = 0 if run.samples else self.largest_rows()
-        if 0 < most < run.rows:
-            times = -(-run.rows * run.accumulation // most)
-            flags = f"--per_device_train_batch_size {most} --gradient_accumulation_steps {times}"
-            yield f"{flags} fits, with the same gradient"
-            return
-        if not run.checkpointing:
-            yield "--gradient_checkpointing keeps one layer's activations at a time"
-        if run.adapter is None:
-            yield "--use_peft trains an adapter: gradients and optimizer state of a hundredth of the weights"
-        elif not run.bits:
-            yield "--load_in_4bit holds the frozen weights in a quarter of the memory"
-        if run.processes == 1:
-            yield "--accelerate_config fsdp2 --num_processes N divides weights, gradients and optimizer state by N"
-        if self.peak.name == "backward" and (run.prompt + run.completion) > 1024 and not run.samples:
-            yield "--max_length cuts the longest rows; activations are proportional to tokens"
+        return advice(self)
+
+    def of(self, run: Run) -> "Plan":
+        """The plan of another run on the same card."""
+        return Plan(run, self.card, self.utilisation, rough=self.rough)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that is known, with GiB in place of bytes."""

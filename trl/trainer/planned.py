@@ -152,7 +152,7 @@ def lines(trainer: Any) -> list[str]:
     except Exception as error:  # the run does not depend on it
         trainer._expected = None
         return [f"memory: not known beforehand ({type(error).__name__})"]
-    held = sum(size for name, size in found.held.items() if name not in ("optimizer", "reserve"))
+    held = sum(part for name, part in found.held.items() if name not in ("optimizer", "reserve"))
     trainer._expected = Expected(peak.total, room, held, *_resident())
     told = [
         f"memory: {'about ' if small else ''}{size(peak.total)} at most, in the phase `{peak.name}`, of {size(room)}"
