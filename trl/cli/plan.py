@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def run(argv: Sequence[str], command: str) -> int:
             raise UsageError(f"--{name}: {value:g} is too small")
     set_environment(rest)
     hide_library_notes()
+    if sys.argv[1:2] == [command]:  # this process plans and ends: no weights, so no quantised ones
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # importing it takes seconds
     values, elsewhere, _ = train.training_parser(options.method).read_apart(rest)
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: a folder with a config.json, or a model's name.")

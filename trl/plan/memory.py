@@ -8,8 +8,8 @@ from typing import Any
 from . import cost
 from .advice import advice
 from .cards import CARDS, Card
-from .run import Run
-from .trace import Held, estimated, micro_batch
+from .run import PAIRS, Run
+from .trace import Held, elements_of, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
@@ -96,18 +96,33 @@ class Plan:
     def sections(self, amount: float) -> list[Held]:
         """What the sections of a micro-batch hold at their highest, beyond what is always there.
 
-        Traced for this run's own size, for a row and for the double; between and beyond those it is linear.
+        Small ones are traced as they are. From some chunks of the head on, memory is linear in the size: then two sizes
+        are traced.
         """
-        own = self.amount
-        least = self.run.prompt + self.run.completion if self.run.samples else 1
-        if amount in (own, least):
+        first = self.least * self._linear_from
+        if amount <= 2 * first and float(amount).is_integer():
             return self._traced(int(amount))
-        low, high = (least, own) if amount < own else (own, 2 * own)
-        if low == high:
-            low, high = own, 2 * own
+        low, high = (self.least, first) if amount < first and first > self.least else (first, 2 * first)
         share = (amount - low) / (high - low)
         pairs = zip(self._traced(low), self._traced(high), strict=True)
         return [Held(*(a + (b - a) * share for a, b in zip(*pair, strict=True))) for pair in pairs]
+
+    @property
+    def least(self) -> int:
+        """The size of the smallest micro-batch."""
+        return self.run.prompt + self.run.completion if self.run.samples else 1
+
+    @cached_property
+    def _linear_from(self) -> int:
+        """So many times the smallest micro-batch have three chunks of the head."""
+        run = self.run
+        if run.head != "CausalLM":
+            return 1
+        trained = run.completion * (2 if run.method in PAIRS else 1)
+        if run.method in ("sft", "gkd"):
+            trained = max(1, int(run.tokens_of_row * run.trained))
+        chunk = elements_of(run.device) // run.config.get_text_config().vocab_size
+        return max(1, -(-3 * chunk // trained))
 
     def _traced(self, amount: int) -> list[Held]:
         if amount not in self.traces:
@@ -174,10 +189,9 @@ class Plan:
         if memory is None:
             assert self.card is not None
             memory = self.card.memory * GIB
-        least = float(self.run.prompt + self.run.completion if self.run.samples else 1)
-        if self.highest(least) > memory:
+        if self.highest(self.least) > memory:
             return 0.0
-        fits, fails = least, 1e6 * self.amount
+        fits, fails = float(self.least), 1e6 * self.amount
         if self.highest(fails) <= memory:
             return fails
         while fails - fits > max(1.0, 1e-3 * fits):

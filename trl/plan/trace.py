@@ -60,6 +60,11 @@ def micro_batch(run: Run, amount: int) -> list[Held]:
     return [last.beyond(first, layers) for first, last in _aligned(one, two)]
 
 
+def elements_of(device: str) -> int:
+    """Logits that the head computes at once on a kind of device."""
+    return chunked.CHUNK_ELEMENTS.get(device, chunked.CHUNK_ELEMENTS["default"])
+
+
 def estimated(run: Run, amount: int) -> list[Held]:
     """About what `micro_batch` finds, from the sizes of the model alone."""
     text = run.config.get_text_config()
@@ -72,7 +77,7 @@ def estimated(run: Run, amount: int) -> list[Held]:
     layer = tokens * itemsize * (9 * hidden + 4 * inner) * adapted
     stream = tokens * hidden * max(itemsize, run.dtype.itemsize)
     kept = layer + stream * layers if run.checkpointing else (layer + stream) * layers
-    elements = chunked.CHUNK_ELEMENTS.get(run.device, chunked.CHUNK_ELEMENTS["default"])
+    elements = elements_of(run.device)
     head = 0.0
     if run.head == "CausalLM":
         head = 4.0 * (3 * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
@@ -169,7 +174,7 @@ def _as_on(device: str) -> Iterator[None]:
         return serves(SimpleNamespace(is_cuda=True, dtype=query.dtype, shape=query.shape, device=query.device), *args)
 
     attention._varlen_serves = as_there  # type: ignore[assignment]
-    chunked.CHUNK_ELEMENTS = {**elements, "cpu": elements.get(device, elements["default"])}
+    chunked.CHUNK_ELEMENTS = {**elements, "cpu": elements_of(device)}
     try:
         yield
     finally:
