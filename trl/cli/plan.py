@@ -63,12 +63,15 @@ def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Map
 
     classes = train.classes(options.method)
     parser = train.training_parser(options.method)
-    script, *_, model, args = parser.instances({"use_cpu": True, **values}, classes)
     if options.gpu is not None and options.gpu not in CARDS:
         raise UsageError(f"there is no card {options.gpu}{nearest(options.gpu, CARDS)} Known are {', '.join(CARDS)}.")
     card = CARDS[options.gpu] if options.gpu else None
     if options.gpu_memory:
         card = Card(options.gpu_memory, *(card[1:] if card else (0.0, 0.0)))
+    values = {"use_cpu": True, **values}
+    if values.get("bf16") is None and not values.get("fp16"):
+        values["bf16"] = card is None or card.bf16  # as a run on the card has it
+    script, *_, model, args = parser.instances(values, classes)
     lengths = {"prompt": options.prompt_tokens, "completion": options.completion_tokens}
     found = planned(options.method, script, model, args, elsewhere, **lengths)
     found.card, found.utilisation, found.price_per_hour = card, options.utilisation, options.price_per_hour

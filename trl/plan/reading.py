@@ -52,7 +52,7 @@ def run_of(
         config,
         method,
         dtype=weights,
-        autocast=half if half != weights else None,
+        autocast=half,  # also over weights of the same dtype: PEFT's adapters are float32
         adapter=_adapter(method, adapter),
         bits=bits,
         nested=nested,

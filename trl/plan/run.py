@@ -21,7 +21,7 @@ class Run:
     Args:
         config: the model's configuration.
         method: the key of the method in `trl.methods`.
-        dtype: of the weights; `autocast`: of products, where it differs from the weights'.
+        dtype: of the weights; `autocast`: of products under autocast, or None.
         adapter: PEFT's configuration of an adapter, or None: all weights train.
         bits: 4 or 8 where frozen weights are quantised, else 0. `nested`: the scales of the 4-bit blocks are, too.
         rows: rows of a micro-batch on one process (samples, pairs, labelled completions).
