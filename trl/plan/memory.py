@@ -9,7 +9,7 @@ from . import cost
 from .advice import advice
 from .cards import CARDS, Card
 from .run import PAIRS, Run
-from .trace import Held, elements_of, estimated, micro_batch
+from .trace import CHUNKS, Held, elements_of, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
@@ -114,7 +114,7 @@ class Plan:
 
     @cached_property
     def _linear_from(self) -> int:
-        """So many times the smallest micro-batch have three chunks of the head."""
+        """So many times the smallest micro-batch have `CHUNKS` chunks of the head."""
         run = self.run
         if run.head != "CausalLM":
             return 1
@@ -122,7 +122,7 @@ class Plan:
         if run.method in ("sft", "gkd"):
             trained = max(1, int(run.tokens_of_row * run.trained))
         chunk = elements_of(run.device) // run.config.get_text_config().vocab_size
-        return max(1, -(-3 * chunk // trained))
+        return max(1, -(-CHUNKS * chunk // trained))
 
     def _traced(self, amount: int) -> list[Held]:
         if amount not in self.traces:

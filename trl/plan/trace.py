@@ -34,6 +34,9 @@ from .run import TAUGHT, Run
 from .shapes import empty, layers_of, policy, trees
 
 
+CHUNKS = 3  # of the head, from which on more of them take no more memory
+
+
 class Held(NamedTuple):
     """Bytes alive at a moment, beyond the weights: activations, and gradients of weights."""
 
@@ -101,7 +104,7 @@ def _sections(run: Run, layers: int, amount: int) -> dict[str, Held]:
     alive = _Alive(in_place=not isinstance(products, TorchDispatchMode))
     _watch(model, layers, alive, gradients=not run.accumulates)
     cast = torch.autocast("cpu", run.autocast) if run.autocast is not None else contextlib.nullcontext()
-    with mode, alive, products, _offloaded(model, run):
+    with mode, alive, products, _offloaded(model, run), _few_chunks(model):
         with cast:
             total = _loss(run, model, batch, teacher)
         alive.section("forward")
@@ -159,6 +162,19 @@ def _loss(run: Run, model: nn.Module, batch: Batch, teacher: nn.Module | None) -
             reference = score(model, batch).logp_N
         return (stats.logp_N - reference).sum()
     return stats.logp_N.sum() if stats.value_N is None else (stats.logp_N + stats.value_N).sum()
+
+
+@contextlib.contextmanager
+def _few_chunks(model: nn.Module) -> Iterator[None]:
+    """Have a plain head compute its first chunks alone: the others take the same memory, and nothing has values."""
+    spans = chunked._spans
+    head = unwrap(model).get_output_embeddings()
+    if head is not None and chunked.plain_linear(head) is not None:
+        chunked._spans = lambda *sizes: spans(*sizes)[:CHUNKS]
+    try:
+        yield
+    finally:
+        chunked._spans = spans
 
 
 @contextlib.contextmanager
