@@ -2,19 +2,28 @@
 
 import copy
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 
 import trl
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.models.offload import enable_checkpointing
-from trl.plan import CARDS, Card, Run, plan
+from trl.plan import CARDS, Card, Run, plan, tokens_that_fit
+from trl.plan.advice import divided, fitted
 from trl.plan.cost import cache_bytes, flops_of_step
 from trl.plan.memory import GIB, RESERVE
+from trl.plan.page import page
 from trl.plan.reading import run_of
 from trl.plan.shapes import tree, trees
 from trl.plan.trace import _Alive, micro_batch
@@ -168,3 +177,89 @@ def test_a_run_by_the_arguments_of_a_trainer(tmp_path):
 def test_cards_are_in_order():
     assert all(card.memory > 10 and card.tflops > 10 and card.bandwidth > 100 for card in CARDS.values())
     assert [Tree(Branch([1], [False])).row, len(tree(3, 4, [2, 2]).branches)] == [-1, 2]
+
+
+def test_models_that_score_and_value_functions_are_planned_as_they_are():
+    """Without the head of a language model: no logits, and a matrix of H numbers in its place."""
+    sizes = {"dtype": torch.float32, "rows": 2, "prompt": 40, "completion": 40, "device": "cpu"}
+    causal = weights_of(Run(SMALL, **sizes))
+    for method, head, labels in (("reward", "SequenceClassification", 1), ("prm", "TokenClassification", 2)):
+        run = Run(SMALL, method, head=head, **sizes)
+        model = {1: AutoModelForSequenceClassification, 2: AutoModelForTokenClassification}[labels].from_config(
+            copy.deepcopy(SMALL), num_labels=labels
+        )
+        assert weights_of(run).total == sum(each.numel() for each in model.parameters())
+        assert plan(run).activations(2) < plan(Run(SMALL, "orpo", **sizes)).activations(2)
+    assert weights_of(Run(SMALL, "ppo", **sizes)).total == causal.total + 64 + 1
+    whole = plan(Run(SMALL, "ppo", critic=SMALL, **sizes))
+    assert whole.held["critic"] == 4 * (causal.total + 64)  # the embedding is no head there, and stays
+    assert whole.held["weights"] == 4 * causal.total
+    assert whole.held["optimizer"] == 8 * (2 * causal.total + 64)
+
+
+def test_a_teacher_is_held_and_asked():
+    sizes = {"dtype": torch.float32, "rows": 2, "prompt": 40, "completion": 40, "device": "cpu"}
+    taught, alone = plan(Run(SMALL, "gkd", teacher=SMALL, **sizes)), plan(Run(SMALL, "sft", **sizes))
+    assert taught.held["teacher"] == alone.held["weights"]
+    assert taught.activations(2) > alone.activations(2)
+
+
+def test_a_step_on_bfloat16_weights_has_whole_ones():
+    found = plan(Run(SMALL, prompt=8, completion=8))
+    step = {phase.name: phase.parts for phase in found.phases()}["optimizer step"]["step"]
+    total = found.weights.total
+    assert step == 6 * total + 12 * 512 * 64  # of all, for they are one chunk; of the embedding, the largest
+
+
+def test_tokens_that_fit_a_memory():
+    run = Run(SMALL, "sft", dtype=torch.float32, prompt=32, completion=32, device="cpu", checkpointing=False)
+    for tokens in (64, 640):
+        memory = plan(run.having(rows=tokens // 64)).peak.total
+        assert tokens_that_fit(run, memory + 1) == pytest.approx(tokens, abs=64)
+    assert tokens_that_fit(run, 1000.0) == 0
+    sampled = Run(SMALL, "grpo", dtype=torch.float32, prompt=32, completion=32, rows=8, budget=256, device="cpu")
+    assert tokens_that_fit(sampled, plan(sampled).highest(512) + 1) == pytest.approx(512, rel=0.1)
+
+
+def test_a_plan_allocates_no_weights_and_calls_no_device(monkeypatch: pytest.MonkeyPatch):
+    """Eight billion weights would be 16 GB."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("a device was touched")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
+    state, before = torch.get_rng_state(), psutil.Process().memory_info().rss
+    assert plan(Run(LLAMA_8B, rows=2), "h100").peak.total > 80 * GIB
+    assert psutil.Process().memory_info().rss - before < 2**29
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_options_that_fit_have_the_same_rows_in_a_step():
+    run = Run(SMALL, "sft", dtype=torch.float32, rows=12, prompt=200, completion=200, device="cpu")
+    roomy = plan(run)
+    tight = Card((roomy.highest(4) + 1) / GIB / 0.95, 0.0, 0.0)
+    options, changed = fitted(plan(run, tight))
+    assert options == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    assert changed.fits() and changed.run.rows * changed.run.accumulation == 12
+    assert divided(12, 5) == 4 and divided(12, 100) == 12 and divided(7, 6) == 1 and divided(7, 0.5) == 0
+    kept = run.having(checkpointing=False)
+    smaller = Card((plan(run).highest(1) + 1) / GIB / 0.95, 0.0, 0.0)
+    assert plan(kept, smaller).largest() == 0
+    assert fitted(plan(kept, smaller))[0]["gradient_checkpointing"] is True
+    assert fitted(plan(run, Card(0.01, 0.0, 0.0)))[0] == {}
+
+
+def test_the_estimate_without_a_trace_is_near():
+    for run in (
+        Run(SMALL, dtype=torch.float32, rows=4, prompt=100, completion=100, device="cpu"),
+        Run(LLAMA_8B, rows=2),
+        Run(LLAMA_8B, "dpo", adapter=LORA, rows=2, checkpointing=False),
+    ):
+        assert plan(run, rough=True).peak.total == pytest.approx(plan(run).peak.total, rel=0.3)
+
+
+def test_a_page_needs_nothing_else():
+    found = plan(Run(SMALL, "grpo", prompt=16, completion=16), "t4").to_dict()
+    text = page(found)
+    assert text.count("<svg") == 1 and "http" not in text and "src=" not in text
+    assert all(phase["name"] in text for phase in found["phases"]) and "the card: 15.0 GiB" in text

@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes, launch, nearest, notices_aside, train
+from trl.cli import CommandParser, UsageError, hide_library_notes, launch, measured, nearest, notices_aside, train
 from trl.cli.parser import set_environment
 from trl.methods import METHODS
 
@@ -18,7 +19,8 @@ taken, as `trl <method>` takes them; of those, a data set is not needed."""
 EXAMPLES = """examples:
   trl plan sft --model_name_or_path path/or/name --use_peft --load_in_4bit --bf16 --max_length 2048 --gpu rtx-4090
   trl plan dpo --model_name_or_path path/or/name --num_processes 8 --accelerate_config fsdp2 --gpu h100
-  trl plan grpo --model_name_or_path path/or/name --use_peft --gpu_memory 24 --num_rows 10000 --price_per_hour 0.4"""
+  trl plan grpo --model_name_or_path path/or/name --use_peft --gpu_memory 24 --num_rows 10000 --price_per_hour 0.4
+  trl plan sft --model_name_or_path path/or/name --gpu h100 --html plan.html"""
 
 
 def run(argv: Sequence[str], command: str) -> int:
@@ -39,7 +41,13 @@ def run(argv: Sequence[str], command: str) -> int:
         raise UsageError("--model_name_or_path is missing: a folder with a config.json, or a model's name.")
     with notices_aside(options.json):
         plan = _plan(options, values, elsewhere)
+        if options.measure:
+            plan.rate = measured.tokens_per_second(options.method, rest, values)
         found = plan.to_dict()
+    if options.html:
+        from trl.plan.page import page
+
+        Path(options.html).write_text(page(found), encoding="utf-8")
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
     return 0 if found["fits"] is not False else 1
 
@@ -54,6 +62,10 @@ def _parser(command: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--num_rows", type=int, help="rows of the data set, for the number of steps")
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the card's speed in training [0.35]")
     parser.add_argument("--price_per_hour", type=float, help="price of one card for an hour, in any currency")
+    parser.add_argument(
+        "--measure", action="store_true", help="train three steps here, for the speed; needs --dataset_name"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page with a picture of memory over a step's phases")
     parser.add_argument("--json", action="store_true", help="print JSON; the exit status is 1 if it does not fit")
     return parser
 
@@ -130,6 +142,13 @@ def _sharding(elsewhere: Mapping[str, Any]) -> str:
     return found or "ddp"
 
 
+def _speed(found: Mapping[str, Any]) -> str:
+    if found["tokens_per_second"] is None:
+        return f" at {found['utilisation']:.0%} of the card's speed"
+    share = f", {found['utilisation']:.0%} of the card's speed" if found["utilisation"] else ""
+    return f" at the {found['tokens_per_second']:,.0f} tokens a second of three steps here{share}"
+
+
 def lines(found: Mapping[str, Any]) -> list[str]:
     """A plan in words and columns."""
     said = [found["what"], ""]
@@ -151,7 +170,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         said.append(
             f"a step: {found['tokens_of_step']:,} tokens on a process, about {training:.1f} s"
             + (f" of training and {sampling:.1f} s of sampling" if sampling else "")
-            + f" at {found['utilisation']:.0%} of the card's speed"
+            + _speed(found)
         )
     if found["hours"] is not None:
         cost = f", about {found['cost']:.2f} for {found['processes']} card(s)" if found["cost"] is not None else ""

@@ -42,6 +42,7 @@ class Plan:
     steps: int | None = None
     price_per_hour: float | None = None
     rough: bool = False
+    rate: float | None = None  # tokens a second of a process, where they were measured
     traces: dict[int, list[Held]] = field(default_factory=dict)  # what was traced, by the size of the micro-batch
 
     @cached_property
@@ -210,12 +211,22 @@ class Plan:
     # --- time -------------------------------------------------------------------------------------------------------
 
     def seconds_of_step(self) -> tuple[float, float]:
-        """Seconds of an optimizer step: training, and sampling where the method samples."""
+        """Seconds of an optimizer step: training, and sampling where the method samples. With a measured rate
+        both are in the first."""
+        if self.rate is not None:
+            return self.run.tokens_of_step / self.rate, 0.0
         assert self.card is not None
         flops = cost.flops_of_step(self.run, self.weights.products)
         held = self.held["weights"] + self.held.get("adapter", 0.0)
         sampling = cost.seconds_of_sampling(self.run, held, self.card.bandwidth * 1e9 * self.utilisation)
         return flops / (self.card.tflops * 1e12 * self.utilisation), sampling
+
+    def _utilisation(self) -> float:
+        """The share of the card's speed: as stated, or that of the measured rate."""
+        if self.rate is None or self.card is None:
+            return self.utilisation
+        flops = cost.flops_of_step(self.run, self.weights.products) / self.run.tokens_of_step
+        return flops * self.rate / (self.card.tflops * 1e12)
 
     # --- words ------------------------------------------------------------------------------------------------------
 
@@ -230,7 +241,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Everything that is known, with GiB in place of bytes."""
         run, phases, peak = self.run, self.phases(), self.peak
-        timed = self.card is not None and self.card.tflops > 0
+        known = self.card is not None and self.card.tflops > 0
+        timed = known or self.rate is not None
         seconds = self.seconds_of_step() if timed else None
         hours = self.steps * sum(seconds) / 3600 if seconds and self.steps else None
         trained = f"{self.weights.trained:,} of {self.weights.total:,} weights train"
@@ -256,7 +268,8 @@ class Plan:
             "advice": list(self.advice()),
             "cards": self.cards_that_fit(),
             "tokens_of_step": run.tokens_of_step,
-            "utilisation": self.utilisation,
+            "utilisation": self._utilisation() if known else 0.0,
+            "tokens_per_second": self.rate,
             "seconds_of_step": seconds,
             "steps": self.steps,
             "hours": hours,

@@ -33,7 +33,6 @@ from trl.models.unwrap import evaluating, unwrap
 from .run import TAUGHT, Run
 from .shapes import empty, layers_of, policy, trees
 
-
 CHUNKS = 3  # of the head, from which on more of them take no more memory
 
 
