@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes, launch, nearest, notices_aside, train
+from trl.cli import CommandParser, UsageError, hide_library_notes, launch, measured, nearest, notices_aside, train
 from trl.cli.parser import set_environment
 from trl.methods import METHODS
 
@@ -17,7 +19,8 @@ taken, as `trl <method>` takes them; of those, a data set is not needed."""
 EXAMPLES = """examples:
   trl plan sft --model_name_or_path path/or/name --use_peft --load_in_4bit --bf16 --max_length 2048 --gpu rtx-4090
   trl plan dpo --model_name_or_path path/or/name --num_processes 8 --accelerate_config fsdp2 --gpu h100
-  trl plan grpo --model_name_or_path path/or/name --use_peft --gpu_memory 24 --num_rows 10000 --price_per_hour 0.4"""
+  trl plan grpo --model_name_or_path path/or/name --use_peft --gpu_memory 24 --num_rows 10000 --price_per_hour 0.4
+  trl plan sft --model_name_or_path path/or/name --gpu h100 --html plan.html"""
 
 
 def run(argv: Sequence[str], command: str) -> int:
@@ -31,12 +34,20 @@ def run(argv: Sequence[str], command: str) -> int:
             raise UsageError(f"--{name}: {value:g} is too small")
     set_environment(rest)
     hide_library_notes()
+    if sys.argv[1:2] == [command]:  # this process plans and ends: no weights, so no quantised ones
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # importing it takes seconds
     values, elsewhere, _ = train.training_parser(options.method).read_apart(rest)
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: a folder with a config.json, or a model's name.")
     with notices_aside(options.json):
         plan = _plan(options, values, elsewhere)
+        if options.measure:
+            plan.rate = measured.tokens_per_second(options.method, rest, values)
         found = plan.to_dict()
+    if options.html:
+        from trl.plan.page import page
+
+        Path(options.html).write_text(page(found), encoding="utf-8")
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
     return 0 if found["fits"] is not False else 1
 
@@ -51,45 +62,58 @@ def _parser(command: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--num_rows", type=int, help="rows of the data set, for the number of steps")
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the card's speed in training [0.35]")
     parser.add_argument("--price_per_hour", type=float, help="price of one card for an hour, in any currency")
+    parser.add_argument(
+        "--measure", action="store_true", help="train three steps here, for the speed; needs --dataset_name"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page with a picture of memory over a step's phases")
     parser.add_argument("--json", action="store_true", help="print JSON; the exit status is 1 if it does not fit")
     return parser
 
 
 def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> Any:
-    from trl.models.adapters import lora_config
-    from trl.plan import CARDS, Card, plan
-    from trl.plan.reading import config_of, run_of
+    from trl.plan import CARDS, Card
 
     classes = train.classes(options.method)
-    script, _, model, args = train.training_parser(options.method).instances({"use_cpu": True, **values}, classes)
+    parser = train.training_parser(options.method)
     if options.gpu is not None and options.gpu not in CARDS:
         raise UsageError(f"there is no card {options.gpu}{nearest(options.gpu, CARDS)} Known are {', '.join(CARDS)}.")
     card = CARDS[options.gpu] if options.gpu else None
     if options.gpu_memory:
         card = Card(options.gpu_memory, *(card[1:] if card else (0.0, 0.0)))
-    config = config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
-    others = [
-        getattr(source, name, None)
-        for source, name in ((script, "reward_model_name_or_path"), (args, "teacher_model_name_or_path"))
-    ]
-    planned = run_of(
-        options.method,
-        config,
+    values = {"use_cpu": True, **values}
+    if values.get("bf16") is None and not values.get("fp16"):
+        values["bf16"] = card is None or card.bf16  # as a run on the card has it
+    script, *_, model, args = parser.instances(values, classes)
+    lengths = {"prompt": options.prompt_tokens, "completion": options.completion_tokens}
+    found = planned(options.method, script, model, args, elsewhere, **lengths)
+    found.card, found.utilisation, found.price_per_hour = card, options.utilisation, options.price_per_hour
+    found.steps = found.run.steps or _steps(options, args, found.run)
+    return found
+
+
+def planned(method: str, script: Any, model: Any, args: Any, elsewhere: Mapping[str, Any], **about: Any) -> Any:
+    """The plan of a training command by its options; `about` are further arguments of `plan.reading.run_of`."""
+    from trl.models.adapters import lora_config
+    from trl.plan import plan
+    from trl.plan.reading import config_of, run_of
+
+    judge = getattr(script, "reward_model_name_or_path", None)
+    teacher = getattr(args, "teacher_model_name_or_path", None)
+    run = run_of(
+        method,
+        config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code),
         args,
         adapter=lora_config(model),
         dtype=model.dtype,
         bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 0,
         nested=model.use_bnb_nested_quant,
-        frozen=tuple(config_of(name) for name in others if name),
-        prompt=options.prompt_tokens,
-        completion=options.completion_tokens,
+        teacher=config_of(teacher) if teacher else None,
+        frozen=(config_of(judge),) if judge else (),
         processes=int(elsewhere.get("num_processes", 1)),
         sharding=_sharding(elsewhere),
+        **about,
     )
-    found = plan(planned, card, options.utilisation)
-    found.price_per_hour = options.price_per_hour
-    found.steps = planned.steps or _steps(options, args, planned)
-    return found
+    return plan(run)
 
 
 def _steps(options: argparse.Namespace, args: Any, planned: Any) -> int | None:
@@ -118,6 +142,13 @@ def _sharding(elsewhere: Mapping[str, Any]) -> str:
     return found or "ddp"
 
 
+def _speed(found: Mapping[str, Any]) -> str:
+    if found["tokens_per_second"] is None:
+        return f" at {found['utilisation']:.0%} of the card's speed"
+    share = f", {found['utilisation']:.0%} of the card's speed" if found["utilisation"] else ""
+    return f" at the {found['tokens_per_second']:,.0f} tokens a second of three steps here{share}"
+
+
 def lines(found: Mapping[str, Any]) -> list[str]:
     """A plan in words and columns."""
     said = [found["what"], ""]
@@ -139,7 +170,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         said.append(
             f"a step: {found['tokens_of_step']:,} tokens on a process, about {training:.1f} s"
             + (f" of training and {sampling:.1f} s of sampling" if sampling else "")
-            + f" at {found['utilisation']:.0%} of the card's speed"
+            + _speed(found)
         )
     if found["hours"] is not None:
         cost = f", about {found['cost']:.2f} for {found['processes']} card(s)" if found["cost"] is not None else ""

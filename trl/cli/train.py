@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import UsageError, hide_library_notes, launch
+from trl.cli import UsageError, auto, hide_library_notes, launch
 from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
 from trl.methods import METHODS
@@ -74,6 +74,7 @@ COMMON = {
         "gradient_accumulation_steps": "Batches per optimizer step. [1]",
         "warmup_steps": "Warmup steps of the learning rate; below 1, a share of all steps. [0]",
         "bf16": "",
+        "auto": "Set the size of micro-batches so that the run fits the device.",
         "eval_strategy": "When to evaluate on `dataset_test_split`. [no]",
         "seed": "Random seed of row order, adapter and dropout. [42]",
     },
@@ -118,7 +119,11 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     from trl.options import check_trackers
 
     trainer_class = getattr(trl, f"{method.name}Trainer")
-    script, mixture, model, config = parser.instances(values, classes(command))
+    script, own_choice, mixture, model, config = parser.instances(values, classes(command))
+    if own_choice.auto:
+        options, sentence = auto.chosen(command, own_choice, script, model, config)
+        *_, config = parser.instances({**values, **options}, classes(command))
+        print(f"trl: {sentence}", flush=True)
     script.dataset_streaming = mixture.streaming = script.dataset_streaming or mixture.streaming
     check_trackers(config)
 
@@ -165,7 +170,7 @@ def classes(command: str) -> list[type]:
 
     method = METHODS[command]
     script = RewardArguments if method.judged else trl.ScriptArguments
-    return [script, DatasetMixtureConfig, trl.ModelConfig, getattr(trl, f"{method.name}Config")]
+    return [script, auto.AutoArguments, DatasetMixtureConfig, trl.ModelConfig, getattr(trl, f"{method.name}Config")]
 
 
 def training_parser(command: str) -> Parser:

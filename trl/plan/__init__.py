@@ -5,7 +5,7 @@ measured on tensors without values (`trace`); the rest is arithmetic (`memory`, 
 """
 
 from .cards import CARDS, Card
-from .memory import Plan, plan
+from .memory import Plan, plan, tokens_that_fit
 from .run import Run
 
-__all__ = ["CARDS", "Card", "Plan", "Run", "plan"]
+__all__ = ["CARDS", "Card", "Plan", "Run", "plan", "tokens_that_fit"]

@@ -3,8 +3,10 @@
 import torch
 from transformers import PreTrainedConfig
 
+from trl.engine import linear
+
 from .run import Run
-from .trace import layers_of
+from .shapes import layers_of
 
 
 def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> float:
@@ -46,3 +48,31 @@ def seconds_of_sampling(run: Run, held: float, bandwidth: float) -> float:
     rows = run.rows * run.accumulation
     cache = cache_bytes(run.config, run.prompt + run.completion // 2, run.dtype) * rows
     return run.completion * (held + cache) / bandwidth
+
+
+ROWS, CACHE_BYTES = 256, 2**30  # of `rollout.generate`: rows that decode together, the cache's bytes on a CPU
+
+
+def sampler_bytes(run: Run, free: float | None, weights: int) -> dict[str, float]:
+    """What the sampler holds while it draws the completions of a step, by part. `free`: bytes that the device has left
+    beside everything else, or None. `weights`: those that products are made with, for a CPU that makes float32 copies
+    of half-precision ones.
+    """
+    each = run.prompt + run.completion
+    a_token = cache_bytes(run.config, 1, run.autocast or run.dtype)
+    room = CACHE_BYTES if run.device == "cpu" else free / 2 if free is not None else None
+    wanted = run.completions_of_step
+    rows = min(ROWS, wanted)
+    if room is not None:
+        rows = max(1, min(rows, int(room / (a_token * each))))
+    if rows < wanted:  # rows enter while others decode, so that the cache has columns for both
+        each += run.completion
+        if room is not None:
+            rows = max(1, min(rows, int(room / (a_token * each))))
+    found = {f"cache of {rows} rows": rows * each * a_token}
+    # Logits in the model's dtype, in float32, their probabilities, and the sums of those.
+    found["logits"] = rows * run.config.get_text_config().vocab_size * (3 * 4.0 + run.dtype.itemsize)
+    half = (run.autocast or run.dtype) in linear.HALF
+    if run.device == "cpu" and half and not linear._has_half_products():
+        found["float32 copies"] = 4.0 * weights
+    return found

@@ -1,86 +1,19 @@
 """Memory of a run by part and phase, and what of it fits a card."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedConfig
-
-from trl.data.batching.collate import Tree
-from trl.models.low_bits import CHUNK, OUTSIDE_THEIR_STEP
-
 from . import cost
+from .advice import advice
 from .cards import CARDS, Card
 from .run import PAIRS, Run
-from .trace import Linear, activations, empty_model, layers_of, tree
+from .trace import CHUNKS, Held, elements_of, estimated, micro_batch
+from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
-RESERVE = 0.8 * GIB  # the driver's context, the libraries' workspaces
-MOMENTS = {  # bytes a weight of what an optimizer keeps, besides float32 copies and lower halves
-    "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "ademamix_8bit": 3.0, "lion_8bit": 1.0,
-    "paged_lion_8bit": 1.0, "adafactor": 0.05, "sgd": 0.0, "lion_32bit": 4.0, "paged_lion_32bit": 4.0,
-    "adagrad": 4.0, "rmsprop": 4.0, "rmsprop_bnb": 4.0, "rmsprop_bnb_8bit": 1.0,
-}  # fmt: skip
-ADAM = 8.0  # two float32 moments
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What is known of a model's weights: numbers and bytes."""
-
-    total: int
-    trained: int  # that train
-    trained_bytes: int  # of those; PEFT keeps adapters in float32
-    quantised: int  # that `bits` applies to
-    head: int  # the embedding and, unless it is tied, the head
-    largest_layer: int
-    products: float  # weights that a token is multiplied with, without the head
-    dtype_bytes: int
-
-    def bytes(self, bits: int, nested: bool) -> float:
-        if not bits:
-            return float(self.total * self.dtype_bytes)
-        scales = {8: 0.01, 4: 0.127 / 8 if nested else 0.5 / 8}[bits]  # one for each 64 weights, in 4 or 1 bytes
-        return self.quantised * (bits / 8 + scales) + (self.total - self.quantised) * self.dtype_bytes
-
-
-def weights_of(config: PreTrainedConfig, dtype: torch.dtype, adapter: Any = None) -> Weights:
-    """Counts the weights of the model on the meta device."""
-    model: Any = empty_model(config, None, dtype, adapter)
-    parameters = {id(each): each for each in model.parameters()}
-    trained = sum(each.numel() for each in parameters.values() if each.requires_grad)
-    inner = model.get_base_model() if adapter is not None else model
-    ends = {id(inner.get_input_embeddings().weight): inner.get_input_embeddings().weight}
-    if (head := inner.get_output_embeddings()) is not None:
-        ends[id(head.weight)] = head.weight
-    linear = {
-        id(module.weight): module.weight.numel()
-        for module in inner.modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in ends and not _is_adapter(module, parameters)
-    }
-    text = config.get_text_config()
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
-    active = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts > 1 else 1.0
-    stacked = sum(each.numel() for each in parameters.values() if each.ndim == 3)  # the experts of a layer
-    frozen = {key: size for key, size in linear.items() if not parameters[key].requires_grad or adapter is None}
-    body = sum(each.numel() for key, each in parameters.items() if key not in ends)
-    return Weights(
-        total=sum(each.numel() for each in parameters.values()),
-        trained=trained,
-        trained_bytes=sum(each.numel() * each.element_size() for each in parameters.values() if each.requires_grad),
-        quantised=sum(frozen.values()) + stacked,
-        head=sum(each.numel() for each in ends.values()),
-        largest_layer=body // layers_of(config),
-        products=sum(linear.values()) + stacked * active,
-        dtype_bytes=dtype.itemsize,
-    )
-
-
-def _is_adapter(module: nn.Linear, parameters: dict[int, Any]) -> bool:
-    return parameters[id(module.weight)].requires_grad and any(not each.requires_grad for each in parameters.values())
+RESERVE = {"cuda": 0.8 * GIB, "cpu": 0.03 * GIB}  # the driver's context, the libraries' workspaces
 
 
 @dataclass(frozen=True)
@@ -108,10 +41,13 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     steps: int | None = None
     price_per_hour: float | None = None
+    rough: bool = False
+    rate: float | None = None  # tokens a second of a process, where they were measured
+    traces: dict[int, list[Held]] = field(default_factory=dict)  # what was traced, by the size of the micro-batch
 
     @cached_property
     def weights(self) -> Weights:
-        return weights_of(self.run.config, self.run.dtype, self.run.adapter)
+        return weights_of(self.run)
 
     @property
     def shards(self) -> tuple[int, int, int]:
@@ -124,182 +60,189 @@ class Plan:
 
     @cached_property
     def held(self) -> dict[str, float]:
-        run, found = self.run, {}
+        """Bytes that are there in every phase, by part."""
+        run, weights = self.run, self.weights
         by_weights, _, by_state = self.shards
-        weights = self.weights
-        adapter = weights.trained if run.adapter is not None else 0
-        base = Weights(**{**vars(weights), "total": weights.total - adapter})
-        found["weights"] = base.bytes(run.bits, run.nested) / by_weights
+        critic = bytes_of(run.critic, run.dtype, "SequenceClassification") if run.critic is not None else 0.0
+        adapter = run.adapter is not None
+        frozen = weights.frozen_bytes(run.bits, run.nested)
+        found = {"weights": (frozen + (0.0 if adapter else weights.trained_bytes - critic)) / by_weights}
         if adapter:
-            found["adapter"] = weights.trained_bytes / by_weights
-        found["optimizer"] = weights.trained * self._bytes_of_state() / by_state
-        if run.has_reference and run.adapter is None:
-            found["reference"] = weights.total * weights.dtype_bytes / by_weights
-        if run.critic:
-            critic = weights.total
-            found["critic"] = critic * weights.dtype_bytes / by_weights
-            found["optimizer"] += critic * self._bytes_of_state() / by_state
+            found["adapter"] = (weights.trained_bytes - critic) / by_weights
+        if critic:
+            found["critic"] = critic / by_weights
+        found["optimizer"] = state_bytes(run, weights) / by_state
+        if run.has_reference and not adapter:
+            found["reference"] = (weights.total_bytes - critic) / by_weights
+        if run.teacher is not None:
+            found["teacher"] = bytes_of(run.teacher, run.dtype)
         if run.frozen:
-            found["other models"] = float(
-                sum(weights_of(each, run.dtype).total * run.dtype.itemsize for each in run.frozen)
-            )
-        found["reserve"] = RESERVE
-        return found
-
-    def _bytes_of_state(self) -> float:
-        run = self.run
+            found["reward models"] = sum(bytes_of(each, run.dtype, "SequenceClassification") for each in run.frozen)
+        found["reserve"] = RESERVE[run.device]
         if run.optim.startswith("paged"):
             self._note("paged optimizer states move to the host when the card is full; they are counted as on the card")
-        moments = MOMENTS.get(run.optim, ADAM)
-        if run.dtype == torch.float32 or run.adapter is not None:
-            return moments
-        if run.sharding.startswith("zero") and run.processes > 1:
-            return moments + 4.0  # DeepSpeed's float32 copy
-        if any(word in run.optim for word in OUTSIDE_THEIR_STEP) or run.dtype == torch.float16:
-            return moments + 2.0  # held in float32
-        return moments + 2.0  # the lower halves
+        return found
 
     def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
-    # --- activations ------------------------------------------------------------------------------------------------
+    # --- a micro-batch ----------------------------------------------------------------------------------------------
 
-    def _trees(self, rows: int) -> list[Tree]:
-        run = self.run
-        if run.samples:
-            longest = run.prompt + run.completion
-            count = max(1, min(run.generations, (run.budget - run.prompt) // max(run.completion, 1)))
-            groups = max(1, run.tokens_of_micro_batch // (run.prompt + count * run.completion))
-            if run.tokens_of_micro_batch <= longest:
-                count = 1
-            return [tree(row, run.prompt, [run.completion] * count) for row in range(groups)]
-        if run.method in PAIRS:
-            return [tree(row, run.prompt, [run.completion] * 2) for row in range(rows)]
-        whole = run.prompt + run.completion
-        untrained = int(whole * (1 - run.trained))
-        return [tree(row, max(untrained, 1), [whole - max(untrained, 1)]) for row in range(rows)]
+    @property
+    def amount(self) -> int:
+        """The size of a micro-batch: rows, and tokens in methods that sample."""
+        return self.run.tokens_of_micro_batch if self.run.samples else self.run.rows
 
-    def _traced(self, rows: int) -> Linear:
-        run = self.run
-        return activations(
-            run.config,
-            self._trees(rows),
-            dtype=run.dtype,
-            autocast=run.autocast,
-            adapter=run.adapter,
-            checkpointing=run.checkpointing,
-        )
+    def sections(self, amount: float) -> list[Held]:
+        """What the sections of a micro-batch hold at their highest, beyond what is always there.
+
+        Small ones are traced as they are. From some chunks of the head on, memory is linear in the size: then two sizes
+        are traced.
+        """
+        first = self.least * self._linear_from
+        if amount <= 2 * first and float(amount).is_integer():
+            return self._traced(int(amount))
+        low, high = (self.least, first) if amount < first and first > self.least else (first, 2 * first)
+        share = (amount - low) / (high - low)
+        pairs = zip(self._traced(low), self._traced(high), strict=True)
+        return [Held(*(a + (b - a) * share for a, b in zip(*pair, strict=True))) for pair in pairs]
+
+    @property
+    def least(self) -> int:
+        """The size of the smallest micro-batch."""
+        return self.run.prompt + self.run.completion if self.run.samples else 1
 
     @cached_property
-    def _one_and_two(self) -> tuple[float, float]:
-        layers = layers_of(self.run.config)
-        one = self._traced(1).of(layers)
-        return (one, one) if self.run.samples else (one, self._traced(2).of(layers))
+    def _linear_from(self) -> int:
+        """So many times the smallest micro-batch have `CHUNKS` chunks of the head."""
+        run = self.run
+        if run.head != "CausalLM":
+            return 1
+        trained = run.completion * (2 if run.method in PAIRS else 1)
+        if run.method in ("sft", "gkd"):
+            trained = max(1, int(run.tokens_of_row * run.trained))
+        chunk = elements_of(run.device) // run.config.get_text_config().vocab_size
+        return max(1, -(-CHUNKS * chunk // trained))
 
-    def activations(self, rows: int) -> float:
-        """Bytes of activations of a micro-batch of `rows` rows, at their peak."""
-        one, two = self._one_and_two
-        found = one + (two - one) * (rows - 1)
-        if self.run.offloading:
-            self._note("activations that are offloaded to the host are counted as those of one layer")
-            found /= layers_of(self.run.config)
-        return found
+    def _traced(self, amount: int) -> list[Held]:
+        if amount not in self.traces:
+            self.traces[amount] = (estimated if self.rough else micro_batch)(self.run, amount)
+        return self.traces[amount]
+
+    def activations(self, amount: float) -> float:
+        """Bytes of activations of a micro-batch, at their peak."""
+        return max(self.sections(amount), key=lambda held: held.total).activations
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
-    def phases(self, rows: int | None = None) -> list[Phase]:
+    def phases(self, amount: float | None = None) -> list[Phase]:
+        """The phases of a step, with micro-batches of `amount` (default: those of the run)."""
         run, weights = self.run, self.weights
-        rows = run.rows if rows is None else rows
         by_weights, by_grads, _ = self.shards
-        trained = weights.trained_bytes + (weights.total * weights.dtype_bytes if run.critic else 0)
-        gradients = trained / by_grads
-        buckets = {"buckets": float(trained)} if run.processes > 1 and by_grads == 1 else {}
-        head = min(gradients, weights.head * weights.dtype_bytes / by_grads) if run.adapter is None else gradients
+        gradients = weights.trained_bytes / by_grads
+        buckets = {"buckets": float(weights.trained_bytes)} if run.processes > 1 and by_grads == 1 else {}
         gathered: dict[str, float] = {}
         if by_weights > 1:
             gathered = {"gathered": (2 * weights.largest_layer + weights.head) * float(weights.dtype_bytes)}
         elif run.bits:
-            gathered = {"dequantised": weights.largest_layer / 7 * float(weights.dtype_bytes)}
-        live = self.activations(rows)
-        whole = gradients if run.accumulation > 1 else head
-        keeps_low_halves = run.dtype == torch.bfloat16 and run.adapter is None and by_weights == 1
-        chunk = min(weights.trained, CHUNK) * 8.0 if keeps_low_halves else 0.0
+            gathered = {"dequantised": float(weights.largest_quantised * weights.dtype_bytes)}
+        sections = self.sections(self.amount if amount is None else amount)
+        highest = max(sections, key=lambda held: held.activations + held.gradients / by_grads)
+        made = gradients if run.accumulates else highest.gradients / by_grads
+        in_backward = {**buckets, **gathered, "gradients": made, "activations": highest.activations}
         found = [
-            Phase("backward", {**self.held, "gradients": whole, **buckets, **gathered, "activations": live}),
-            Phase("optimizer step", {**self.held, "gradients": gradients, **buckets, "float32 chunk": chunk}),
+            Phase("backward", {**self.held, **in_backward}),
+            Phase("optimizer step", {**self.held, **buckets, "gradients": gradients, "step": self._step()}),
         ]
         if run.samples:
-            free = self.card.memory * GIB - sum(self.held.values()) - sum(gathered.values()) if self.card else None
-            each = cost.cache_bytes(run.config, run.prompt + run.completion, run.dtype)
-            at_once = run.rows * run.accumulation
-            if free is not None:
-                at_once = max(1, min(at_once, int(free * 0.8 / each)))
-            found.append(Phase("sampling", {**self.held, **gathered, f"cache of {at_once} rows": at_once * each}))
+            found.append(Phase("sampling", {**self.held, **gathered, **self._sampler(gathered)}))
         return found
+
+    def _step(self) -> float:
+        zero = self.run.sharding.startswith("zero") and self.run.processes > 1
+        return 0.0 if zero else step_bytes(self.run, self.weights) / self.shards[0]
+
+    def _sampler(self, gathered: Mapping[str, float]) -> dict[str, float]:
+        """Keys and values of the rows that are sampled at once, and what a token of each predicts."""
+        run = self.run
+        free = None
+        if self.card is not None:
+            free = self.card.memory * GIB - sum(self.held.values()) - sum(gathered.values())
+        return cost.sampler_bytes(run, free, int(self.weights.products))
 
     @property
     def peak(self) -> Phase:
         return max(self.phases(), key=lambda phase: phase.total)
 
-    def fits(self, rows: int | None = None) -> bool:
+    def fits(self, amount: float | None = None) -> bool:
+        """Whether the run fits the card, with micro-batches of `amount` (default: those of the run)."""
         assert self.card is not None
-        return max(phase.total for phase in self.phases(rows)) <= self.card.memory * GIB
+        return self.highest(amount) <= self.card.memory * GIB
+
+    def highest(self, amount: float | None = None) -> float:
+        """Bytes of the largest phase."""
+        return max(phase.total for phase in self.phases(amount))
+
+    def largest(self, memory: float | None = None) -> float:
+        """The size of the largest micro-batch that fits the card, or `memory` bytes: rows, or tokens where the method
+        samples. 0 where the smallest does not fit; at most a million times the run's own."""
+        if memory is None:
+            assert self.card is not None
+            memory = self.card.memory * GIB
+        if self.highest(self.least) > memory:
+            return 0.0
+        fits, fails = float(self.least), 1e6 * self.amount
+        if self.highest(fails) <= memory:
+            return fails
+        while fails - fits > max(1.0, 1e-3 * fits):
+            middle = (fits + fails) / 2 if fails < 4 * fits else (fits * fails) ** 0.5
+            if self.highest(middle) <= memory:
+                fits = middle
+            else:
+                fails = middle
+        return fits
 
     def largest_rows(self) -> int:
         """Rows of the largest micro-batch that fits the card; 0 if none does."""
-        assert self.card is not None
-        rest = self.card.memory * GIB - max(phase.total for phase in self.phases(1))
-        one, two = self._one_and_two
-        if rest < 0:
-            return 0
-        return 1 + int(rest / max(two - one, 1.0)) if two > one else 1
+        most = int(self.largest())
+        return most + 1 if self.fits(most + 1) else most
 
     # --- time -------------------------------------------------------------------------------------------------------
 
     def seconds_of_step(self) -> tuple[float, float]:
-        """Seconds of an optimizer step: training, and sampling where the method samples."""
+        """Seconds of an optimizer step: training, and sampling where the method samples. With a measured rate
+        both are in the first."""
+        if self.rate is not None:
+            return self.run.tokens_of_step / self.rate, 0.0
         assert self.card is not None
         flops = cost.flops_of_step(self.run, self.weights.products)
         held = self.held["weights"] + self.held.get("adapter", 0.0)
         sampling = cost.seconds_of_sampling(self.run, held, self.card.bandwidth * 1e9 * self.utilisation)
         return flops / (self.card.tflops * 1e12 * self.utilisation), sampling
 
+    def _utilisation(self) -> float:
+        """The share of the card's speed: as stated, or that of the measured rate."""
+        if self.rate is None or self.card is None:
+            return self.utilisation
+        flops = cost.flops_of_step(self.run, self.weights.products) / self.run.tokens_of_step
+        return flops * self.rate / (self.card.tflops * 1e12)
+
     # --- words ------------------------------------------------------------------------------------------------------
 
     def advice(self) -> Iterator[str]:
         """What to change, if it does not fit, and what is left, if it does."""
-        if self.card is None:
-            return
-        run, have = self.run, self.card.memory * GIB
-        spare = have - self.peak.total
-        if spare >= 0:
-            yield f"fits, with {spare / GIB:.1f} GiB to spare"
-            if not run.samples and (most := self.largest_rows()) > run.rows:
-                yield f"--per_device_train_batch_size {most} would fit too"
-            return
-        yield f"does not fit: {-spare / GIB:.1f} GiB too much in the phase `{self.peak.name}`"
-        most = 0 if run.samples else self.largest_rows()
-        if 0 < most < run.rows:
-            times = -(-run.rows * run.accumulation // most)
-            flags = f"--per_device_train_batch_size {most} --gradient_accumulation_steps {times}"
-            yield f"{flags} fits, with the same gradient"
-            return
-        if not run.checkpointing:
-            yield "--gradient_checkpointing keeps one layer's activations at a time"
-        if run.adapter is None:
-            yield "--use_peft trains an adapter: gradients and optimizer state of a hundredth of the weights"
-        elif not run.bits:
-            yield "--load_in_4bit holds the frozen weights in a quarter of the memory"
-        if run.processes == 1:
-            yield "--accelerate_config fsdp2 --num_processes N divides weights, gradients and optimizer state by N"
-        if self.peak.name == "backward" and (run.prompt + run.completion) > 1024 and not run.samples:
-            yield "--max_length cuts the longest rows; activations are proportional to tokens"
+        return advice(self)
+
+    def of(self, run: Run) -> "Plan":
+        """The plan of another run on the same card."""
+        return Plan(run, self.card, self.utilisation, rough=self.rough)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that is known, with GiB in place of bytes."""
         run, phases, peak = self.run, self.phases(), self.peak
-        timed = self.card is not None and self.card.tflops > 0
+        known = self.card is not None and self.card.tflops > 0
+        timed = known or self.rate is not None
         seconds = self.seconds_of_step() if timed else None
         hours = self.steps * sum(seconds) / 3600 if seconds and self.steps else None
         trained = f"{self.weights.trained:,} of {self.weights.total:,} weights train"
@@ -325,7 +268,8 @@ class Plan:
             "advice": list(self.advice()),
             "cards": self.cards_that_fit(),
             "tokens_of_step": run.tokens_of_step,
-            "utilisation": self.utilisation,
+            "utilisation": self._utilisation() if known else 0.0,
+            "tokens_per_second": self.rate,
             "seconds_of_step": seconds,
             "steps": self.steps,
             "hours": hours,
@@ -344,14 +288,25 @@ class Plan:
 
     def with_traces(self, other: "Plan") -> "Plan":
         """This plan with what another one of the same run has measured."""
-        self.__dict__.update(_one_and_two=other._one_and_two, weights=other.weights)
+        self.__dict__.update(weights=other.weights, held=other.held, traces=other.traces, rough=other.rough)
         return self
 
 
-def plan(run: Run, card: Card | str | None = None, utilisation: float = 0.35) -> Plan:
-    """The plan of a run on a card, given by its name in `CARDS` or as a `Card`."""
+def tokens_that_fit(run: Run, memory_bytes: float) -> int:
+    """Tokens of the largest micro-batch of a run that fits into this memory beside everything else.
+
+    A row's tokens count as the engine computes them: a prompt once for its completions. 0 where not even the smallest
+    micro-batch fits, one row or one completion.
+    """
+    most = Plan(run).largest(memory_bytes)
+    return int(most if run.samples else most * run.tokens_of_row)
+
+
+def plan(run: Run, card: Card | str | None = None, utilisation: float = 0.35, rough: bool = False) -> Plan:
+    """The plan of a run on a card, given by its name in `CARDS` or as a `Card`. `rough`: activations are estimated from
+    the sizes of the model, in no time, instead of traced."""
     if isinstance(card, str):
         if card not in CARDS:
             raise ValueError(f"there is no card {card!r}; known are {', '.join(CARDS)}, or give --gpu_memory in GiB")
         card = CARDS[card]
-    return Plan(run, card, utilisation)
+    return Plan(run, card, utilisation, rough=rough)

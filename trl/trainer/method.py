@@ -19,6 +19,7 @@ from trl.engine.score import score
 from trl.losses.tokens import Metric, seq_sum
 from trl.models import load
 
+from .planned import Planned
 from .step import Statistics, Step
 
 
@@ -46,7 +47,7 @@ class Component:
         """An error if this data set cannot be evaluated on now."""
 
 
-class Method:
+class Method(Planned):
     """The hooks of a method, of which `BaseTrainer` is made. `self` is the trainer."""
 
     config_class: type[BaseConfig]

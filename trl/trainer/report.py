@@ -16,7 +16,7 @@ from trl.rollout.filters import describe
 from trl.rollout.rounds import RoundSizes
 from trl.rollout.types import Sampling
 
-from . import overrides
+from . import overrides, planned
 
 # By what a line begins with, the group that it is shown in; other lines are of the plan.
 GROUPS = {
@@ -110,7 +110,8 @@ def lines_of(trainer: Any) -> list[str]:
     lines += engine_lines(trainer.attachment, reader, users, trainer._compiled_parts)
     if hasattr(dataset, "__len__") and not overrides.is_overridden(trainer, "get_train_dataloader"):
         lines.append(steps_line(len(dataset), args))
-    return [*lines, *(line for each in trainer.components for line in each.report(trainer))]
+    lines += [line for each in trainer.components for line in each.report(trainer)]
+    return [*lines, *planned.lines(trainer)]
 
 
 def _update_precision(trainer: Any) -> str:

@@ -12,6 +12,8 @@ from trl.methods import METHODS, Method
 from trl.models import adapters
 from trl.screen import change, duration, number
 
+from . import planned
+
 FEWEST = 5  # log entries that a mean with an interval is of
 CONSTANT, CLIPPED = 0.5, 0.1  # shares of groups with one reward, and of cut completions, that are told of
 
@@ -48,6 +50,7 @@ def summary(trainer: Any, args: Any, state: Any, headline: str, seconds: float, 
     if tokens:
         speed += f"; {tokens[-1]:,} tokens seen"
     result = [f"result: {speed}", *_result(course(history, headline), headline), *_evaluations(history, headline)]
+    result += planned.measured(trainer)
     caution = [f"warning: {each}" for each in findings(trainer, args, history)]
     found = {"result": result, "checkpoint": _checkpoints(args, state, headline), "caution": caution}
     return {name: lines for name, lines in found.items() if lines}
