@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     **dict.fromkeys(
-        ("losses", "data", "config", "compat", "options", "methods", "near", "notices", "screen", "version"), 0
+        ("losses", "data", "config", "compat", "options", "methods", "near", "notices", "outputs", "screen", "version"),
+        0,
     ),
     **dict.fromkeys(("engine", "models", "checkpoint"), 1),
     **dict.fromkeys(("rewards", "plan"), 2),

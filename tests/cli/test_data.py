@@ -39,6 +39,13 @@ def test_data_convert_writes_a_file_once(trl_here: Command, tmp_path: Path) -> N
     [
         (["rows.jsonl"], 2, "--model_name_or_path"),
         (["rows.jsonl", "--model_name_or_path", "m", "--method", "dpoo"], 2, "no method dpoo; did you mean dpo?"),
+        (["rows.jsonl", "--model_name_or_path", "m", "--rows", "-1"], 2, "--rows: needs a whole number, 0 or more"),
+        (["rows.jsonl", "--model-name-or-path", "m", "--max-length", "0"], 2, "--max_length: needs a whole number, 1"),
+        (["rows.jsonl", "--metrics", "m"], 2, "there is no option --metrics."),
+        (["rows.jsonl", "--rowz", "3"], 2, "did you mean --rows?"),
+        (["rows.jsonl", "--model_name_or_path", "./m"], 1, "no model folder at ./m"),
+        (["convert", "a.json", "b.jsonl", "--to", "mesages"], 2, "not `mesages`; did you mean messages?"),
+        (["convert", "a.json", "no/b.jsonl", "--to", "messages"], 2, "the folder no does not exist: make it first"),
         (["convert", "a.json", "b.csv", "--to", "messages"], 2, "does not end in .jsonl"),
         (["convert", "a.json", "b.jsonl", "--to", "chats"], 2, "--to"),
         (["convert", "a.json", "b.jsonl", "--to", "messages"], 1, "a.json"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl.cli import UsageError
+from trl.models.names import check_model
 
 
 @dataclass
@@ -43,11 +44,18 @@ class WriteFields:
         return {"pushed": push_folder(folder, self.push, private=self.private)}
 
 
-def check_given(asked: Any, needed: Mapping[str, str]) -> None:
-    """Raise UsageError for the first option of `needed` that is not set; its words say what it is."""
+def check_given(values: Mapping[str, Any], needed: Mapping[str, str]) -> None:
+    """Raise UsageError for the first option of `needed` that is not among the values; its words say what it is."""
     for name, what in needed.items():
-        if not getattr(asked, name):
+        if not values.get(name):
             raise UsageError(f"--{name} is missing: {what}.")
+
+
+def check_models(values: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if a model that the options name is not there."""
+    for name in ("model_name_or_path", "adapter_name_or_path", "compare"):
+        if values.get(name):
+            check_model(values[name], values.get("model_revision") if name == "model_name_or_path" else None)
 
 
 @contextlib.contextmanager

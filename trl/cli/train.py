@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import UsageError, hide_library_notes, launch
+from trl.cli import UsageError, check_folder, hide_library_notes, launch
 from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
 from trl.methods import METHODS
+from trl.models.names import check_model
+from trl.options import LIMITS, check_trackers
 
 # The options that `--help` shows, by group. A sentence here replaces the field's own help.
 COMMON = {
@@ -85,6 +87,7 @@ COMMON = {
         "resume_from_checkpoint": "Checkpoint to resume from; without a value, the newest in output_dir.",
     },
 }
+STREAMING = ("dataset_streaming", "streaming")  # two names of one option: of the data, and of a mix of data sets
 NOTES = (
     "Several processes: --num_processes N, --accelerate_config FILE or a preset "
     f"({', '.join(launch.PRESETS)}), and all other options of `accelerate launch`.",
@@ -111,16 +114,20 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     parser = training_parser(command)
     values, elsewhere, own = parser.read_apart(argv)
     check(values)
+    check_folder(str(values.get("output_dir") or "trainer_output"))
+    check_model(values["model_name_or_path"], values.get("model_revision"))
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
 
     import trl
-    from trl.options import check_trackers
 
     trainer_class = getattr(trl, f"{method.name}Trainer")
     script, mixture, model, config = parser.instances(values, classes(command))
     script.dataset_streaming = mixture.streaming = script.dataset_streaming or mixture.streaming
-    check_trackers(config)
+    try:
+        check_trackers(config)
+    except ValueError as error:
+        raise UsageError(f"--{error}.") from None
 
     from trl import checkpoint
     from trl.models.adapters import check_resumed, lora_config
@@ -134,8 +141,8 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     if resume and (adapter is not None or adapter_base(model.model_name_or_path) is None):
         check_resumed(checkpoint.resolve(Path(config.output_dir), resume)[0], adapter)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
-    train_rows, test_rows = rows(script, mixture, config, notices)
     judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
+    train_rows, test_rows = rows(script, mixture, config, notices)
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
@@ -168,8 +175,9 @@ def classes(command: str) -> list[type]:
     return [script, DatasetMixtureConfig, trl.ModelConfig, getattr(trl, f"{method.name}Config")]
 
 
-def training_parser(command: str) -> Parser:
-    """The parser of a training command. Its options come from the cache, without the classes, if they are there."""
+def training_parser(command: str, *beside: str) -> Parser:
+    """The parser of a training command. Its options come from the cache, without the classes, if they are there.
+    `beside` are commands that take these options beside their own."""
     method = METHODS[command]
     flags = remembered(command, lambda: Flags.of(classes(command), launch.options()))
     return Parser(
@@ -179,11 +187,14 @@ def training_parser(command: str) -> Parser:
         common=COMMON,
         notes=NOTES,
         foreign=lambda: flags.foreign,
+        limits=LIMITS,
+        programs=(*beside, f"trl {command}"),
     )
 
 
 def check(values: Mapping[str, Any]) -> None:
     """Raise UsageError for missing and conflicting options, before anything is started or loaded."""
+    values = {name: value for name, value in values.items() if value is not None}
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
     mixes = bool(values.get("datasets"))
@@ -197,15 +208,20 @@ def check(values: Mapping[str, Any]) -> None:
                 f"--{name} belongs to --dataset_name: in --datasets each entry names its own, as in "
                 '\'{"path": "a", "name": "...", "split": "..."}\', and --test_split_size sets rows aside.'
             )
-    if (values.get("dataset_streaming") or values.get("streaming")) and values.get("max_steps", -1) <= 0:
+    streams = {values[name] for name in STREAMING if name in values}
+    if len(streams) == 2:
+        raise UsageError(
+            "--dataset_streaming and --streaming mean the same, and one is true, the other false: keep one."
+        )
+    if True in streams and values.get("max_steps", -1) <= 0:
         raise UsageError(
             "--max_steps is missing: the number of rows in a stream is unknown, so --max_steps must set the end."
         )
     model, output = str(values["model_name_or_path"]), str(values.get("output_dir", "trainer_output"))
-    if values.get("use_peft") and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
+    if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
         raise UsageError(
-            f"--output_dir is the folder of the model itself, {model}: the adapter needs that model, so it is "
-            "saved in another folder. Name another --output_dir."
+            f"--output_dir is the folder of the model itself, {model}, which would be overwritten: name another "
+            "--output_dir."
         )
     if values.get("test_split_size") is not None and values.get("dataset_test_split"):
         raise UsageError(
@@ -229,8 +245,17 @@ class _Notices(logging.Handler):
 
 
 def reward_functions(script: Any, config: Any) -> list[Any] | None:
-    """The reward functions by name, and the reward model; None where a judge or another model of the config decides."""
+    """The reward functions by name, and the reward model; None where a judge or another model of the config decides.
+    Raises UsageError for a name that does not exist."""
+    from trl.rewards.named import check_names
+    from trl.rewards.pairwise import check_judge
+
     found = list(script.reward_funcs or ())
+    try:
+        check_names(found)
+        check_judge(getattr(config, "judge", None))
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
     if script.reward_model_name_or_path:
         found.append(script.reward_model_name_or_path)
     if not found and any(getattr(config, name, None) for name in ("judge", "reward_model_path")):

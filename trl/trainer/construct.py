@@ -8,6 +8,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers.trainer_utils import set_seed
 
+from trl import outputs
 from trl.models import adapters, load, low_bits, saving, shards, vocabulary
 from trl.models.compiled import compile_tokenwise
 from trl.models.shards import keep_precision
@@ -39,6 +40,10 @@ def opened(
         init_kwargs["trust_remote_code"] = True
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
+    if args.output_dir and (problem := outputs.folder_problem(args.output_dir)):
+        raise ValueError(f"output_dir: {problem}")
+    if isinstance(model, str):
+        load.check_there(model, init_kwargs)
     load.check_window(model, getattr(args, "max_length", None), **init_kwargs)
     if isinstance(model, str):
         if processing_class is None:
