@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ class UsageError(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command with options of its own. `examples` end its help. Words in options may be joined by `-` or
-    by `_`. Raises UsageError, with the nearest name for an unknown one."""
+    """The parser of a command with options of its own. `examples` end its help. In names of options, `-` is `_`. Raises
+    UsageError, with the nearest name for an unknown one."""
 
     def __init__(self, prog: str, description: str, examples: str = "") -> None:
         super().__init__(
@@ -103,17 +104,41 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {meant}?" if meant else "."
 
 
+class Notices(logging.Handler):
+    """Prints the library's log warnings on stdout, as notices."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.held: list[str] | None = None  # if a list: it collects notices, to print them later
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.held is not None:
+            self.held.append(record.getMessage())
+            return
+        print(f"trl: {record.getMessage()}", flush=True)
+
+
+@contextlib.contextmanager
+def log_lines_as_notices() -> Iterator[Notices]:
+    """Within, the library's log warnings are printed as notices. A program may run several commands."""
+    notices = Notices()
+    logging.getLogger("trl").addHandler(notices)
+    try:
+        yield notices
+    finally:
+        logging.getLogger("trl").removeHandler(notices)
+
+
 @contextlib.contextmanager
 def notices_aside(aside: bool) -> Iterator[None]:
     """With `aside`, what is printed within goes to stderr: stdout is for the JSON that a program reads."""
-    with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext():
+    with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext(), log_lines_as_notices():
         yield
 
 
 def hide_library_notes(verbose: bool = False) -> None:
     """Hide warnings of libraries that a user of the command cannot act on; with `verbose` those alone that are meant
     for the libraries' own developers."""
-    import logging
     import warnings
 
     from trl.screen import fold_library_notes

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl.cli import UsageError
+from trl.cli import UsageError, notices_aside
 from trl.models.names import check_model
 
 
@@ -67,5 +67,5 @@ def reply(as_json: bool) -> Iterator[Callable[[Any, str], None]]:
     def answer(facts: Any, text: str) -> None:
         print(json.dumps(facts, ensure_ascii=False) if as_json else text, file=out, flush=True)
 
-    with contextlib.redirect_stdout(sys.stderr if as_json else out):
+    with notices_aside(as_json):
         yield answer

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import UsageError, check_folder, hide_library_notes, launch
+from trl.cli import Notices, UsageError, check_folder, hide_library_notes, launch, log_lines_as_notices
 from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
 from trl.methods import METHODS
@@ -100,13 +99,10 @@ def run(argv: Sequence[str], command: str) -> int:
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":  # only the first process prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        notices = _Notices()
-        logging.getLogger("trl").addHandler(notices)
-        stack.callback(logging.getLogger("trl").removeHandler, notices)  # a program may run several commands
-        return _run(argv, command, notices)
+        return _run(argv, command, stack.enter_context(log_lines_as_notices()))
 
 
-def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
+def _run(argv: Sequence[str], command: str, notices: Notices) -> int:
     set_environment(argv)
     hide_library_notes("--verbose" in argv)
 
@@ -230,20 +226,6 @@ def check(values: Mapping[str, Any]) -> None:
         )
 
 
-class _Notices(logging.Handler):
-    """Prints the library's log warnings on stdout, as notices."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.held: list[str] | None = None  # if a list: it collects notices, to print them later
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.held is not None:
-            self.held.append(record.getMessage())
-            return
-        print(f"trl: {record.getMessage()}", flush=True)
-
-
 def reward_functions(script: Any, config: Any) -> list[Any] | None:
     """The reward functions by name, and the reward model; None where a judge or another model of the config decides.
     Raises UsageError for a name that does not exist."""
@@ -265,7 +247,7 @@ def reward_functions(script: Any, config: Any) -> list[Any] | None:
     return found
 
 
-def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
+def rows(script: Any, mixture: Any, config: Any, notices: Notices) -> tuple[Any, Any]:
     """The rows for training and for evaluation; None without evaluation. Raises UsageError if the evaluation rows are
     missing, or would be the training rows."""
     from trl.data.mixture import DatasetMixtureConfig, load_mixture

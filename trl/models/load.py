@@ -23,8 +23,8 @@ from trl.compat.words import older_words
 from trl.notices import notify_once
 
 from .adapters import require_peft
-from .names import ModelError as ModelError
 from .names import TOKENIZER, check_model, looks_local
+from .names import ModelError as ModelError
 from .shards import whole_shape
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}

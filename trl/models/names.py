@@ -67,7 +67,7 @@ def _check_hub(name: str, revision: str | None, files: tuple[str, ...]) -> None:
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
-            f"{absent}, and the Hub has no model of this name: check it, or log in with `hf auth login` if it is private"
+            f"{absent}, and the Hub has no model of this name: check it; if it is private, log in with `hf auth login`"
         ) from None
     except errors.HfHubHTTPError:
         return  # an adapter's repository, or trouble on the Hub: loading the model tells

@@ -14,6 +14,7 @@ import datasets
 
 from trl.data.reading.errors import DataError
 from trl.data.reading.files import BUILDERS, endings, reader_of
+from trl.data.reading.folders import files_by_split, say_split
 from trl.data.reading.lines import ORIGIN, broken_lines, left_out, left_out_of_folder, why_unreadable
 
 logger = logging.getLogger(__name__)
@@ -309,7 +310,8 @@ def _from_folder(path: Path, split: str, skip: bool = False) -> datasets.Dataset
         )
     try:
         with _quiet():
-            loaded = _validated(datasets.load_dataset(str(path)))
+            parts = files_by_split(path, files)
+            loaded = _validated(datasets.load_dataset(str(path), data_files=parts))
     except UNREADABLE as error:
         if skip and (copy := left_out_of_folder(path, files)) is not None:
             return _from_folder(copy, split)
@@ -319,6 +321,7 @@ def _from_folder(path: Path, split: str, skip: bool = False) -> datasets.Dataset
             f"Cannot read the files of the folder {str(path)!r} as one data set, though each can be read by itself: "
             f"{_root_cause(error)}. Give all of them the same columns, or read one."
         ) from error
+    say_split(path, parts, list(loaded), _split_name(split))
     return _take(loaded, split, repr(str(path)))
 
 
@@ -398,10 +401,13 @@ def _stream(source: str | os.PathLike, split: str, config: str | None, skip: boo
         source = left_out_of_folder(path, files) or source
     try:
         with _quiet():
-            loaded = datasets.load_dataset(str(source), config, streaming=True)
+            parts = files_by_split(Path(source), files) if files else None
+            loaded = datasets.load_dataset(str(source), config, data_files=parts, streaming=True)
     except UNREADABLE as error:
         check_files(files)
         raise DataError(f"Cannot stream {what}: {_root_cause(error)}. Check the name, or give a path.") from error
+    if files:
+        say_split(Path(source), parts, list(loaded), _split_name(split))
     rows = _take_stream(loaded, split, what)
     setattr(rows, _FILES, files)
     return rows
