@@ -187,7 +187,7 @@ def test_a_missing_path(name: str) -> None:
 
 def test_a_name_that_is_not_on_the_hub() -> None:
     with pytest.raises(
-        DataError, match=r"Cannot load 'no/such': it is neither a file nor a folder here, and as a data"
+        DataError, match=r"Cannot load 'no/such': there is no file or folder no/such here, nor a copy in the cache, and"
     ):
         load("no/such")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl.cli import CommandParser, UsageError, check_file, hide_library_notes, nearest, notices_aside, numbers
+from trl.data.reading.names import check_path
 from trl.methods import METHODS
 from trl.models.names import TOKENIZER, check_model
 from trl.options import COUNT, NUMBER_OF
@@ -39,6 +40,7 @@ def run(argv: Sequence[str], command: str) -> int:
     options = _parser(command).parse_args(argv)
     if options.method is not None and options.method not in METHODS:
         raise UsageError(f"--method: there is no method {options.method}{nearest(options.method, METHODS)}")
+    check_path(options.file)
     check_model(options.model_name_or_path, needs=TOKENIZER)
     with notices_aside(options.json):
         found = _inspect(options)
@@ -138,6 +140,7 @@ def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if output.suffix != ".jsonl":
         raise UsageError(f"{output} does not end in .jsonl: one JSON object a line is written.")
     check_file(options.output)
+    check_path(options.file)
     hide_library_notes()
     import datasets
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl.cli import CommandParser, UsageError, check_file, hide_library_notes, notices_aside, numbers
+from trl.data.reading.names import check_path
 from trl.evaluate.metrics import METRICS, check_metrics
 from trl.models.names import check_model
 from trl.options import COUNT, LIMITS, NUMBER_OF, WEIGHT, Limit
@@ -43,6 +44,8 @@ def run(argv: Sequence[str], command: str) -> int:
         check_file(options.output)
         if not options.dataset_name:
             raise UsageError("--output holds the completions of --dataset_name, which is missing.")
+    if options.dataset_name:
+        check_path(options.dataset_name)
     check_model(options.model_name_or_path, options.model_revision)
     with notices_aside(options.json):
         estimates, settings = _measured(options)

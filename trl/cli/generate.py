@@ -10,6 +10,7 @@ from trl.cli.chat import ANSWER_LIMITS, ANSWERING
 from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser
 from trl.cli.reply import ReplyFields, check_given, check_models, reply
+from trl.data.reading.names import check_path
 from trl.demo.stages import quiet
 
 COMMON = {
@@ -55,6 +56,7 @@ def run(argv: Sequence[str], command: str) -> int:
         remedy=", or replace it with --overwrite",
     )
     check_models(values)
+    check_path(values["dataset_name"])
     hide_library_notes()
     quiet()
     from trl.rollout.prompts_file import complete_file

@@ -12,6 +12,7 @@ from typing import Any
 from trl.cli import Notices, UsageError, check_folder, hide_library_notes, launch, log_lines_as_notices
 from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
+from trl.data.reading.names import check_path
 from trl.methods import METHODS
 from trl.models.names import check_model
 from trl.options import LIMITS, check_trackers
@@ -112,6 +113,8 @@ def _run(argv: Sequence[str], command: str, notices: Notices) -> int:
     check(values)
     check_folder(str(values.get("output_dir") or "trainer_output"))
     check_model(values["model_name_or_path"], values.get("model_revision"))
+    if values.get("dataset_name"):
+        check_path(values["dataset_name"])
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
 

@@ -29,7 +29,8 @@ def files_by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[str]] 
     kinds = {file.suffix for part in read.values() for file in part}
     apart = any(OF_ANOTHER.search(str(file.relative_to(folder))) for file in rest)
     if TRAIN not in read and {file.suffix for file in rest} <= kinds and not apart:
-        return {TRAIN: [str(file) for file in rest], **{name: list(map(str, part)) for name, part in read.items()}}
+        others = {name: list(map(str, part)) for name, part in read.items()}
+        return {TRAIN: [str(file.resolve()) for file in rest], **others}
     why = "no split is called so" if {file.suffix for file in rest} <= kinds else "the other files have another format"
     logger.warning("%r: not read, because %s: %s.", str(folder), why, _names(folder, rest))
     return None
