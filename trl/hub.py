@@ -54,7 +54,7 @@ def check_hub(name: str, kind: str = "model", revision: str | None = None, files
             f"{absent}, and the Hub has no {what} of this name: check it (if it is private: `hf auth login`)",
             True,
         ) from None
-    except errors.HfHubHTTPError:
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError):
         return  # a repository without this file, or trouble on the Hub, which loading tells
     except Exception as error:  # of the library under huggingface_hub, which has changed with its releases
         raise HubError(f"{absent}, and the Hub cannot be reached: check the name, or the network", False) from error
