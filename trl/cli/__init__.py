@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 
 from trl import outputs
 from trl.near import near
+from trl.notices import log_lines_as_notices
 from trl.options import Limit
 
 
@@ -104,31 +104,6 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {meant}?" if meant else "."
 
 
-class Notices(logging.Handler):
-    """Prints the library's log warnings on stdout, as notices."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.held: list[str] | None = None  # if a list: it collects notices, to print them later
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.held is not None:
-            self.held.append(record.getMessage())
-            return
-        print(f"trl: {record.getMessage()}", flush=True)
-
-
-@contextlib.contextmanager
-def log_lines_as_notices() -> Iterator[Notices]:
-    """Within, the library's log warnings are printed as notices. A program may run several commands."""
-    notices = Notices()
-    logging.getLogger("trl").addHandler(notices)
-    try:
-        yield notices
-    finally:
-        logging.getLogger("trl").removeHandler(notices)
-
-
 @contextlib.contextmanager
 def notices_aside(aside: bool) -> Iterator[None]:
     """With `aside`, what is printed within goes to stderr: stdout is for the JSON that a program reads."""
@@ -139,6 +114,7 @@ def notices_aside(aside: bool) -> Iterator[None]:
 def hide_library_notes(verbose: bool = False) -> None:
     """Hide warnings of libraries that a user of the command cannot act on; with `verbose` those alone that are meant
     for the libraries' own developers."""
+    import logging
     import warnings
 
     from trl.screen import fold_library_notes

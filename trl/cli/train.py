@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import Notices, UsageError, check_folder, hide_library_notes, launch, log_lines_as_notices
+from trl.cli import UsageError, check_folder, hide_library_notes, launch
 from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
 from trl.data.reading.names import check_path
 from trl.methods import METHODS
 from trl.models.names import check_model
+from trl.notices import LogLines, log_lines_as_notices
 from trl.options import LIMITS, check_trackers
 
 # The options that `--help` shows, by group. A sentence here replaces the field's own help.
@@ -103,7 +104,7 @@ def run(argv: Sequence[str], command: str) -> int:
         return _run(argv, command, stack.enter_context(log_lines_as_notices()))
 
 
-def _run(argv: Sequence[str], command: str, notices: Notices) -> int:
+def _run(argv: Sequence[str], command: str, notices: LogLines) -> int:
     set_environment(argv)
     hide_library_notes("--verbose" in argv)
 
@@ -250,7 +251,7 @@ def reward_functions(script: Any, config: Any) -> list[Any] | None:
     return found
 
 
-def rows(script: Any, mixture: Any, config: Any, notices: Notices) -> tuple[Any, Any]:
+def rows(script: Any, mixture: Any, config: Any, notices: LogLines) -> tuple[Any, Any]:
     """The rows for training and for evaluation; None without evaluation. Raises UsageError if the evaluation rows are
     missing, or would be the training rows."""
     from trl.data.mixture import DatasetMixtureConfig, load_mixture
