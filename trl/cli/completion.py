@@ -79,9 +79,11 @@ def options_of(command: str) -> list[str]:
 
 
 def values_of(command: str, option: str) -> list[str]:
-    """The names among which an option of a command chooses, if it does; for `trl config`, the methods."""
-    if command == "config" and option == command:
-        return [name for name, row in METHODS.items() if row.command]
+    """The names among which an option of a command chooses, if it does, or its first word."""
+    if option == command:
+        methods = [name for name, row in METHODS.items() if row.command]
+        first = {"config": methods, "plan": methods, "completion": sorted(SCRIPTS), "data": ["convert"]}
+        return first.get(command, [])
     if not option.startswith("--"):
         return []
     flags = stored(command)
