@@ -12,9 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    **dict.fromkeys(
-        ("losses", "data", "config", "compat", "options", "methods", "near", "notices", "screen", "version"), 0
-    ),
+    **dict.fromkeys(("losses", "data", "config", "compat", "hub", "options", "methods", "near", "notices"), 0),
+    **dict.fromkeys(("outputs", "screen", "version"), 0),
     **dict.fromkeys(("engine", "models", "checkpoint"), 1),
     **dict.fromkeys(("rewards", "plan"), 2),
     **dict.fromkeys(("rollout",), 3),

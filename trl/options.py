@@ -33,7 +33,7 @@ class Limit(NamedTuple):
         if self.most < math.inf:
             words.append(f"below {self.most:g}" if self.below else f"at most {self.most:g}")
         kind = "a whole number" if self.whole else "a number"
-        return f"{kind}, {', '.join(words)}{f' ({self.note})' if self.note else ''}"
+        return f"{', '.join([kind, *words])}{f' ({self.note})' if self.note else ''}"
 
 
 COUNT = Limit(1, whole=True)
@@ -55,6 +55,7 @@ LIMITS: dict[str, Limit] = {
         COUNT,
     ),
     **dict.fromkeys(("dataloader_num_workers", "max_refills", "replay_buffer_size"), NUMBER_OF),
+    **dict.fromkeys(("seed", "data_seed"), Limit(0, 2**32 - 1, whole=True)),
     "top_k": NUMBER_OF._replace(note="0 samples from all tokens"),
     "max_steps": Limit(-1, whole=True, note="-1 leaves it to num_train_epochs"),
     **dict.fromkeys(

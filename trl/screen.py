@@ -6,6 +6,7 @@ All of it is printed on the console of `rich.get_console()`, so that what is pri
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,8 @@ class _Notes(logging.Filter):
 
 def fold_library_notes() -> None:
     """Leave out the messages of other libraries that tell a user nothing."""
+    # peft asks transformers by a name that 5.2x renamed.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     for name, beginning in NOTES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(each, _Notes) for each in logger.filters):

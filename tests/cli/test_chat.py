@@ -80,18 +80,18 @@ def test_commands(trl_chat: Chat, tmp_path: Path) -> None:
             "//usr",
             "/system Short.",
             "Hi",
-            "/save out/x.json",
+            "/save x.json",
         ),
         *("/exit", "never asked"),
         json="true",
     )
     assert answer.returncode == 0
     *turns, saved = [json.loads(line) for line in answer.stdout.splitlines()]
-    assert saved == {"saved": "out/x.json"}
+    assert saved == {"saved": "x.json"}
     assert [each["prompt"] for each in turns] == ["Hello", "Hello", "Hello", "/usr", "Hi"]
     assert len({each["answer"] for each in turns[:3]}) == 3
     assert all(each["tokens"] == TOKENS and each["finish"] == "length" for each in turns)
-    rows = json.loads((tmp_path / "out" / "x.json").read_text())
+    rows = json.loads((tmp_path / "x.json").read_text())
     assert [[each["role"] for each in row["messages"]] for row in rows] == [["user", "assistant"]] * 2 + [
         ["system", "user", "assistant"]
     ]
@@ -110,9 +110,38 @@ def test_commands(trl_chat: Chat, tmp_path: Path) -> None:
         ("/retry", "/retry: there is no answer to a message yet"),
     ],
 )
-def test_a_mistake_ends_a_script(trl_chat: Chat, line: str, sentence: str) -> None:
-    answer = trl_chat(line)
-    assert (answer.returncode, answer.stdout) == (1, "") and sentence in answer.stderr
+def test_a_script_goes_on_after_a_mistake(trl_chat: Chat, line: str, sentence: str) -> None:
+    answer = trl_chat(line, "Hello", temperature=0)
+    assert answer.returncode == 1 and sentence in answer.stderr
+    assert answer.stdout == trl_chat("Hello", temperature=0).stdout != "\n"
+    told, turn = map(json.loads, trl_chat(line, "Hello", json="true").stdout.splitlines())
+    assert sentence in told["error"] and turn["prompt"] == "Hello"
+
+
+def test_a_saved_chat_replaces_nothing(trl_chat: Chat, tmp_path: Path) -> None:
+    for name in ("other.jsonl", "old.txt"):
+        (tmp_path / name).write_text("mine")
+    answer = trl_chat(
+        *("Hello", "/save new.jsonl", "And?", "/save new.jsonl"),  # its own file may be written again
+        *("/save other.jsonl", "/save no/x.json", "/save x.md", "/save --overwrite old.txt", "/save --overwrite"),
+        *("/save",),
+        temperature=0,
+    )
+    assert answer.returncode == 1 and (tmp_path / "other.jsonl").read_text() == "mine"
+    said = answer.stderr.splitlines()
+    assert said[:2] == ["saved in new.jsonl"] * 2
+    assert said[2].startswith("other.jsonl exists already: name another file") and "/save --overwrite FILE" in said[2]
+    assert "the folder no does not exist: make it first" in said[3] and "ends in one of .jsonl, .json, .txt" in said[4]
+    assert said[5] == "saved in old.txt" and "needs the name of a file" in said[6]
+    assert said[7].startswith("saved in chat_history/") and ", in the new folder chat_history/" in said[7]
+    [row] = rows_of(tmp_path / "new.jsonl")
+    first, second = (row["messages"][place]["content"] for place in (1, 3))
+    text = f"--- {row['model']} ---\n\nuser: Hello\n\nassistant: {first}\n\nuser: And?\n\nassistant: {second}\n"
+    assert (tmp_path / "old.txt").read_text() == text
+    again = trl_chat("Hello", transcript="new.jsonl")
+    assert again.returncode == 2 and "new.jsonl exists already" in again.stderr
+    assert trl_chat("Hello", transcript="new.jsonl", overwrite="true").returncode == 0
+    assert len(rows_of(tmp_path / "new.jsonl")[0]["messages"]) == 2
 
 
 def test_one_seed_and_another(trl_chat: Chat) -> None:
@@ -185,7 +214,7 @@ def test_ctrl_c(trl_chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             raise EOFError from None
 
     monkeypatch.setattr(builtins, "input", typed)
-    terminal = trl_chat(terminal=True, transcript="t.jsonl")
+    terminal = trl_chat(terminal=True, transcript="t.jsonl", overwrite="true")
     assert terminal.returncode == 0 and terminal.stdout.count("(stopped)") == 2
     assert "/help lists the commands" in terminal.stdout
     assert [len(row["messages"]) for row in rows_of(tmp_path / "t.jsonl")] == [2, 2]
@@ -214,4 +243,4 @@ def test_characters_of_several_tokens_are_shown_whole(smol2_path: str) -> None:
 def test_options_of_other_releases(trl_chat: Chat) -> None:
     answer = trl_chat("Hello", torch_dtype="float32", examples_path="x.yaml", do_sample="false", eos_tokens="a,b")
     assert answer.returncode == 0 and "`examples_path` has no effect" in answer.stdout + answer.stderr
-    assert trl_chat("Hello", num_beams=4).returncode == 1
+    assert trl_chat("Hello", num_beams=4).returncode == 2

@@ -78,8 +78,8 @@ def test_a_mistake_ends_the_process_without_a_traceback(trl_command: Command) ->
     assert "Traceback" not in answer.stderr
 
 
-def test_a_file_that_is_not_there(trl_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["sft", "--model_name_or_path", "x", "--dataset_name", "rowz.jsonl"]
+def test_a_file_that_is_not_there(trl_here: Command, tiny_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["sft", "--model_name_or_path", tiny_path, "--dataset_name", "rowz.jsonl"]
     answer = trl_here(*arguments)
     assert answer.returncode == 1
     assert "rowz.jsonl" in answer.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["sft", "--packing_strategy", "b"], ["bfd", "bfd_split"]),
         (["sft", "--config", ""], []),  # a file: the shell's own completion
         (["config", "sf"], ["sft"]),
+        (["plan", "sf"], ["sft"]),
+        (["completion", ""], ["bash", "fish", "zsh"]),
+        (["data", "conv"], ["convert"]),
         (["data", "--model_n"], ["--model_name_or_path"]),
         (["demo", "--qu"], ["--quick"]),
         (["absent", "--x"], []),
@@ -48,16 +52,35 @@ def test_without_a_cache_the_most_used_options_are_offered() -> None:
     assert candidates(["sft", "--dataloader_num_w"]) == []
 
 
-def test_bash_completes(trl_command: Command) -> None:
-    script = trl_command("completion", "bash").stdout
-    typed = "COMP_WORDS=(trl data --rows 3 --ma); COMP_CWORD=4; _trl; printf '%s\\n' \"${COMPREPLY[@]}\""
+@pytest.mark.parametrize(
+    ("shell", "typed"),
+    [
+        (
+            ["bash", "-c"],
+            "{script}\nCOMP_WORDS=(trl data --rows 3 --ma); COMP_CWORD=4; _trl; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+        ),
+        (["fish", "-c"], "{script}\ncomplete -C 'trl data --rows 3 --ma'"),
+        # Outside of its line editor zsh has no `compadd`: here it prints what it is given.
+        (
+            ["zsh", "-fc"],
+            'compdef() {{ }}; compadd() {{ print -l -- "$@" }}; _files() {{ }}\n{script}\n'
+            "words=(trl data --rows 3 --ma) CURRENT=5; _trl",
+        ),
+    ],
+    ids=["bash", "fish", "zsh"],
+)
+def test_a_shell_completes(trl_command: Command, shell: list[str], typed: str) -> None:
+    if shutil.which(shell[0]) is None:
+        pytest.skip(f"{shell[0]} is not installed")
+    script = trl_command("completion", shell[0]).stdout
     found = subprocess.run(
-        ["bash", "-c", f"{script}\n{typed}"],
+        [*shell, typed.format(script=script)],
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
     )
-    assert found.stdout.split() == ["--max_completion_length", "--max_length", "--max_prompt_length"], found.stderr
+    words = [word for word in found.stdout.split() if word != "--"]
+    assert words == ["--max_completion_length", "--max_length", "--max_prompt_length"], found.stderr
 
 
 def test_a_shell_that_is_not_known(trl_here: Command) -> None:

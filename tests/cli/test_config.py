@@ -56,7 +56,10 @@ def test_a_file_is_written_once_and_checked(trl_here: Command, tmp_path: Path) -
     ("content", "sentences"),
     [
         ("max_stepz: 3\nlearning_rate: fast\n", ["no option `max_stepz`; did you mean max_steps?", "needs a number"]),
-        ("max_length: 0\n", ["max_length=0 is not possible"]),
+        ("max_length: 0\n", ["x.yaml: max_length: 0 is not possible: give a whole number, 1 or more"]),
+        ("seed: 1\nmax_steps: 2\nseed: 3\n", ["x.yaml: `seed` stands on line 1 and on line 3: keep one of them"]),
+        ("datasets:\n- path: a\n  path: b\n", ["`path` stands on line 2 and on line 3"]),
+        ("- 1\n", ["must hold `option: value` lines, not a list"]),
         ("dataset_name: a\ndatasets: [b]\n", ["--dataset_name and --datasets are both given"]),
     ],
 )
@@ -66,6 +69,26 @@ def test_mistakes_in_a_file(trl_here: Command, tmp_path: Path, content: str, sen
     assert answer.returncode == 2
     assert all(sentence in answer.stdout for sentence in sentences), answer.stdout
     assert len(json.loads(trl_here("config", "sft", "x.yaml", "--json").stdout)["problems"]) == len(sentences)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_with_every_line_set_is_possible(trl_here: Command, tmp_path: Path, command: str) -> None:
+    text = "\n".join(config.lines(command, train.training_parser(command).flags))
+    (tmp_path / "all.yaml").write_text(re.sub(r"^# (?=\w+: )", "", text, flags=re.MULTILINE))
+    answer = trl_here("config", command, "all.yaml")
+    assert answer.returncode == 0 and "all of them possible" in answer.stdout, answer.stdout
+
+
+def test_one_option_and_none(trl_here: Command, tmp_path: Path) -> None:
+    for content, verdict in (("seed: 1\n", "1 option of `trl sft` is set, and it is possible"), ("", "no option of")):
+        (tmp_path / "x.yaml").write_text(content)
+        assert f"x.yaml: {verdict}" in trl_here("config", "sft", "x.yaml").stdout
+
+
+def test_a_training_command_refuses_an_option_that_stands_twice(trl_here: Command, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("env:\n  A: 1\n  A: 2\nmax_steps: 2\n")
+    answer = trl_here("sft", "--config", "x.yaml", "--model_name_or_path", "m", "--dataset_name", "d")
+    assert answer.returncode == 2 and "x.yaml: `A` stands on line 2 and on line 3: keep one" in answer.stderr
 
 
 def test_options_without_effect_are_named(trl_here: Command, tmp_path: Path) -> None:

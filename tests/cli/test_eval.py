@@ -30,8 +30,20 @@ def test_eval_prints_writes_and_answers_programs(trl_here: Command, tmp_path: Pa
     [
         ([], "--dataset_name is missing"),
         (["--dataset_name", "a.jsonl"], "--metrics is missing"),
-        (["--dataset_name", "a.jsonl", "--metrics", "accuracy"], "invalid choice"),
-        (["--dataset_name", "a.jsonl", "--metrics", "reward", "--limit", "0"], "needs 1 or more"),
+        (["--dataset_name", "a.jsonl", "--metrics", "accuracy"], "--metrics: needs one of exact_match, pass@k"),
+        (["--dataset_name", "a.jsonl", "--metrics", "exact_mach"], "not `exact_mach`; did you mean exact_match?"),
+        (["--dataset_name", "a.jsonl", "--metrics", "reward"], "the metric reward needs reward_funcs"),
+        (["--dataset_name", "a.jsonl", "--metrics", "pass@k", "--pass_at", "3"], "pass@3 needs at least 3 completions"),
+        (["--dataset_name", "a.jsonl", "--metrics", "perplexity", "--top_p", "2"], "above 0, at most 1, not `2`"),
+        (["--dataset_name", "a.jsonl", "--metrics", "perplexity", "--confidence", "1"], "above 0, below 1, not `1`"),
+        (["--dataset_name", "a.jsonl", "--metrics", "perplexity", "--pattern", "("], "is not a regular expression"),
+        (["--dataset_name", "a.jsonl", "--metrics", "perplexity", "--dtype", "half"], "--dtype: needs one of auto"),
+        (["--tasks", "arc_easy", "--output", "x.jsonl"], "--output holds the completions of --dataset_name"),
+        (["--dataset_nam", "a.jsonl"], "no option --dataset_nam; did you mean --dataset_name?"),
+        (
+            ["--dataset_name", "a.jsonl", "--metrics", "reward", "--limit", "0"],
+            "needs a whole number, 1 or more, not `0`",
+        ),
     ],
 )
 def test_mistakes(trl_here: Command, argv: list[str], sentence: str) -> None:

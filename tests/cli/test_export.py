@@ -38,4 +38,6 @@ def test_what_cannot_be_exported(trl_here: Command, tmp_path: Path) -> None:
     answer = trl_here("export", "--model_name_or_path", "./gpt2", "--output", "x.gguf")
     assert "GPT2LMHeadModel (model_type gpt2) is not written as GGUF here" in answer.stderr
     assert answer.returncode == 1 and not (tmp_path / "x.gguf").exists()
+    wrong = trl_here("export", "--model_name_or_path", "./gpt2", "--output", "x", "--dtype", "flot16")
+    assert wrong.returncode == 2 and "not `flot16`; did you mean float16?" in wrong.stderr
     assert trl_here("export", "--output", "x.gguf").returncode == 2

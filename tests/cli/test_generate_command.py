@@ -128,7 +128,7 @@ def test_tables_and_columns(trl_here: Command, asked: list[Any], tmp_path: Path)
         assert row["prompt"] == same["prompt"] == f"Say {number}" and row["completion"] == same["completion"]
         assert same["given_completion"] == "gold" and same["row"] == number
     wrong = trl_here(*asked, "--output_file", "out.txt")
-    assert wrong.returncode == 1 and "must end in one of .jsonl, .json, .csv, .parquet" in wrong.stderr
+    assert wrong.returncode == 2 and "must end in one of .jsonl, .json, .csv, .parquet" in wrong.stderr
 
 
 def test_adapters_and_stops(
@@ -159,6 +159,23 @@ def test_adapters_and_stops(
     assert "the model's window 2,048: max_prompt_length" in trl_here(*asked, "--output_file", "x.jsonl").stderr
     cut = trl_here(*asked, "--max_prompt_length", 2045, "--output_file", "x.jsonl", "--overwrite")
     assert cut.returncode == 0 and rows_of(tmp_path / "x.jsonl")[0]["tokens"] == 3
+
+
+def test_a_column_that_would_be_left_out(trl_here: Command, asked: list[Any], tmp_path: Path) -> None:
+    """Alpaca's `input` belongs to the prompt."""
+    rows = [{"instruction": "Translate.", "input": "cat", "output": "chat"}]
+    asked += ["--dataset_name", write(tmp_path / "alpaca.jsonl", rows)]
+    answer = trl_here(*asked)
+    assert answer.returncode == 1 and "has a column `input` beside `instruction`" in answer.stderr
+    assert "trl data convert FILE prompts.jsonl --to prompt" in answer.stderr
+    assert trl_here("data", "convert", "alpaca.jsonl", "prompts.jsonl", "--to", "prompt").returncode == 0
+    asked[-1] = "prompts.jsonl"
+    assert trl_here(*asked).returncode == 0
+    [row] = rows_of(tmp_path / "completions.jsonl")
+    assert "Translate." in str(row["prompt"]) and "cat" in str(row["prompt"])
+    asked[-1] = "alpaca.jsonl"
+    answer = trl_here(*asked, "--prompt_column", "instruction", "--output_file", "plain.jsonl")
+    assert answer.returncode == 0 and rows_of(tmp_path / "plain.jsonl")[0]["prompt"] == "Translate."
 
 
 def test_missing_options(trl_here: Command) -> None:

@@ -44,7 +44,7 @@ def test_merged(trl_here: Command, adapter: str, tiny_path: str, tmp_path: Path)
     assert answer.returncode == 0 and "The merged model is in half" in answer.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
     again = trl_here(*words, "--output_dir", "half")
-    assert again.returncode == 1 and "half exists already: name another folder" in again.stderr
+    assert again.returncode == 2 and "half exists already: name another folder" in again.stderr
 
 
 def test_what_is_not_right_does_not_appear(

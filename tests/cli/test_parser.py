@@ -13,7 +13,7 @@ import pytest
 
 import trl
 from trl.cli import UsageError, train
-from trl.cli.parser import Parser, set_environment
+from trl.cli.parser import Parser, TrlParser, set_environment
 from trl.cli.values import Kind
 
 
@@ -493,3 +493,57 @@ def test_a_hint_is_near(word: str) -> None:
     with pytest.raises(UsageError) as error:
         sft_parser().parse([f"--{word}", "3"])
     assert str(error.value) == f"there is no option --{word}. `trl sft --help` lists them."
+
+
+# --- TrlParser, under upstream's name ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Given:
+    """Options of a script."""
+
+    number: int
+    name: str = "alpha"
+
+
+def test_the_parser_of_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("number: 23\nother: 1\n")
+    argv = ["--config", str(path), "--odd", "x", "--name", "beta"]
+    for parser in (TrlParser(Given), TrlParser(dataclass_types=(Given,)), TrlParser(parsers=[Given])):
+        options, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        assert (options, rest) == (Given(23, "beta"), ["--other", "1", "--odd", "x"])
+        apart = parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
+        assert apart == (Given(23, "beta"), ["--other", "1"], ["--odd", "x"])
+    assert TrlParser(Given).parse_args_and_config(argv, fail_with_unknown_args=False) == (Given(23, "beta"),)
+    assert TrlParser([Given], True).parse_args_and_config(argv) == (Given(23, "beta"),)
+    for wrong, sentence in (
+        (argv, "there is no option"),
+        (["--config", str(path)], "there is no option `other`"),
+        (["--name", "x"], "--number is missing"),
+        (["--number", "x"], "--number: needs a whole number, not `x`"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            TrlParser(Given).parse_args_and_config(wrong)
+        assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_options_of_a_script_from_elsewhere(tmp_path: Path) -> None:
+    parser = TrlParser(Given)
+    assert parser.set_defaults_with_config(number=7, other=1) == ["--other", "1"]
+    assert parser.parse_args_and_config([]) == (Given(7),)
+    assert parser.parse_args_and_config(["--number", "8"]) == (Given(8),)
+    assert parser.parse_dict({"number": 3}) == (Given(3),)
+    assert parser.parse_dict({"number": "3", "nam": 1}, allow_extra_keys=True) == (Given(3),)
+    with pytest.raises(ValueError, match="no option nam; did you mean name?"):
+        parser.parse_dict({"number": 3, "nam": 1})
+    (tmp_path / "x.json").write_text('{"number": 4, "name": "b"}')
+    assert parser.parse_json_file(tmp_path / "x.json") == (Given(4, "b"),)
+    assert TrlParser().parse_args_and_config([]) == ()
+
+
+def test_a_dataclass_with_a_field_of_the_parser() -> None:
+    with pytest.raises(ValueError, match="Clash has a field `config`"):
+        TrlParser(dataclasses.make_dataclass("Clash", [("config", str, "x")]))
+    with pytest.raises(ValueError, match="parsers is the older name of dataclass_types"):
+        TrlParser(Given, parsers=[Given])

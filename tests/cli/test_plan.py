@@ -46,8 +46,17 @@ def test_what_does_not_fit_is_status_1(tiny_path: str, capsys: pytest.CaptureFix
         (["plan", "sft", "--gpu", "h10"], "--model_name_or_path is missing"),
         (["plan", "sft", "--model_name_or_path", "{model}", "--gpu", "h10"], "there is no card h10; did you mean"),
         (["plan", "sft", "--model_name_or_path", "{model}", "--learning_rat", "1"], "did you mean"),
-        (["plan", "sft", "--model_name_or_path", "{model}", "--gpu_memory", "-3"], "--gpu_memory: -3 is too small"),
-        (["plan", "sft", "--model_name_or_path", "{model}", "--num_rows", "0"], "--num_rows: 0 is too small"),
+        (
+            ["plan", "sft", "--model_name_or_path", "{model}", "--gpu_memory", "-3"],
+            "--gpu_memory: needs a number, above 0, not `-3`",
+        ),
+        (
+            ["plan", "sft", "--model_name_or_path", "{model}", "--num_rows", "0"],
+            "--num_rows: needs a whole number, 1 or more, not `0`",
+        ),
+        (["plan", "sft", "--utilisation", "1.5"], "--utilisation: needs a number, above 0, at most 1, not `1.5`"),
+        (["plan", "sft", "--model_name_or_path", "{model}", "--typo"], "`trl plan --help` and `trl sft --help` list"),
+        (["plan", "sft", "--model_name_or_path", "{model}", "--max_length", "-1"], "--max_length: -1 is not possible"),
     ],
 )
 def test_wrong_words(words: list[str], sentence: str, tiny_path: str, capsys: pytest.CaptureFixture[str]) -> None:

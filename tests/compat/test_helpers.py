@@ -57,7 +57,7 @@ def test_a_helper_is_importable_from_everywhere():
 
     assert setup_chat_format is again and pad is same and imports.helper("pad") == ("trl.compat.helpers.tensors", "pad")
     assert set_seed.__module__.startswith("transformers")
-    with pytest.raises(ImportError, match="neftune_noise_alpha in a trainer's config"):
+    with pytest.raises(ImportError, match="neftune_noise_alpha in the trainer's config"):
         from trl.trainer.utils import neftune_post_forward_hook  # noqa: F401
 
 

@@ -131,6 +131,54 @@ def test_load_a_folder_of_files(tmp_path: Path) -> None:
     assert texts(load(str(tmp_path), "test")) == ["two"]
 
 
+NAMED = "has the splits 'train' (a.jsonl, b.jsonl) and 'test' (eval.jsonl); "
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "rows", "sentences"),
+    [
+        (["a.jsonl", "b.jsonl"], "train", ["a", "b"], []),
+        # A file that is named after a split does not hide the others.
+        (["a.jsonl", "b.jsonl", "eval.jsonl"], "train", ["a", "b"], [f"{NAMED}'train' is read."]),
+        (["a.jsonl", "b.jsonl", "eval.jsonl"], "test", ["eval"], [f"{NAMED}'test' is read."]),
+        (
+            ["train.jsonl", "eval.jsonl"], "train", ["train"],
+            ["has the splits 'train' (train.jsonl) and 'test' (eval.jsonl); 'train' is read."],
+        ),
+        (
+            ["train.jsonl", "dev.jsonl", "x.jsonl"], "train", ["train"],
+            [
+                "not read, because no split is called so: x.jsonl.",
+                "has the splits 'train' (train.jsonl) and 'validation' (dev.jsonl); 'train' is read.",
+            ],
+        ),
+        (
+            ["a.jsonl", "dev/more.jsonl"], "train", ["a"],
+            ["has the splits 'train' (a.jsonl) and 'validation' (dev/more.jsonl); 'train' is read."],
+        ),
+        (
+            ["test.jsonl", "dev/more.jsonl"], "validation", ["more"],
+            ["not read, because no split is called so: test.jsonl."],
+        ),
+        (["a.jsonl", "b.jsonl", "x.csv"], "train", ["a", "b"], ["because the other files have another format: x.csv."]),
+        (["dev.jsonl"], "train", ["dev"], ["has no split 'train'; its only split 'validation' is read."]),
+    ],
+)  # fmt: skip
+def test_what_of_a_folder_is_read(
+    files: list[str], split: str, rows: list[str], sentences: list[str], tmp_path: Path, caplog: Any
+) -> None:
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"text\n{path.stem}\n" if path.suffix == ".csv" else json.dumps({"text": path.stem}) + "\n")
+    for streaming in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert [row["text"] for row in load(tmp_path, split, streaming=streaming)] == rows
+        assert len(caplog.messages) == len(sentences)
+        assert all(said.endswith(wanted) for said, wanted in zip(caplog.messages, sentences, strict=True)), caplog.text
+
+
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/no/where", "a/b/c"])
 def test_a_missing_path(name: str) -> None:
     with pytest.raises(DataError, match=r"There is no file or folder '.*' \(that is .*\): check it\."):
@@ -139,7 +187,7 @@ def test_a_missing_path(name: str) -> None:
 
 def test_a_name_that_is_not_on_the_hub() -> None:
     with pytest.raises(
-        DataError, match=r"Cannot load 'no/such': it is neither a file nor a folder here, and as a data"
+        DataError, match=r"Cannot load 'no/such': there is no file or folder no/such here, nor a copy in the cache, and"
     ):
         load("no/such")
 

@@ -106,7 +106,7 @@ def adapter(tiny_path, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, short_path, scorer, adapter):
+def folder(tmp_path, monkeypatch, short_path, smol2_path, scorer, adapter):
     """A folder with everything that the pages name."""
     for name, source in {
         **dict.fromkeys(("path/or/name", "small/model", "large/model", "merged"), short_path),
@@ -122,7 +122,7 @@ def folder(tmp_path, monkeypatch, short_path, scorer, adapter):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TRL_DEBUG", "1")  # tracebacks
-    monkeypatch.setenv("MODEL", "path/or/name")
+    monkeypatch.setenv("MODEL", smol2_path)  # where the tokenizer must be the real one
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     methods, modules = dict(METHODS), set(sys.modules)

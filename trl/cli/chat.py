@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import hide_library_notes, nearest
+from trl.cli import UsageError, check_file, check_folder, hide_library_notes, nearest
+from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields, check_given
+from trl.cli.reply import ReplyFields, check_given, check_models
 from trl.demo.stages import quiet
 from trl.options import LIMITS
 
@@ -21,7 +22,8 @@ HELP = """\
 /system [TEXT]    begin a new conversation with this system prompt (without a text: with none)
 /retry            answer the last message again, with other random numbers
 /set NAME=VALUE   temperature, top_p, top_k, min_p, max_new_tokens, repetition_penalty
-/save [FILE]      write all conversations into a file that `trl sft` reads
+/save [FILE]      write all conversations: .jsonl and .json are read by `trl sft`, .txt by people
+/save --overwrite FILE    the same, in place of a file that exists
 /help             this text
 /exit             end
 A message that begins with a slash is typed with two: //path"""
@@ -35,18 +37,23 @@ ANSWERING = {
 }
 COMMON = {
     **ANSWERING,
-    "Chat": dict.fromkeys(("compare", "transcript", "save_folder", "user", "json"), ""),
+    "Chat": dict.fromkeys(("compare", "transcript", "overwrite", "save_folder", "user", "json"), ""),
 }
+ANSWER_LIMITS = LIMITS | {"temperature": LIMITS["temperature"]._replace(above=False)}  # 0: the most likely token
+ENDINGS = (".jsonl", ".json", ".txt")  # of transcripts
 SETTABLE = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "repetition_penalty")
 
 
-def run(argv: Sequence[str], command: str) -> int:
-    hide_library_notes()
-    quiet()
+def classes() -> list[type]:
     from trl.rollout.chat import ChatArguments
 
+    return [ChatArguments, ReplyFields]
+
+
+def run(argv: Sequence[str], command: str) -> int:
     parser = Parser(
-        [ChatArguments, ReplyFields],
+        flags=remembered(command, lambda: Flags.of(classes())),
+        limits=ANSWER_LIMITS,
         prog=f"trl {command}",
         description="Talks to a model in this process. Where the input is no terminal, each of its lines is a message "
         "or a command, and the output is the answers alone.",
@@ -56,14 +63,28 @@ def run(argv: Sequence[str], command: str) -> int:
             f"Example: echo 'What is a token?' | trl {command} --model_name_or_path trainer_output --temperature 0",
             "In the chat: /clear, /system TEXT, /retry, /set NAME=VALUE, /save FILE, /help, /exit. Ctrl-C stops an "
             "answer, and ends the chat where there is none.",
-            "Exit status: 0 ended, 1 an error, 2 a wrong command line, 130 interrupted.",
+            "Exit status: 0 ended, 1 an error (also of one line of a piped input, after which the others are "
+            "answered), 2 a wrong command line, 130 interrupted.",
         ),
     )
-    asked, how = parser.parse(argv)
-    check_given(asked, {"model_name_or_path": "the model to talk to, a folder or a model's name"})
+    values = parser.read(argv)
+    check_given(values, {"model_name_or_path": "the model to talk to, a folder or a model's name"})
+    if values.get("transcript"):
+        _check_transcript(values["transcript"], bool(values.get("overwrite")), "--overwrite")
+    check_models(values)
+    hide_library_notes()
+    quiet()
+    asked, how = parser.instances(values, classes())
     with contextlib.redirect_stdout(sys.stderr):
         conversations = _opened(asked)
     return _Chat(asked, conversations, how.json, sys.stdin.isatty()).run()
+
+
+def _check_transcript(name: str, replace: bool, remedy: str) -> None:
+    """Raise UsageError if the file cannot be written, or is no transcript by its ending."""
+    if Path(name).suffix not in ENDINGS:
+        raise UsageError(f"{name}: the name of a transcript ends in one of {', '.join(ENDINGS)}.")
+    check_file(name, replace, f", or replace it with {remedy}")
 
 
 def _opened(asked: Any) -> list[Any]:
@@ -96,7 +117,8 @@ def _opened(asked: Any) -> list[Any]:
 class _Chat:
     def __init__(self, asked: Any, conversations: list[Any], as_json: bool, interactive: bool) -> None:
         self.asked, self.conversations, self.as_json, self.interactive = asked, conversations, as_json, interactive
-        self.turn, self.last = 0, ""
+        self.turn = 0
+        self.own = {Path(asked.transcript)} if asked.transcript else set()  # files that hold this chat
         self.commands: dict[str, Callable[[str], None]] = {
             "/clear": self._clear,
             "/system": self._system,
@@ -110,16 +132,16 @@ class _Chat:
         if self.interactive:
             names = " and ".join(each.name for each in self.conversations)
             self._note(f"Talking to {names} ({self._settings()}). /help lists the commands, /exit ends.")
+        failed = False
         for line in self._lines():
             if line.strip() in ("/exit", "/quit"):
                 break
             try:
                 self._take(line)
-            except ValueError as error:
-                if not self.interactive:
-                    raise
-                self._note(str(error))
-        return 0
+            except (ValueError, OSError, UsageError) as error:
+                failed = True
+                self._note(str(error), error=str(error))
+        return int(failed and not self.interactive)
 
     def _lines(self) -> Iterator[str]:
         if not self.interactive:
@@ -185,9 +207,22 @@ class _Chat:
     def _save(self, rest: str) -> None:
         from trl.rollout.chat import save_transcript, transcript_path
 
-        path = Path(rest) if rest else transcript_path(self.asked.save_folder, self.conversations[0].name)
+        word, _, name = rest.partition(" ")
+        replace = word == "--overwrite"
+        name = name.strip() if replace else rest
+        if replace and not name:
+            raise ValueError("/save --overwrite needs the name of a file")
+        new = ""
+        if name:
+            path = Path(name).expanduser()
+            _check_transcript(name, replace or path in self.own, "/save --overwrite FILE")
+        else:
+            path = transcript_path(self.asked.save_folder, self.conversations[0].name)
+            new = "" if path.parent.is_dir() else f", in the new folder {path.parent}"
+            check_folder(str(path.parent))
         save_transcript(self.conversations, path)
-        self._note(f"saved in {path}", saved=str(path))
+        self.own.add(path)
+        self._note(f"saved in {path}{new}", saved=str(path))
 
     def _settings(self) -> str:
         sampling = self.conversations[0].sampling

@@ -71,18 +71,20 @@ def candidates(words: Sequence[str]) -> list[str]:
 
 def options_of(command: str) -> list[str]:
     """The options of a command."""
-    if command not in METHODS:
-        return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", _help(command))))
     flags = stored(command)
+    if flags is None and command not in METHODS:
+        return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", _help(command))))
     names = [*flags.fields, *flags.foreign] if flags else [name for group in train.COMMON.values() for name in group]
     return [f"--{name}" for name in ["config", "help", "help-all", *names]]
 
 
 def values_of(command: str, option: str) -> list[str]:
-    """The names among which an option of a command chooses, if it does; for `trl config`, the methods."""
-    if command == "config" and option == command:
-        return [name for name, row in METHODS.items() if row.command]
-    if command not in METHODS or not option.startswith("--"):
+    """The names among which an option of a command chooses, if it does, or its first word."""
+    if option == command:
+        methods = [name for name, row in METHODS.items() if row.command]
+        first = {"config": methods, "plan": methods, "completion": sorted(SCRIPTS), "data": ["convert"]}
+        return first.get(command, [])
+    if not option.startswith("--"):
         return []
     flags = stored(command)
     flag = flags.fields.get(option[2:].replace("-", "_")) if flags else None

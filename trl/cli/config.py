@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes, nearest, train
+from trl.cli import CommandParser, UsageError, check_file, hide_library_notes, nearest, train
 from trl.cli.flags import Flag, Flags
 from trl.methods import METHODS
 
@@ -33,6 +33,10 @@ def run(argv: Sequence[str], command: str) -> int:
     options = parser.parse_args(argv)
     if options.method not in methods:
         raise UsageError(f"there is no method {options.method}{nearest(options.method, methods)}")
+    if options.file is not None and options.output is not None:
+        raise UsageError(f"{options.file} is checked, so that nothing is written into --output: leave one of them out.")
+    if options.output is not None:
+        check_file(options.output)
     hide_library_notes()
     if options.file is not None:
         return _check(options.method, options.file, options.json)
@@ -45,11 +49,8 @@ def run(argv: Sequence[str], command: str) -> int:
     if options.output is None:
         print(text)
         return 0
-    try:
-        with open(options.output, "x", encoding="utf-8") as file:
-            file.write(text + "\n")
-    except FileExistsError:
-        raise UsageError(f"{options.output} exists: name another file, or remove it.") from None
+    with open(options.output, "x", encoding="utf-8") as file:
+        file.write(text + "\n")
     return 0
 
 
@@ -89,29 +90,40 @@ def _check(method: str, path: str, as_json: bool) -> int:
     if not Path(path).is_file():
         raise UsageError(f"there is no file {path}.")
     parser = train.training_parser(method)
-    values, _, problems = parser.read_file(path)
+    values: dict[str, Any] = {}
     notices: list[str] = []
+    try:
+        values, _, problems = parser.read_file(path)
+    except UsageError as error:  # not a file of options at all
+        problems = [str(error)]
     if not problems:
         problems, notices = _tried(parser, method, values)
         problems = [f"{path}: {problem}" for problem in problems]
     if as_json:
         print(json.dumps({"problems": problems, "notices": notices, "options": sorted(values)}, ensure_ascii=False))
     else:
-        verdict = f"{path}: {len(values)} options of `trl {method}`, all of them possible"
+        verdict = f"{path}: {_verdict(len(values), method)}"
         print("\n".join(problems or [*notices, verdict]))
     return 2 if problems else 0
 
 
+def _verdict(number: int, method: str) -> str:
+    if number < 2:
+        return f"{number or 'no'} option of `trl {method}` is set{', and it is possible' * number}"
+    return f"{number} options of `trl {method}`, all of them possible"
+
+
 def _tried(parser: Any, method: str, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What is wrong with options, and what is to be said of them, as a training command would say it. What the command
-    line usually adds, the model and the data, may be missing."""
+    line usually adds, the model and the data, may be missing, or null as in a file with every line set."""
     from trl.options import check_trackers
 
-    added = {} if values.get("datasets") else {"dataset_name": "data"}
+    added = {"model_name_or_path": "model"} | ({} if values.get("datasets") else {"dataset_name": "data"})
+    values = {name: value for name, value in values.items() if value is not None or name not in added}
     heard = io.StringIO()
     try:
         with contextlib.redirect_stdout(heard):
-            train.check(added | {"model_name_or_path": "model"} | dict(values))
+            train.check(added | values)
             *_, config = parser.instances(values, train.classes(method))
             check_trackers(config)
     except (UsageError, ValueError, ImportError) as error:

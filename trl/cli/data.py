@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes, nearest, notices_aside
+from trl.cli import CommandParser, UsageError, check_file, hide_library_notes, nearest, notices_aside, numbers
+from trl.data.reading.names import check_path
 from trl.methods import METHODS
+from trl.models.names import TOKENIZER, check_model
+from trl.options import COUNT, NUMBER_OF
 
 DESCRIPTION = """Shows what a training run would see of a data set: how its rows are read, their lengths, what the
 limits cut, duplicates, and rows token by token with what is trained. Only the model's tokenizer is loaded."""
@@ -37,6 +40,8 @@ def run(argv: Sequence[str], command: str) -> int:
     options = _parser(command).parse_args(argv)
     if options.method is not None and options.method not in METHODS:
         raise UsageError(f"--method: there is no method {options.method}{nearest(options.method, METHODS)}")
+    check_path(options.file)
+    check_model(options.model_name_or_path, needs=TOKENIZER)
     with notices_aside(options.json):
         found = _inspect(options)
     print(json.dumps(found.to_dict(), ensure_ascii=False) if options.json else "\n".join(found.lines()))
@@ -48,10 +53,16 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="FILE", help="data set: a file, a folder, or a name that `datasets` knows")
     parser.add_argument("--model_name_or_path", required=True, metavar="NAME", help="model whose tokenizer is used")
     parser.add_argument("--method", metavar="NAME", help="method to train with, such as dpo [by the columns]")
-    parser.add_argument("--rows", type=int, default=5, metavar="N", help="rows to show token by token [5]")
-    parser.add_argument("--max_length", type=int, metavar="N", help="limit of a row in tokens [the model's window]")
-    parser.add_argument("--max_prompt_length", type=int, metavar="N", help="limit of a prompt in tokens [none]")
-    parser.add_argument("--max_completion_length", type=int, metavar="N", help="limit of a completion [none]")
+    parser.add_argument(
+        "--rows", type=numbers(NUMBER_OF), default=5, metavar="N", help="rows to show token by token [5]"
+    )
+    parser.add_argument(
+        "--max_length", type=numbers(COUNT), metavar="N", help="limit of a row in tokens [the model's window]"
+    )
+    for part in ("prompt", "completion"):
+        parser.add_argument(
+            f"--max_{part}_length", type=numbers(COUNT), metavar="N", help=f"limit of a {part} in tokens [none]"
+        )
     parser.add_argument(
         "--truncation_mode", choices=("keep_start", "keep_end"), help="end of a longer row that is kept"
     )
@@ -128,8 +139,8 @@ def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     output = Path(options.output)
     if output.suffix != ".jsonl":
         raise UsageError(f"{output} does not end in .jsonl: one JSON object a line is written.")
-    if output.exists():
-        raise UsageError(f"{output} exists: name another file, or remove it.")
+    check_file(options.output)
+    check_path(options.file)
     hide_library_notes()
     import datasets
 

@@ -7,26 +7,33 @@ Last, it learns by reward alone to follow a change of the order, which no exampl
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl.cli import hide_library_notes
+from trl.cli import CommandParser, check_folder, hide_library_notes, numbers
 from trl.demo.stages import FULL, QUICK, dpo, grpo, quiet, sft
+from trl.options import LIMITS
 
 
 def run(argv: Sequence[str], command: str) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"trl {command}",
-        description="Train SmolLM2-135M-Instruct on this machine, offline, and evaluate it: about "
-        f"{FULL.minutes} on two processor cores. The exit status is 1 if it did not learn.",
+    parser = CommandParser(
+        f"trl {command}",
+        "Trains SmolLM2-135M-Instruct on this machine, offline, and evaluates it: about "
+        f"{FULL.minutes} on two processor cores.\nThe exit status is 1 if it did not learn.",
+        "example:\n  trl demo --quick --output_dir trl-demo",
     )
     parser.add_argument("--output_dir", default="trl-demo", help="folder for all output [trl-demo]")
     parser.add_argument("--quick", action="store_true", help="a sixth of the steps, to check that everything works")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the rows, their order and the adapter [0]")
+    parser.add_argument(
+        "--seed",
+        type=numbers(LIMITS["seed"]),
+        default=0,
+        help="random seed of the rows, their order and the adapter [0]",
+    )
     options = parser.parse_args(argv)
+    check_folder(options.output_dir)
     size = QUICK if options.quick else FULL
     started = time.perf_counter()
     print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import trl
+from trl.cli import CommandParser
 
 PACKAGES = (
     "torch",
@@ -32,7 +32,8 @@ PACKAGES = (
 
 
 def run(argv: Sequence[str], command: str) -> int:
-    argparse.ArgumentParser(prog=f"trl {command}", description=__doc__).parse_args(argv)
+    description = "Prints versions and devices, to paste into a bug report."
+    CommandParser(f"trl {command}", description, "example:\n  trl env").parse_args(argv)
     for name, value in facts():
         print(f"- {name}: {value}")
     return 0

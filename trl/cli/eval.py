@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes, notices_aside
+from trl.cli import CommandParser, UsageError, check_file, hide_library_notes, notices_aside, numbers
+from trl.data.reading.names import check_path
+from trl.evaluate.metrics import METRICS, check_metrics
+from trl.models.names import check_model
+from trl.options import COUNT, LIMITS, NUMBER_OF, WEIGHT, Limit
 
 DESCRIPTION = """Measures a model, or an adapter on one, on a data set: exact match, pass@k, reward, win rate,
 perplexity. Each number has a confidence interval: Wilson's for shares, else the bootstrap's over prompts or rows. The
@@ -20,7 +25,7 @@ EXAMPLES = """examples:
   trl eval --model_name_or_path out --dataset_name pairs.jsonl --metrics win_rate --judge openai --against chosen
   trl eval --model_name_or_path out --dataset_name texts.jsonl --metrics perplexity --json
   trl eval --model_name_or_path out --tasks arc_easy hellaswag --limit 100"""
-METRICS = ("exact_match", "pass@k", "reward", "win_rate", "perplexity")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def run(argv: Sequence[str], command: str) -> int:
@@ -29,8 +34,19 @@ def run(argv: Sequence[str], command: str) -> int:
         raise UsageError("--dataset_name is missing: the rows to measure on; or --tasks of lm-eval.")
     if options.dataset_name and not options.metrics:
         raise UsageError(f"--metrics is missing: some of {', '.join(METRICS)}.")
-    if options.output and Path(options.output).exists():
-        raise UsageError(f"{options.output} exists: name another file, or remove it.")
+    if options.dataset_name:
+        given = (options.reward_funcs, options.judge, options.against, options.num_generations, options.pass_at)
+        try:
+            check_metrics(options.metrics, *given)
+        except ValueError as error:
+            raise UsageError(f"{error}.") from None
+    if options.output:
+        check_file(options.output)
+        if not options.dataset_name:
+            raise UsageError("--output holds the completions of --dataset_name, which is missing.")
+    if options.dataset_name:
+        check_path(options.dataset_name)
+    check_model(options.model_name_or_path, options.model_revision)
     with notices_aside(options.json):
         estimates, settings = _measured(options)
     if options.json:
@@ -53,6 +69,7 @@ def _measured(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     # What can be wrong is looked at before the model is loaded, which takes longer.
+    _check_names(options)
     if options.tasks:
         from trl.evaluate.harness import evaluate_tasks, require_lm_eval
 
@@ -86,7 +103,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "--model_name_or_path", required=True, metavar="NAME", help="model: a folder or a name; an adapter's folder too"
     )
     add("--model_revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
-    add("--dtype", default="auto", help="dtype of the weights: auto, bfloat16, float16, float32 [auto]")
+    add("--dtype", default="auto", choices=DTYPES, help="dtype of the weights; auto: the checkpoint's [auto]")
     add("--load_in_4bit", action="store_true", help="quantise the weights to 4 bits at loading")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     data = parser.add_argument_group("data and metrics")
@@ -95,42 +112,84 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--dataset_config", metavar="NAME", help="configuration of a named data set")
     add("--split", metavar="NAME", help="split, or a slice of one: test[:100] [test; a file: all of it]")
     add("--columns", metavar="NAMES", help="which column is which part: prompt=question")
-    add("--limit", type=_count, metavar="N", help="rows to measure on, from the first on [all]")
+    add("--limit", type=numbers(COUNT), metavar="N", help="rows to measure on, from the first on [all]")
     add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"some of {', '.join(METRICS)}")
     add("--answer_column", metavar="NAME", help="column of the right answer [answer, else solution]")
-    add("--pattern", metavar="REGEX", help="its last match in a completion is the answer [the whole completion]")
+    add(
+        "--pattern",
+        type=_regex,
+        metavar="REGEX",
+        help="its last match in a completion is the answer [the whole completion]",
+    )
     add(
         "--reward_funcs", nargs="+", metavar="NAME", help="reward functions, reward models or endpoints, as in trl grpo"
     )
     add("--judge", metavar="NAME", help="judge of pairs for win_rate, as in trl online-dpo [the sum of --reward_funcs]")
     add("--against", metavar="NAME", help="other answers for win_rate: a column, or another model")
-    add("--pass_at", nargs="+", type=_count, metavar="K", help="k of pass@k [1 and num_generations]")
-    add("--pass_threshold", type=float, default=1.0, metavar="NUMBER", help="least total reward that passes [1.0]")
-    add("--max_length", type=_count, metavar="N", help="limit of a row in tokens, for perplexity [none]")
+    add("--pass_at", nargs="+", type=numbers(COUNT), metavar="K", help="k of pass@k [1 and num_generations]")
+    add(
+        "--pass_threshold",
+        type=numbers(Limit()),
+        default=1.0,
+        metavar="NUMBER",
+        help="least total reward that passes [1.0]",
+    )
+    add("--max_length", type=numbers(COUNT), metavar="N", help="limit of a row in tokens, for perplexity [none]")
     drawing = parser.add_argument_group("completions")
     add = drawing.add_argument
-    add("--num_generations", type=_count, default=1, metavar="N", help="completions of each prompt [1]")
-    add("--max_new_tokens", type=_count, default=512, metavar="N", help="limit of a completion in tokens [512]")
-    add("--temperature", type=float, metavar="NUMBER", help="softmax temperature [0 with one completion, else 1]")
-    add("--top_p", type=float, default=1.0, metavar="NUMBER", help="total probability of the tokens sampled from [1.0]")
-    add("--top_k", type=int, default=0, metavar="N", help="number of most likely tokens to sample from; 0: all [0]")
+    add("--num_generations", type=numbers(COUNT), default=1, metavar="N", help="completions of each prompt [1]")
+    add("--max_new_tokens", type=numbers(COUNT), default=512, metavar="N", help="limit of a completion in tokens [512]")
+    add(
+        "--temperature",
+        type=numbers(WEIGHT),
+        metavar="NUMBER",
+        help="softmax temperature [0 with one completion, else 1]",
+    )
+    add(
+        "--top_p",
+        type=numbers(LIMITS["top_p"]),
+        default=1.0,
+        metavar="NUMBER",
+        help="total probability of the tokens sampled from [1.0]",
+    )
+    add(
+        "--top_k",
+        type=numbers(NUMBER_OF),
+        default=0,
+        metavar="N",
+        help="number of most likely tokens to sample from; 0: all [0]",
+    )
     rest = parser.add_argument_group("lm-eval")
     add = rest.add_argument
     add("--tasks", nargs="+", metavar="TASK", help="tasks of lm-eval, such as arc_easy")
-    add("--num_fewshot", type=int, metavar="N", help="examples before each question [the task's]")
+    add("--num_fewshot", type=numbers(NUMBER_OF), metavar="N", help="examples before each question [the task's]")
     add = parser.add_argument_group("result").add_argument
-    add("--seed", type=int, default=0, metavar="N", help="random seed of samples and bootstrap [0]")
-    add("--confidence", type=float, default=0.95, metavar="SHARE", help="coverage of the intervals [0.95]")
+    add("--seed", type=numbers(LIMITS["seed"]), default=0, metavar="N", help="random seed of samples and bootstrap [0]")
+    between = numbers(Limit(0, 1, above=True, below=True))
+    add("--confidence", type=between, default=0.95, metavar="SHARE", help="coverage of the intervals [0.95]")
     add("--output", metavar="FILE.jsonl", help="file for the completions and what was found of each")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def _count(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"needs 1 or more, not {word}")
-    return number
+def _regex(word: str) -> str:
+    try:
+        re.compile(word)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"is not a regular expression ({error}): {word}") from None
+    return word
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    """Raise UsageError for reward functions and judges that do not exist."""
+    from trl.rewards.named import check_names
+    from trl.rewards.pairwise import check_judge
+
+    try:
+        check_names(options.reward_funcs or ())
+        check_judge(options.judge)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _opened(options: argparse.Namespace, name: str | None = None) -> tuple[Any, Any]:

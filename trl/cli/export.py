@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from trl.cli import UsageError, hide_library_notes
+from trl.cli import UsageError, check_file, check_folder, hide_library_notes, nearest
+from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields, WriteFields, check_given, reply
+from trl.cli.reply import ReplyFields, WriteFields, check_given, check_models, reply
 from trl.demo.stages import quiet
+
+FLOATS = ("auto", "bfloat16", "float16", "float32")
+SHORT = ("bf16", "fp16", "fp32")
+KINDS = ("f32", "f16", "bf16", "q8_0")  # of GGUF
 
 
 @dataclass
@@ -40,8 +47,9 @@ class ExportArguments(WriteFields):
 
 
 def run(argv: Sequence[str], command: str) -> int:
+    classes = [ExportArguments, ReplyFields]
     parser = Parser(
-        [ExportArguments, ReplyFields],
+        flags=remembered(command, lambda: Flags.of(classes)),
         prog=f"trl {command}",
         description="Writes a model for other programs, opens what was written and compares its logits with those of "
         "the model. What is not right does not appear.",
@@ -51,19 +59,17 @@ def run(argv: Sequence[str], command: str) -> int:
             "nothing.",
         ),
     )
-    asked, how = parser.parse(argv)
+    values = parser.read(argv)
     check_given(
-        asked,
+        values,
         {
             "model_name_or_path": "the model",
             "output": "a new folder, or a new file model.gguf",
         },
     )
-    form = asked.format or ("gguf" if asked.output.endswith(".gguf") else "safetensors")
-    if form == "gguf" and asked.push:
-        raise UsageError("--push uploads a folder, and a GGUF file is one file: hf upload REPOSITORY FILE.")
-    if form != "gguf" and asked.pre:
-        raise UsageError("--pre belongs to GGUF: let --output end in .gguf, or leave it out.")
+    form = _checked_form(values)
+    check_models(values)
+    asked, how = parser.instances(values, classes)
     with reply(how.json) as answer:
         hide_library_notes()
         quiet()
@@ -81,6 +87,32 @@ def run(argv: Sequence[str], command: str) -> int:
         facts = dataclasses.asdict(found) | asked.pushed(found.path)
         answer(facts, "\n".join(_lines(facts)))
     return 0
+
+
+def _checked_form(values: Mapping[str, Any]) -> str:
+    """The format that is asked for. Raises UsageError for options that do not go with it, or an output in the way."""
+    output, dtype = str(values["output"]), str(values.get("dtype") or "auto")
+    form = values.get("format") or ("gguf" if output.endswith(".gguf") else "safetensors")
+    known = FLOATS
+    if form == "gguf":
+        if values.get("push"):
+            raise UsageError("--push uploads a folder, and a GGUF file is one file: hf upload REPOSITORY FILE.")
+        if not output.endswith(".gguf"):
+            raise UsageError(f"--output: a GGUF file is one file: give its name, such as {output}/model.gguf.")
+        if re.fullmatch(r"i?q\w+", dtype.lower()) and dtype.lower() not in KINDS:
+            raise UsageError(
+                f"--dtype: {dtype} is not written here, only {', '.join(KINDS)}. Export f16 and let llama.cpp's "
+                "llama-quantize make smaller types of it."
+            )
+        check_file(output)
+        known = (*FLOATS, *KINDS)
+    else:
+        if values.get("pre"):
+            raise UsageError("--pre belongs to GGUF: let --output end in .gguf, or leave it out.")
+        check_folder(output, new=True)
+    if dtype not in (*known, *SHORT):
+        raise UsageError(f"--dtype: needs one of {', '.join(known)}, not `{dtype}`{nearest(dtype, known)}")
+    return form
 
 
 def _lines(facts: dict) -> list[str]:

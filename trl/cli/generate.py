@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from trl.cli import hide_library_notes
-from trl.cli.chat import ANSWERING
+from trl.cli import check_file, hide_library_notes
+from trl.cli.chat import ANSWER_LIMITS, ANSWERING
+from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields, check_given, reply
+from trl.cli.reply import ReplyFields, check_given, check_models, reply
+from trl.data.reading.names import check_path
 from trl.demo.stages import quiet
 
 COMMON = {
@@ -18,13 +20,16 @@ COMMON = {
 }
 
 
-def run(argv: Sequence[str], command: str) -> int:
-    hide_library_notes()
-    quiet()
-    from trl.rollout.prompts_file import GenerateArguments, complete_file
+def classes() -> list[type]:
+    from trl.rollout.prompts_file import GenerateArguments
 
+    return [GenerateArguments, ReplyFields]
+
+
+def run(argv: Sequence[str], command: str) -> int:
     parser = Parser(
-        [GenerateArguments, ReplyFields],
+        flags=remembered(command, lambda: Flags.of(classes())),
+        limits=ANSWER_LIMITS,
         prog=f"trl {command}",
         description="Samples completions of the prompts in a file (.jsonl, .json, .csv, .txt, ...) or a data set, and "
         "writes one row each.",
@@ -37,14 +42,26 @@ def run(argv: Sequence[str], command: str) -> int:
             "Exit status: 0 done, 1 an error, 2 a wrong command line, 130 interrupted.",
         ),
     )
-    asked, how = parser.parse(argv)
+    values = parser.read(argv)
     check_given(
-        asked,
+        values,
         {
             "model_name_or_path": "the model that writes, a folder or a model's name",
             "dataset_name": "the prompts, a file, a folder or a data set's name",
         },
     )
+    check_file(
+        values.get("output_file") or parser.flags.fields["output_file"].default,
+        replace=bool(values.get("overwrite")),
+        remedy=", or replace it with --overwrite",
+    )
+    check_models(values)
+    check_path(values["dataset_name"])
+    hide_library_notes()
+    quiet()
+    from trl.rollout.prompts_file import complete_file
+
+    asked, how = parser.instances(values, classes())
     with reply(how.json) as answer:
         found = complete_file(asked, _progress)
         text = (

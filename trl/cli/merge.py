@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl.cli import hide_library_notes
+from trl.cli import check_folder, hide_library_notes
+from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser
-from trl.cli.reply import ReplyFields, WriteFields, check_given, reply
+from trl.cli.reply import ReplyFields, WriteFields, check_given, check_models, reply
 from trl.demo.stages import quiet
 
 
@@ -41,8 +42,9 @@ class MergeArguments(WriteFields):
 
 
 def run(argv: Sequence[str], command: str) -> int:
+    classes = [MergeArguments, ReplyFields]
     parser = Parser(
-        [MergeArguments, ReplyFields],
+        flags=remembered(command, lambda: Flags.of(classes)),
         prog=f"trl {command}",
         description="Merges an adapter into its base model, writes the result with its tokenizer, opens it again and "
         "compares its logits with those of the base with its adapter. A folder that is not right does not appear.",
@@ -52,14 +54,17 @@ def run(argv: Sequence[str], command: str) -> int:
             "folder.",
         ),
     )
-    asked, how = parser.parse(argv)
+    values = parser.read(argv)
     check_given(
-        asked,
+        values,
         {
             "model_name_or_path": "the adapter's folder",
             "output_dir": "a new folder for the result",
         },
     )
+    check_folder(values["output_dir"], new=True)
+    check_models(values)
+    asked, how = parser.instances(values, classes)
     with reply(how.json) as answer:
         hide_library_notes()
         quiet()

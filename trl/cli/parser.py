@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl.cli import UsageError, nearest
+from trl.cli import UsageError, nearest, no_option, with_underscores
 from trl.cli.flags import Flag, Flags
 from trl.cli.values import FALSE, TRUE, Kind, yaml_value
-from trl.compat.table import ArgumentError
-from trl.near import near
+from trl.options import Limit
 
 # Text flags that may stand without a value, which is then "true".
 BARE = ("resume_from_checkpoint",)
@@ -31,6 +31,8 @@ class Parser:
     notes      paragraphs at the end of the help
     foreign    returns another program's options and whether each takes a value; called only for an unknown option
     flags      the options of `classes`, if they are known already; the classes are then needed by `instances` alone
+    limits     the range of each number, checked before anything is loaded; the default of an option is always possible
+    programs   the commands whose `--help` lists the options; default: `prog`
 
     Raises UsageError for a wrong command line.
     """
@@ -45,6 +47,8 @@ class Parser:
         notes: Sequence[str] = (),
         foreign: Callable[[], Mapping[str, bool]] | None = None,
         flags: Flags | None = None,
+        limits: Mapping[str, Limit] | None = None,
+        programs: Sequence[str] = (),
     ) -> None:
         flags = Flags.of(classes) if flags is None else flags
         self.classes = classes
@@ -52,9 +56,10 @@ class Parser:
         self.kinds: dict[str, Kind] = {name: flag.kind for name, flag in flags.fields.items()}
         self.older = flags.older
         self.prog, self.description, self.notes = prog, description, notes
-        self.foreign = foreign
-        # Words that belong to no option, if they are collected; else they are an error.
+        self.foreign, self.limits, self.programs = foreign, limits or {}, tuple(programs) or (prog,)
+        # Words of argv and of the file that belong to no option, if they are collected; else they are an error.
         self.stray: list[str] | None = None
+        self.stray_of_file: list[str] = []
         self._groups: dict[str, list[argparse.Action]] = {"Everywhere": []}
         self._argparse = _Argparse(prog=prog, add_help=False, allow_abbrev=False)
         self._options = self._argparse.add_argument_group()
@@ -88,10 +93,14 @@ class Parser:
             own |= (
                 rows_of(cls).keys() & self.older.keys()
             )  # an older name of one class may be a present name of another
+            for field in dataclasses.fields(cls):
+                has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+                if field.init and not has_default and field.name not in values:
+                    raise UsageError(f"--{field.name} is missing. `{self.prog} --help` says what it is.")
             try:
                 instances.append(cls(**{name: value for name, value in values.items() if name in own}))
-            except ArgumentError as error:
-                raise UsageError(str(error)) from None
+            except ValueError as error:  # a class refuses values that are impossible, or do not go together
+                raise UsageError(str(error)) from error
         return instances
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -100,7 +109,7 @@ class Parser:
 
     def read_apart(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         """The result of `read`, the foreign options, and argv without them."""
-        words = [_with_underscores(word) for word in argv]
+        words = [with_underscores(word) for word in argv]
         for flag, everything in (("-h", False), ("--help", False), ("--help_all", True)):
             if flag in words:
                 print(self.help(everything))
@@ -138,6 +147,8 @@ class Parser:
                     problems.append(str(error))
             elif self.foreign is not None and name in self.foreign():
                 foreign[name] = value
+            elif self.stray is not None:
+                self.stray_of_file += [f"--{name}", str(value)]
             else:
                 problems.append(f"{path}: there is no option `{name}`{nearest(str(name), self.kinds)}")
         return values, foreign, problems
@@ -192,10 +203,7 @@ class Parser:
                 meanings = {old: row.name or old for old, row in self.older.items()}
                 meanings |= {each: each for each in [*self.kinds, *theirs]}
                 meanings |= {each[2:]: each[2:] for each in known if each[2:] not in self.older}
-                # Compared without the dashes, which all flags share.
-                match = near(name, meanings)
-                meant = f"; did you mean --{meanings[match]}?" if match else "."
-                raise UsageError(f"there is no option {flag}{meant} `{self.prog} --help` lists them.")
+                raise no_option(flag, meanings, *self.programs)
             takes = theirs[name]
             if not equals and rest and (not rest[0].startswith("--") if takes else rest[0].lower() in TRUE + FALSE):
                 equals, value = "=", rest.pop(0)
@@ -218,9 +226,15 @@ class Parser:
         if today in BARE and isinstance(value, bool):
             return str(value).lower()
         try:
-            return kind.convert(value, older) if kind is not None else yaml_value(value)
+            found = kind.convert(value, older) if kind is not None else yaml_value(value)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from None
+        limit = self.limits.get(today)
+        if limit is not None and isinstance(found, int | float) and not isinstance(found, bool):
+            usual = self.flags.fields[today].default if today in self.flags.fields else None
+            if not limit.holds(found) and found != usual:
+                raise UsageError(f"{where}: {found} is not possible: give {limit.wanted()}")
+        return found
 
     def _kind(self, name: str) -> Kind | None:
         """The kind of an option; None for an older name whose type is not known."""
@@ -261,31 +275,94 @@ class Parser:
 
 class TrlParser(Parser):
     """The parser for your own scripts, under upstream's name: one instance of each dataclass, from the command line and
-    the YAML file of `--config`, whose `env:` holds environment variables."""
+    the YAML file of `--config`, whose `env:` holds environment variables.
 
-    def __init__(self, dataclass_types: type | Sequence[type], prog: str | None = None, description: str = "") -> None:
-        classes = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
+    dataclass_types      a dataclass or several; the releases up to 0.11 call it `parsers`
+    ignore_extra_args    ignore words and lines of the file that belong to no option, as `fail_with_unknown_args=False`
+    prog, description    name of the program and first paragraph of its `--help`
+
+    Raises ValueError for a dataclass with a field `config`, which is the option of the file.
+    """
+
+    def __init__(
+        self,
+        dataclass_types: type | Iterable[type] | None = None,
+        ignore_extra_args: bool = False,
+        *,
+        parsers: type | Iterable[type] | None = None,
+        prog: str | None = None,
+        description: str = "",
+    ) -> None:
+        if parsers is not None and dataclass_types is not None:
+            raise ValueError("parsers is the older name of dataclass_types: give one of the two")
+        given = parsers if dataclass_types is None else dataclass_types
+        classes = [given] if isinstance(given, type) else list(given or ())
+        for cls in classes:
+            if "config" in (each.name for each in dataclasses.fields(cls)):
+                raise ValueError(
+                    f"{cls.__name__} has a field `config`, and --config is the YAML file of all options: name the "
+                    "field otherwise"
+                )
         super().__init__(classes, prog=prog or Path(sys.argv[0]).name, description=description)
+        self.ignore_extra_args = ignore_extra_args
+        self.preset: dict[str, Any] = {}
 
     def parse_args_and_config(
         self,
-        args: Sequence[str] | None = None,
+        args: Iterable[str] | None = None,
         return_remaining_strings: bool = False,
         fail_with_unknown_args: bool = True,
+        separate_remaining_strings: bool = False,
     ) -> tuple[Any, ...]:
-        """The instances; with `return_remaining_strings` also the list of words that belong to no option. A wrong
-        command line ends the process with status 2; `fail_with_unknown_args=False` ignores unknown words."""
+        """The instances. A wrong command line ends the process with status 2.
+
+        With `return_remaining_strings` they are followed by a list of the words that belong to no option, lines of the
+        file (as `--name value`) before those of argv; with `separate_remaining_strings` by a list of each.
+        `fail_with_unknown_args=False` ignores such words.
+        """
         argv = sys.argv[1:] if args is None else list(args)
-        self.stray = [] if return_remaining_strings or not fail_with_unknown_args else None
+        collects = return_remaining_strings or self.ignore_extra_args or not fail_with_unknown_args
+        self.stray, self.stray_of_file = ([] if collects else None), []
         try:
             set_environment(argv)
-            instances = self.parse(argv)
+            instances = self.instances(self.preset | self.read(argv))
         except UsageError as error:
             print(f"{self.prog}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        return (*instances, self.stray) if return_remaining_strings else tuple(instances)
+        if not return_remaining_strings:
+            return tuple(instances)
+        of_argv = self.stray or []
+        rest = (self.stray_of_file, of_argv) if separate_remaining_strings else ([*self.stray_of_file, *of_argv],)
+        return (*instances, *rest)
 
     parse_args_into_dataclasses = parse_args_and_config
+
+    def parse_dict(self, args: Mapping[str, Any], allow_extra_keys: bool = False) -> tuple[Any, ...]:
+        """The instances from a mapping of options. Raises ValueError for an option that does not exist, unless
+        `allow_extra_keys`, and for a wrong value."""
+        known = {name: value for name, value in args.items() if name in self.kinds or name in self.older}
+        if len(known) < len(args) and not allow_extra_keys:
+            odd = next(name for name in args if name not in known)
+            raise ValueError(f"there is no option {odd}{nearest(odd, self.kinds)}")
+        try:
+            return tuple(self.instances({name: self._convert(name, known[name], where=name) for name in known}))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
+    def parse_yaml_file(self, yaml_file: str | os.PathLike, allow_extra_keys: bool = False) -> tuple[Any, ...]:
+        """`parse_dict` of a YAML or JSON file."""
+        try:
+            return self.parse_dict(read_yaml(str(yaml_file)), allow_extra_keys)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
+    parse_json_file = parse_yaml_file
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """Other defaults than those of the dataclasses. Returns those that belong to no option, as `--name value`."""
+        known = {name: value for name, value in values.items() if name in self.kinds or name in self.older}
+        self.preset |= {name: self._convert(name, value, where=name) for name, value in known.items()}
+        return [word for name in values if name not in known for word in (f"--{name}", str(values[name]))]
 
 
 def _shape(name: str, kind: Kind) -> dict[str, Any]:
@@ -302,35 +379,45 @@ class _Argparse(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _with_underscores(word: str) -> str:
-    """`--learning-rate=1` as `--learning_rate=1`; values are left alone."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
-
-
 def read_yaml(path: str) -> dict[str, Any]:
+    """The options in a YAML file. Raises UsageError for a file that holds something else, or an option twice."""
     import yaml
 
     if not Path(path).is_file():
         raise UsageError(f"--config: there is no file {path}.")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.compose(text := Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text in UTF-8: {error}.") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `option: value` lines, not a {type(content).__name__}.")
+    if twice := list(_repeated(tree)):
+        places = "; ".join(f"`{name}` stands on line {first} and on line {second}" for name, first, second in twice)
+        raise UsageError(f"{path}: {places}: keep one of them.")
     return content
+
+
+def _repeated(node: Any) -> Iterator[tuple[str, int, int]]:
+    """The keys that a YAML mapping, or one within it, has twice, with their lines. A reader of YAML keeps the last."""
+    pairs = [(key, value) for key, value in node.value if key.value != "<<"] if node.id == "mapping" else []
+    lines: dict[str, int] = {}
+    for key, _ in pairs:
+        line, name = key.start_mark.line + 1, str(key.value)
+        if name in lines:
+            yield name, lines[name], line
+        lines[name] = line
+    for inner in [value for _, value in pairs] if pairs else node.value if node.id == "sequence" else []:
+        yield from _repeated(inner)
 
 
 def set_environment(argv: Sequence[str]) -> None:
     """Set the environment variables of the YAML file's `env:`, before anything that reads them is loaded."""
-    import os
-
-    words = [_with_underscores(word) for word in argv]
+    words = [with_underscores(word) for word in argv]
     path = None
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")

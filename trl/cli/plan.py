@@ -9,9 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import CommandParser, UsageError, hide_library_notes, launch, measured, nearest, notices_aside, train
+from trl.cli import (
+    CommandParser,
+    UsageError,
+    hide_library_notes,
+    launch,
+    measured,
+    nearest,
+    notices_aside,
+    numbers,
+    train,
+    with_underscores,
+)
 from trl.cli.parser import set_environment
 from trl.methods import METHODS
+from trl.models.names import check_model
+from trl.options import COUNT, POSITIVE, WEIGHT, Limit
 
 DESCRIPTION = """Says what a training run will need, from the model's configuration alone: memory by part in each phase
 of a step, which cards it fits, time and cost. Loads no weights and touches no device. All options of the method are
@@ -26,19 +39,18 @@ EXAMPLES = """examples:
 def run(argv: Sequence[str], command: str) -> int:
     methods = [name for name, row in METHODS.items() if row.command]
     parser = _parser(command, methods)
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args([with_underscores(word) for word in argv])
     if options.method not in methods:
         raise UsageError(f"there is no method {options.method}{nearest(options.method, methods)}")
-    for name, least in (("gpu_memory", 0.0), ("utilisation", 0.0), ("num_rows", 0), ("price_per_hour", -1.0)):
-        if (value := getattr(options, name)) is not None and value <= least:
-            raise UsageError(f"--{name}: {value:g} is too small")
     set_environment(rest)
     hide_library_notes()
     if sys.argv[1:2] == [command]:  # this process plans and ends: no weights, so no quantised ones
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # importing it takes seconds
-    values, elsewhere, _ = train.training_parser(options.method).read_apart(rest)
+    of_method = train.training_parser(options.method, f"trl {command}")
+    values, elsewhere, _ = of_method.read_apart(rest)
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: a folder with a config.json, or a model's name.")
+    check_model(values["model_name_or_path"], values.get("model_revision"))
     with notices_aside(options.json):
         plan = _plan(options, values, elsewhere)
         if options.measure:
@@ -56,12 +68,19 @@ def _parser(command: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     parser = CommandParser(f"trl {command}", DESCRIPTION, EXAMPLES)
     parser.add_argument("method", metavar="METHOD", help=f"one of {', '.join(methods)}")
     parser.add_argument("--gpu", metavar="NAME", help="card that it runs on; a wrong name lists the known ones")
-    parser.add_argument("--gpu_memory", type=float, metavar="GIB", help="memory of the card, where it has no name")
-    parser.add_argument("--prompt_tokens", type=int, help="tokens of a prompt [the most that the options allow]")
-    parser.add_argument("--completion_tokens", type=int, help="tokens of a completion [the most that they allow]")
-    parser.add_argument("--num_rows", type=int, help="rows of the data set, for the number of steps")
-    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the card's speed in training [0.35]")
-    parser.add_argument("--price_per_hour", type=float, help="price of one card for an hour, in any currency")
+    parser.add_argument(
+        "--gpu_memory", type=numbers(POSITIVE), metavar="GIB", help="memory of the card, where it has no name"
+    )
+    parser.add_argument(
+        "--prompt_tokens", type=numbers(COUNT), help="tokens of a prompt [the most that the options allow]"
+    )
+    parser.add_argument(
+        "--completion_tokens", type=numbers(COUNT), help="tokens of a completion [the most that they allow]"
+    )
+    parser.add_argument("--num_rows", type=numbers(COUNT), help="rows of the data set, for the number of steps")
+    share = numbers(Limit(0, 1, above=True))
+    parser.add_argument("--utilisation", type=share, default=0.35, help="share of the card's speed in training [0.35]")
+    parser.add_argument("--price_per_hour", type=numbers(WEIGHT), help="price of one card for an hour, in any currency")
     parser.add_argument(
         "--measure", action="store_true", help="train three steps here, for the speed; needs --dataset_name"
     )

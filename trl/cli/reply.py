@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl.cli import UsageError
+from trl.cli import UsageError, notices_aside
+from trl.models.names import check_model
 
 
 @dataclass
@@ -43,11 +44,18 @@ class WriteFields:
         return {"pushed": push_folder(folder, self.push, private=self.private)}
 
 
-def check_given(asked: Any, needed: Mapping[str, str]) -> None:
-    """Raise UsageError for the first option of `needed` that is not set; its words say what it is."""
+def check_given(values: Mapping[str, Any], needed: Mapping[str, str]) -> None:
+    """Raise UsageError for the first option of `needed` that is not among the values; its words say what it is."""
     for name, what in needed.items():
-        if not getattr(asked, name):
+        if not values.get(name):
             raise UsageError(f"--{name} is missing: {what}.")
+
+
+def check_models(values: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if a model that the options name is not there."""
+    for name in ("model_name_or_path", "adapter_name_or_path", "compare"):
+        if values.get(name):
+            check_model(values[name], values.get("model_revision") if name == "model_name_or_path" else None)
 
 
 @contextlib.contextmanager
@@ -59,5 +67,5 @@ def reply(as_json: bool) -> Iterator[Callable[[Any, str], None]]:
     def answer(facts: Any, text: str) -> None:
         print(json.dumps(facts, ensure_ascii=False) if as_json else text, file=out, flush=True)
 
-    with contextlib.redirect_stdout(sys.stderr if as_json else out):
+    with notices_aside(as_json):
         yield answer

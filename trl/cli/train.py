@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.cli import UsageError, auto, hide_library_notes, launch
+from trl.cli import UsageError, auto, check_folder, hide_library_notes, launch
 from trl.cli.flags import Flags, remembered
 from trl.cli.parser import Parser, set_environment
+from trl.data.reading.names import check_path
 from trl.methods import METHODS
+from trl.models.names import check_model
+from trl.notices import LogLines, log_lines_as_notices
+from trl.options import LIMITS, check_trackers
 
 # The options that `--help` shows, by group. A sentence here replaces the field's own help.
 COMMON = {
@@ -86,6 +89,7 @@ COMMON = {
         "resume_from_checkpoint": "Checkpoint to resume from; without a value, the newest in output_dir.",
     },
 }
+STREAMING = ("dataset_streaming", "streaming")  # two names of one option: of the data, and of a mix of data sets
 NOTES = (
     "Several processes: --num_processes N, --accelerate_config FILE or a preset "
     f"({', '.join(launch.PRESETS)}), and all other options of `accelerate launch`.",
@@ -98,13 +102,10 @@ def run(argv: Sequence[str], command: str) -> int:
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":  # only the first process prints
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        notices = _Notices()
-        logging.getLogger("trl").addHandler(notices)
-        stack.callback(logging.getLogger("trl").removeHandler, notices)  # a program may run several commands
-        return _run(argv, command, notices)
+        return _run(argv, command, stack.enter_context(log_lines_as_notices()))
 
 
-def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
+def _run(argv: Sequence[str], command: str, notices: LogLines) -> int:
     set_environment(argv)
     hide_library_notes("--verbose" in argv)
 
@@ -112,11 +113,14 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     parser = training_parser(command)
     values, elsewhere, own = parser.read_apart(argv)
     check(values)
+    check_folder(str(values.get("output_dir") or "trainer_output"))
+    check_model(values["model_name_or_path"], values.get("model_revision"))
+    if values.get("dataset_name"):
+        check_path(values["dataset_name"])
     if elsewhere and not launch.launched():
         return launch.relaunch(command, own, elsewhere, values)
 
     import trl
-    from trl.options import check_trackers
 
     trainer_class = getattr(trl, f"{method.name}Trainer")
     script, own_choice, mixture, model, config = parser.instances(values, classes(command))
@@ -125,7 +129,10 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
         *_, config = parser.instances({**values, **options}, classes(command))
         print(f"trl: {sentence}", flush=True)
     script.dataset_streaming = mixture.streaming = script.dataset_streaming or mixture.streaming
-    check_trackers(config)
+    try:
+        check_trackers(config)
+    except ValueError as error:
+        raise UsageError(f"--{error}.") from None
 
     from trl import checkpoint
     from trl.models.adapters import check_resumed, lora_config
@@ -139,8 +146,8 @@ def _run(argv: Sequence[str], command: str, notices: _Notices) -> int:
     if resume and (adapter is not None or adapter_base(model.model_name_or_path) is None):
         check_resumed(checkpoint.resolve(Path(config.output_dir), resume)[0], adapter)
     config.model_init_kwargs = loading_arguments(model) | (config.model_init_kwargs or {})
-    train_rows, test_rows = rows(script, mixture, config, notices)
     judges = {"reward_funcs": reward_functions(script, config)} if method.judged else {}
+    train_rows, test_rows = rows(script, mixture, config, notices)
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=config,
@@ -173,8 +180,9 @@ def classes(command: str) -> list[type]:
     return [script, auto.AutoArguments, DatasetMixtureConfig, trl.ModelConfig, getattr(trl, f"{method.name}Config")]
 
 
-def training_parser(command: str) -> Parser:
-    """The parser of a training command. Its options come from the cache, without the classes, if they are there."""
+def training_parser(command: str, *beside: str) -> Parser:
+    """The parser of a training command. Its options come from the cache, without the classes, if they are there.
+    `beside` are commands that take these options beside their own."""
     method = METHODS[command]
     flags = remembered(command, lambda: Flags.of(classes(command), launch.options()))
     return Parser(
@@ -184,11 +192,14 @@ def training_parser(command: str) -> Parser:
         common=COMMON,
         notes=NOTES,
         foreign=lambda: flags.foreign,
+        limits=LIMITS,
+        programs=(*beside, f"trl {command}"),
     )
 
 
 def check(values: Mapping[str, Any]) -> None:
     """Raise UsageError for missing and conflicting options, before anything is started or loaded."""
+    values = {name: value for name, value in values.items() if value is not None}
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: the model to train, a folder or a model's name.")
     mixes = bool(values.get("datasets"))
@@ -202,15 +213,20 @@ def check(values: Mapping[str, Any]) -> None:
                 f"--{name} belongs to --dataset_name: in --datasets each entry names its own, as in "
                 '\'{"path": "a", "name": "...", "split": "..."}\', and --test_split_size sets rows aside.'
             )
-    if (values.get("dataset_streaming") or values.get("streaming")) and values.get("max_steps", -1) <= 0:
+    streams = {values[name] for name in STREAMING if name in values}
+    if len(streams) == 2:
+        raise UsageError(
+            "--dataset_streaming and --streaming mean the same, and one is true, the other false: keep one."
+        )
+    if True in streams and values.get("max_steps", -1) <= 0:
         raise UsageError(
             "--max_steps is missing: the number of rows in a stream is unknown, so --max_steps must set the end."
         )
     model, output = str(values["model_name_or_path"]), str(values.get("output_dir", "trainer_output"))
-    if values.get("use_peft") and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
+    if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
         raise UsageError(
-            f"--output_dir is the folder of the model itself, {model}: the adapter needs that model, so it is "
-            "saved in another folder. Name another --output_dir."
+            f"--output_dir is the folder of the model itself, {model}, which would be overwritten: name another "
+            "--output_dir."
         )
     if values.get("test_split_size") is not None and values.get("dataset_test_split"):
         raise UsageError(
@@ -219,23 +235,18 @@ def check(values: Mapping[str, Any]) -> None:
         )
 
 
-class _Notices(logging.Handler):
-    """Prints the library's log warnings on stdout, as notices."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.held: list[str] | None = None  # if a list: it collects notices, to print them later
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.held is not None:
-            self.held.append(record.getMessage())
-            return
-        print(f"trl: {record.getMessage()}", flush=True)
-
-
 def reward_functions(script: Any, config: Any) -> list[Any] | None:
-    """The reward functions by name, and the reward model; None where a judge or another model of the config decides."""
+    """The reward functions by name, and the reward model; None where a judge or another model of the config decides.
+    Raises UsageError for a name that does not exist."""
+    from trl.rewards.named import check_names
+    from trl.rewards.pairwise import check_judge
+
     found = list(script.reward_funcs or ())
+    try:
+        check_names(found)
+        check_judge(getattr(config, "judge", None))
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
     if script.reward_model_name_or_path:
         found.append(script.reward_model_name_or_path)
     if not found and any(getattr(config, name, None) for name in ("judge", "reward_model_path")):
@@ -245,7 +256,7 @@ def reward_functions(script: Any, config: Any) -> list[Any] | None:
     return found
 
 
-def rows(script: Any, mixture: Any, config: Any, notices: _Notices) -> tuple[Any, Any]:
+def rows(script: Any, mixture: Any, config: Any, notices: LogLines) -> tuple[Any, Any]:
     """The rows for training and for evaluation; None without evaluation. Raises UsageError if the evaluation rows are
     missing, or would be the training rows."""
     from trl.data.mixture import DatasetMixtureConfig, load_mixture

@@ -18,6 +18,8 @@ from trl.data.tokenizing.sequences import prepare_sequences
 from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.evaluate.intervals import Estimate, bootstrap, wilson
+from trl.evaluate.metrics import METRICS as METRICS
+from trl.evaluate.metrics import check_metrics
 from trl.models.unwrap import evaluating, unwrap
 from trl.rewards.form import get_exact_match_reward
 from trl.rewards.functions import RewardFunctions
@@ -28,7 +30,6 @@ from trl.rollout.generate import InProcessSampler, stop_ids
 from trl.rollout.rounds import pass_at_k
 from trl.rollout.types import Request, Sampling
 
-METRICS = ("exact_match", "pass@k", "reward", "win_rate", "perplexity")
 BATCH_TOKENS = 4096  # of a forward pass for perplexity
 
 
@@ -113,7 +114,7 @@ def evaluate(
     read.
     """
     metrics = list(dict.fromkeys(metrics))
-    _check(metrics, reward_funcs, judge, against, num_generations, pass_at)
+    check_metrics(metrics, reward_funcs, judge, against, num_generations, pass_at)
     found: dict[str, Estimate] = {}
     samples: list[dict[str, Any]] = []
     heat = (0.0 if num_generations == 1 else 1.0) if temperature is None else temperature
@@ -156,25 +157,6 @@ def evaluate(
             model, tokenizer, dataset, max_length=max_length, columns=columns, seed=seed, confidence=confidence
         )
     return Evaluation({name: found[name] for name in _ordered(found, metrics)}, settings, samples)
-
-
-def _check(
-    metrics: Sequence[str], reward_funcs: Any, judge: Any, against: Any, count: int, pass_at: Sequence[int] | None
-) -> None:
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"metrics={list(metrics)}: give some of {', '.join(METRICS)}")
-    if "reward" in metrics and reward_funcs is None:
-        raise ValueError("the metric reward needs reward_funcs")
-    if "win_rate" in metrics and against is None:
-        raise ValueError("the metric win_rate needs `against`: a column with the other answers, or another model")
-    if "win_rate" in metrics and judge is None and reward_funcs is None:
-        raise ValueError("the metric win_rate needs a judge, or reward_funcs whose sum decides")
-    if count < 1:
-        raise ValueError(f"num_generations={count} is not possible: give 1 or more")
-    for k in pass_at or ():
-        if not 1 <= k <= count:
-            raise ValueError(f"pass@{k} needs at least {k} completions of a prompt: raise num_generations={count}")
 
 
 def _ordered(found: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:

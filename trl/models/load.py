@@ -23,13 +23,11 @@ from trl.compat.words import older_words
 from trl.notices import notify_once
 
 from .adapters import require_peft
+from .names import TOKENIZER, check_model, looks_local
+from .names import ModelError as ModelError
 from .shards import whole_shape
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-
-
-class ModelError(ValueError):
-    """A model cannot be loaded or trained; the message gives the remedy."""
 
 
 # --- by name, path or adapter folder ------------------------------------------------------------------------------
@@ -90,7 +88,7 @@ def _load(kind: Any, name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
     base = adapter_base(name_or_path)
     if base is not None:
         return _with_adapter(kind, base, str(Path(name_or_path).expanduser()), kwargs)
-    _check_path(name_or_path)
+    check_there(name_or_path, kwargs)
     kwargs = dict(kwargs)
     dequantise = kwargs.pop("dequantise", False)
     try:
@@ -118,7 +116,7 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrained
     if base is not None and not (Path(name_or_path).expanduser() / "tokenizer_config.json").exists():
         _check_base(base, name_or_path)
         return load_tokenizer(base, **kwargs)
-    _check_path(name_or_path, needs=("tokenizer_config.json", "tokenizer.json"))
+    check_there(name_or_path, kwargs, needs=TOKENIZER)
     try:
         return AutoTokenizer.from_pretrained(_expanded(name_or_path), **kwargs)
     except (OSError, ValueError) as error:
@@ -231,7 +229,7 @@ def _saved_rows(folder: Path, model: Any) -> int | None:
 
 
 def _check_base(base: str, folder: str) -> None:
-    if _looks_local(base) and not Path(base).expanduser().exists():
+    if looks_local(base) and not Path(base).expanduser().exists():
         raise ModelError(
             f"the adapter in {folder} belongs to the model {base}, and there is no such folder (any more). Set "
             f"base_model_name_or_path in {Path(folder) / 'adapter_config.json'} to where that model is now, or load it "
@@ -239,20 +237,15 @@ def _check_base(base: str, folder: str) -> None:
         )
 
 
-def _looks_local(name_or_path: str) -> bool:
-    return name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-
-
 def _expanded(name_or_path: str) -> str:
     return str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
 
 
-def _check_path(name_or_path: str, needs: tuple[str, ...] = ()) -> None:
-    path = Path(name_or_path).expanduser()
-    if _looks_local(name_or_path) and not path.exists():
-        raise ModelError(f"no model folder at {name_or_path}")
-    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json", *needs)):
-        raise ModelError(f"{name_or_path} is a folder without config.json or adapter_config.json: not a saved model")
+def check_there(name_or_path: str, kwargs: dict[str, Any], needs: tuple[str, ...] = ()) -> None:
+    """Raise `ModelError` if there is no such model. With arguments that say how and where the Hub is asked, the loader
+    reports what is wrong with a name on it."""
+    own = ("token", "use_auth_token", "local_files_only", "cache_dir", "subfolder", "gguf_file")
+    check_model(name_or_path, kwargs.get("revision"), needs, ask=not any(kwargs.get(name) for name in own))
 
 
 def _first_sentence(error: Exception) -> str:

@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ def is_function(name: str) -> bool:
     if where in REWARDS or match["arguments"] is not None or ":" in where:
         return True
     return _DOTTED.fullmatch(where) is not None and not Path(where).exists()
+
+
+def check_names(names: Sequence[Any]) -> None:
+    """Raise ValueError, with a remedy, for the first name of a reward function that does not exist."""
+    for name in names:
+        if isinstance(name, str) and is_function(name):
+            find(name)
 
 
 @cache

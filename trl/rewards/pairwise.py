@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trl.near import near
 from trl.notices import notify_once
 from trl.rewards.calls import RewardError, name_of
 from trl.rewards.functions import RewardFunctions
@@ -297,16 +298,7 @@ JUDGES: dict[str, type[BaseJudge]] = {
 def judge_of(given: Any) -> Any:
     """A judge from a judge, a function, or a name: one of `JUDGES`, `package.module:name` or `file.py:name`, of a
     class of judges (its arguments in brackets) or of a function. Raises `RewardError`."""
-    found = given
-    if isinstance(given, str):
-        if given not in JUDGES and not any(mark in given for mark in (":", ".")):
-            raise RewardError(
-                f"there is no judge {given!r}: {', '.join(JUDGES)} are known; name others as package.module:name"
-            )
-        try:
-            found = JUDGES.get(given) or find(given)
-        except ValueError as error:
-            raise RewardError(str(error).replace("reward function", "judge")) from error
+    found = given if (named := check_judge(given)) is None else named
     if inspect.isclass(found) and hasattr(found, "judge"):
         found = found()
     if callable(getattr(found, "judge", None)):
@@ -317,3 +309,20 @@ def judge_of(given: Any) -> Any:
         f"a judge has a method `judge`, or is a function of prompts and pairs of completions, not {given!r:.80}; pass "
         "a reward model as reward_funcs="
     )
+
+
+def check_judge(given: Any) -> Any:
+    """The class or function of a judge that is given by its name, else None. Raises `RewardError` for an unknown
+    name."""
+    if not isinstance(given, str):
+        return None
+    if given not in JUDGES and not any(mark in given for mark in (":", ".")):
+        match = near(given, JUDGES)
+        raise RewardError(
+            f"there is no judge {given!r}: {', '.join(JUDGES)} are known; name others as package.module:name"
+            + (f" (did you mean {match}?)" if match else "")
+        )
+    try:
+        return JUDGES.get(given) or find(given)
+    except ValueError as error:
+        raise RewardError(str(error).replace("reward function", "judge")) from error

@@ -25,8 +25,9 @@ class ChatArguments(AnswerFields):
     )
     save_folder: str = field(default="./chat_history", metadata={"help": "Folder of what /save writes."})
     transcript: str | None = field(
-        default=None, metadata={"help": "File that has the whole chat after each turn: .jsonl, or .json."}
+        default=None, metadata={"help": "File that has the whole chat after each turn: .jsonl, .json, or .txt."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the file of `transcript` if it exists."})
     user: str = field(default="user", metadata={"help": "Name of the user on the screen."})
 
 
@@ -129,15 +130,23 @@ class Conversation:
 
 
 def save_transcript(conversations: list[Conversation], path: Path) -> Path:
-    """Write all conversations into a file: one row a line, or a JSON list if the name ends in .json. The file is whole
-    at every moment."""
+    """Write all conversations into a file: one row a line, a JSON list if the name ends in .json, or a text to read if
+    it ends in .txt. The file is whole at every moment."""
     rows = [row for each in conversations for row in each.rows()]
     if path.suffix == ".json":
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    elif path.suffix == ".txt":
+        text = "\n".join(map(_to_read, rows))
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_file(path, lambda target: _write(target, text))
     return path
+
+
+def _to_read(row: dict[str, Any]) -> str:
+    """A conversation as a text: the model, then the turns, each under the name of its role."""
+    turns = [f"{each['role']}: {each['content']}" for each in row.get("messages", ())] or [row["text"]]
+    return "\n\n".join([f"--- {row['model']} ---", *turns]) + "\n"
 
 
 def _write(path: Path, text: str) -> None:

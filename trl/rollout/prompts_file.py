@@ -90,7 +90,7 @@ def complete_file(settings: GenerateArguments, on_block: Callable[[int, int, flo
         raise ValueError("dataset_name is missing: the prompts, a file, a folder or a data set's name")
     output = Path(settings.output_file)
     if output.exists() and not settings.overwrite:
-        raise ValueError(f"{output} exists already: name another output_file, or set overwrite=True (--overwrite)")
+        raise ValueError(f"{output} exists already: name another output_file, or set overwrite (--overwrite)")
     data = load(settings.dataset_name, settings.dataset_split, settings.dataset_config)
     names = getattr(data, "column_names", None) or ()
     if settings.prompt_column is None and {"instruction", "input"} <= {*names} and "prompt" not in names:
@@ -238,7 +238,7 @@ class _Part:
             values = f"{other[0]} is {there.get(other[0])!r} there and {here[other[0]]!r} here"
             raise ValueError(
                 f"{self.path} holds completions of another run ({values}): repeat its options to go on, name another "
-                "output_file, or set overwrite=True (--overwrite) to begin anew"
+                "output_file, or set overwrite (--overwrite) to begin anew"
             )
         # A run that was killed may leave half a line, or a prompt with some of its completions.
         lines = self.path.read_bytes().splitlines(keepends=True)

@@ -151,7 +151,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
         overrides.check_optimizer(self.optimizer, model)
         self.attachment = self._collate.attachment = attach(model, self.compute_loss_context_manager)
         self._collate.labels = overrides.reads_batches(self) is not None
-
+        construct.spare_search(self)
         self._sums = {"train": Totals(), "eval": Totals()}
         self._tokens_seen = 0  # of this rank, over the whole run
         self._distinct = self._positions = 0  # tokens and computed positions of this call of `train`, on this rank

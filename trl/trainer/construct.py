@@ -8,6 +8,8 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers.trainer_utils import set_seed
 
+from trl import outputs, screen
+from trl.engine.graph import all_take_part
 from trl.models import adapters, load, low_bits, saving, shards, vocabulary
 from trl.models.compiled import compile_tokenwise
 from trl.models.shards import keep_precision
@@ -39,6 +41,12 @@ def opened(
         init_kwargs["trust_remote_code"] = True
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
+    if not args.verbose:
+        screen.fold_library_notes()
+    if args.output_dir and (problem := outputs.folder_problem(args.output_dir)):
+        raise ValueError(f"output_dir: {problem}")
+    if isinstance(model, str):
+        load.check_there(model, init_kwargs)
     load.check_window(model, getattr(args, "max_length", None), **init_kwargs)
     if isinstance(model, str):
         if processing_class is None:
@@ -108,6 +116,16 @@ def compiled(model: nn.Module, accelerator: Any) -> int | None:
     # `TrainingArguments` puts the wish into the environment, where every later run of the process would find it.
     os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
     return compile_tokenwise(model, backend=options["backend"], mode=options.get("mode"))
+
+
+def spare_search(trainer: Any) -> None:
+    """Where DistributedDataParallel would look in each step for weights without a gradient, and there are none, let it
+    not look. transformers has it look for those of every adapter."""
+    handler = getattr(trainer.accelerator, "ddp_handler", None)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    chosen = trainer.args.ddp_find_unused_parameters is not None
+    if trainer.args.world_size > 1 and not (sharded or chosen) and getattr(handler, "find_unused_parameters", False):
+        handler.find_unused_parameters = not all_take_part(trainer.model)
 
 
 def forget_evaluation(trainer: Any) -> None:

@@ -333,6 +333,4 @@ def install(trainer: Any) -> RichProgressCallback:
         ours = RichProgressCallback()
         handler.add_callback(ours)
     ours.trainer, ours.beside_table = trainer, type(default).__name__ == NOTEBOOK
-    if not getattr(trainer.args, "verbose", False):
-        screen.fold_library_notes()
     return ours

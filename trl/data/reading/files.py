@@ -15,16 +15,10 @@ import datasets
 import pyarrow as pa
 
 from trl.data.reading.errors import DataError
+from trl.data.reading.names import BUILDERS as BUILDERS
+from trl.data.reading.names import endings as endings
 
-BUILDERS = {  # ending of the file name -> the reader of `datasets`
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
+# By the endings of COMPRESSIONS.
 OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -33,13 +27,6 @@ OPENERS: dict[str, Callable[..., Any]] = {
 }
 DAMAGED = (OSError, EOFError, lzma.LZMAError)  # errors of files that are not whole
 PACKED = "it is not a whole file of the compression that its ending names. Copy or download it again"
-
-
-def endings(name: str | Path) -> tuple[str, str]:
-    """The ending of a file name that tells the format (".jsonl"), and the ending of its compression (".gz"), or ""."""
-    path = Path(name)
-    last = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), last) if last in OPENERS else (last, "")
 
 
 def reader_of(path: Path) -> tuple[str, Path, dict[str, Any]]:

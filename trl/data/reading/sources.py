@@ -14,7 +14,9 @@ import datasets
 
 from trl.data.reading.errors import DataError
 from trl.data.reading.files import BUILDERS, endings, reader_of
+from trl.data.reading.folders import files_by_split, say_split
 from trl.data.reading.lines import ORIGIN, broken_lines, left_out, left_out_of_folder, why_unreadable
+from trl.data.reading.names import check_name, check_path
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,8 @@ def _open(source: Any, split: str, config: str | None, skip: bool) -> datasets.D
             return _from_folder(path, split, skip)
         if path.exists():
             return _from_file(path, split, skip)
-        if not isinstance(source, str) or _looks_like_a_path(source):
-            raise _missing(path)
+        check_path(str(source) if isinstance(source, str) else str(path.absolute()))
+        assert isinstance(source, str)
         return _from_hub(source, split, config)
     if isinstance(source, Iterable):
         return from_rows(list(source))
@@ -103,17 +105,8 @@ def is_data_set(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _missing(path: Path) -> DataError:
-    return DataError(f"There is no file or folder {str(path)!r} (that is {path.absolute()}): check it.")
-
-
 def _name(source: Any) -> str:
     return repr(str(source)) if isinstance(source, str | os.PathLike) else f"(a {type(source).__name__})"
-
-
-def _looks_like_a_path(name: str) -> bool:
-    # A name on the Hub is `name` or `owner/name`, and may contain dots.
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or endings(name)[0] in BUILDERS or "\\" in name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +302,8 @@ def _from_folder(path: Path, split: str, skip: bool = False) -> datasets.Dataset
         )
     try:
         with _quiet():
-            loaded = _validated(datasets.load_dataset(str(path)))
+            parts = files_by_split(path, files)
+            loaded = _validated(datasets.load_dataset(str(path), data_files=parts))
     except UNREADABLE as error:
         if skip and (copy := left_out_of_folder(path, files)) is not None:
             return _from_folder(copy, split)
@@ -319,6 +313,7 @@ def _from_folder(path: Path, split: str, skip: bool = False) -> datasets.Dataset
             f"Cannot read the files of the folder {str(path)!r} as one data set, though each can be read by itself: "
             f"{_root_cause(error)}. Give all of them the same columns, or read one."
         ) from error
+    say_split(path, parts, list(loaded), _split_name(split))
     return _take(loaded, split, repr(str(path)))
 
 
@@ -331,6 +326,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
+    check_name(name)
     try:
         with _quiet():
             return datasets.load_dataset(name, config, split=split)
@@ -342,8 +338,8 @@ def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
         if there and _split_name(split) not in there:
             return datasets.load_dataset(name, config, split=_other_split(there, split, repr(name)))
         raise DataError(
-            f"Cannot load {name!r}: it is neither a file nor a folder here, and as a data set on the Hub it failed "
-            f"with: {_root_cause(error)}. Check the name, the network, or give a path."
+            f"Cannot load {name!r}, which is no file or folder here, as a data set on the Hub: {_root_cause(error)}. "
+            "Check the name, the network, or give a path."
         ) from error
 
 
@@ -391,17 +387,21 @@ def _stream(source: str | os.PathLike, split: str, config: str | None, skip: boo
         return rows
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _from_folder(path, split).to_iterable_dataset()
-    if not path.exists() and _looks_like_a_path(str(source)):
-        raise _missing(path)
+    check_path(str(source))
+    if not path.exists():
+        check_name(str(source))
     files = _files_below(path) if path.is_dir() else []
     if skip:
         source = left_out_of_folder(path, files) or source
     try:
         with _quiet():
-            loaded = datasets.load_dataset(str(source), config, streaming=True)
+            parts = files_by_split(Path(source), files) if files else None
+            loaded = datasets.load_dataset(str(source), config, data_files=parts, streaming=True)
     except UNREADABLE as error:
         check_files(files)
         raise DataError(f"Cannot stream {what}: {_root_cause(error)}. Check the name, or give a path.") from error
+    if files:
+        say_split(Path(source), parts, list(loaded), _split_name(split))
     rows = _take_stream(loaded, split, what)
     setattr(rows, _FILES, files)
     return rows
