@@ -29,7 +29,7 @@ def chosen(command: str, auto: AutoArguments, script: Any, model: Any, config: A
     """Options that fit the device, by name, and a sentence that says so."""
     import torch
 
-    from trl.cli.plan import planned
+    from trl.cli.planned import planned
     from trl.plan import Card
     from trl.plan.advice import fitted
 

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trl.engine import attention, linear
 from trl.engine import head as chunked
+from trl.engine import kernel, linear
 from trl.engine.forest import Batch
 from trl.engine.measures import Comparison
 from trl.engine.probe import attach_unprobed
@@ -183,17 +183,17 @@ def _as_on(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
-    serves, elements = attention._varlen_serves, chunked.CHUNK_ELEMENTS
+    serves, card, elements = kernel.serves, kernel._card_serves, chunked.CHUNK_ELEMENTS
 
     def as_there(query: Tensor, *args: Any) -> bool:
         return serves(SimpleNamespace(is_cuda=True, dtype=query.dtype, shape=query.shape, device=query.device), *args)
 
-    attention._varlen_serves = as_there  # type: ignore[assignment]
+    kernel.serves, kernel._card_serves = as_there, lambda device: True  # type: ignore[assignment]
     chunked.CHUNK_ELEMENTS = {**elements, "cpu": elements_of(device)}
     try:
         yield
     finally:
-        attention._varlen_serves, chunked.CHUNK_ELEMENTS = serves, elements
+        kernel.serves, kernel._card_serves, chunked.CHUNK_ELEMENTS = serves, card, elements
 
 
 def _offloaded(model: nn.Module, run: Run) -> Any:
