@@ -105,7 +105,7 @@ def _checked_form(values: Mapping[str, Any]) -> str:
                 "llama-quantize make smaller types of it."
             )
         check_file(output)
-        known = (*FLOATS, *KINDS)
+        known: tuple[str, ...] = (*FLOATS, *KINDS)
     else:
         if values.get("pre"):
             raise UsageError("--pre belongs to GGUF: let --output end in .gguf, or leave it out.")

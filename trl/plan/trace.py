@@ -186,7 +186,8 @@ def _as_on(device: str) -> Iterator[None]:
     serves, card, elements = kernel.serves, kernel._card_serves, chunked.CHUNK_ELEMENTS
 
     def as_there(query: Tensor, *args: Any) -> bool:
-        return serves(SimpleNamespace(is_cuda=True, dtype=query.dtype, shape=query.shape, device=query.device), *args)
+        there: Any = SimpleNamespace(is_cuda=True, dtype=query.dtype, shape=query.shape, device=query.device)
+        return serves(there, *args)
 
     kernel.serves, kernel._card_serves = as_there, lambda device: True  # type: ignore[assignment]
     chunked.CHUNK_ELEMENTS = {**elements, "cpu": elements_of(device)}

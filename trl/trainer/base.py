@@ -55,7 +55,7 @@ from trl.notices import notify_once
 from trl.options import check_trackers, unused_by_trainer
 
 from . import construct, evaluation, overrides, progress, report, resume
-from .budget import Budget, as_list, as_slots, tokens_asked_for
+from .budget import Budget, as_list, as_slots
 from .card import write_card
 from .loader import IN_ITS_OWN_ORDER, Collate, batches_of, check_order, prepared, row_loader, stream_loader
 from .method import Method
@@ -126,7 +126,7 @@ class BaseTrainer(Adoptable, Method, Trainer):
         check_order(args.train_sampling_strategy, self.takes_lengths, type(self).__name__)
         self._collate = Collate(self.batch, data_collator, args.share_prompt, raw=self._users_rows)
         self._collate.tokens_without_row = self._without_row
-        self.budget = Budget(tokens_asked_for(args.max_tokens_per_micro_batch, args.device))
+        self.budget = Budget()
         self.components = (*self.components, self.budget)
 
         super().__init__(

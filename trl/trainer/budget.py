@@ -22,8 +22,8 @@ from transformers import Trainer
 
 from trl.engine.forest import Batch, computed
 from trl.notices import notify_once
-from trl.rollout.pack import BUDGET
 
+from . import planned
 from .loader import SOURCE
 from .method import Component
 
@@ -45,13 +45,17 @@ class Budget(Component):
     `tokens` is None as long as micro-batches are those that the batch size gives.
     """
 
-    def __init__(self, tokens: int | None) -> None:
-        self.tokens = tokens
+    def __init__(self) -> None:
+        self.tokens: int | None = None
         self.shares: list[Share] = []  # the micro-batches of the step under way, or of the evaluation's batch
         self._rows: list[Any] = []  # what the step is made of, on this rank; empty if that cannot be cut
         self._failed = False  # memory ran out in this step, on this rank
         self._returned: Any = 0.0  # the loss of what is handed out of the step so far
         self._metrics: dict[str, Any] = {}  # those before the step
+
+    def on_ready(self, trainer: Any) -> None:
+        asked = trainer.args.max_tokens_per_micro_batch
+        self.tokens = planned.tokens_that_fit(trainer) if asked == "auto" else asked
 
     def state(self, trainer: Any) -> dict[str, Any]:
         return {} if self.tokens is None else {"tokens_per_micro_batch": self.tokens}
@@ -69,9 +73,14 @@ class Budget(Component):
         self._rows = [row for source in sources for row in source.rows] if known else []
         if known and self.tokens is not None:
             return self._made(trainer, equally)
-        sizes = [len(source.rows) if known else 1 for source in sources]
-        names = [_longest(source.rows) if known else "a batch" for source in sources]
-        self.shares = [Share(computed(batch)[1], *of) for batch, *of in zip(batches, sizes, names, strict=True)]
+        self.shares = [
+            Share(computed(batch)[1], len(batch[SOURCE].rows), _longest(batch[SOURCE].rows))
+            if known
+            else Share(computed(batch)[1], 1, "a batch of a loader of your own")
+            for batch in batches
+        ]
+        if self.tokens is not None and batches:
+            notify_once("the batches of a loader of your own are not cut by max_tokens_per_micro_batch")
         return list(batches)
 
     def _made(self, trainer: Any, equally: bool = True) -> list[Batch]:
@@ -206,11 +215,6 @@ class Budget(Component):
     def _half(self) -> int:
         """Half the tokens of the largest micro-batch that can be cut."""
         return max(1, max((share.tokens for share in self.shares if share.rows > 1), default=2) // 2)
-
-
-def tokens_asked_for(asked: int | str | None, device: torch.device) -> int | None:
-    """The budget that `max_tokens_per_micro_batch` says."""
-    return BUDGET.get(device.type, BUDGET["default"]) if asked == "auto" else asked  # type: ignore[return-value]
 
 
 def passes(trainer: Any, model: nn.Module, batches: Sequence[Batch], items: Any, alone: bool) -> Tensor:

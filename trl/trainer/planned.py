@@ -13,6 +13,8 @@ import torch
 from trl.models.adapters import active_config
 from trl.models.unwrap import unwrap
 from trl.models.value_head import critic
+from trl.notices import notify_once
+from trl.rollout.pack import BUDGET
 
 if TYPE_CHECKING:
     from trl.plan import Plan
@@ -138,6 +140,25 @@ def _longest_of(rows: Any, column: str) -> int | None:
     if table is None or column not in table.column_names or not len(rows):
         return None
     return max(1, int(compute.max(compute.list_value_length(table.column(column))).as_py() or 1))
+
+
+def tokens_that_fit(trainer: Any) -> int:
+    """Tokens of a micro-batch that fill the device. On a CPU those from which on a step gets no faster."""
+    from trl.plan.advice import MARGIN
+
+    budget = BUDGET.get(trainer.args.device.type)
+    if budget is not None:
+        return budget
+    try:
+        found = plan_of(trainer)
+        most = found.largest(MARGIN * room_of(trainer.args.device))
+    except Exception as error:  # a step that runs out of memory is taken again with fewer
+        notify_once(
+            f"max_tokens_per_micro_batch=auto: the run's memory is not known beforehand ({type(error).__name__}). It "
+            f"begins with {BUDGET['default']:,} tokens, and goes on with fewer once they do not fit"
+        )
+        return BUDGET["default"]
+    return max(1, int(most if found.run.samples else most * found.run.tokens_of_row))
 
 
 # --- before and after a run -----------------------------------------------------------------------------------------
