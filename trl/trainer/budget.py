@@ -70,7 +70,7 @@ class Budget(Component):
         many. Without a budget, and where rows are not known (a loader of the user's own), the batches as they are."""
         sources = [batch.get(SOURCE) for batch in batches]
         known = bool(sources) and None not in sources
-        self._rows = [row for source in sources for row in source.rows] if known else []
+        self._rows = [row for batch in batches for row in batch[SOURCE].rows] if known else []
         if known and self.tokens is not None:
             return self._made(trainer, equally)
         self.shares = [
