@@ -112,3 +112,8 @@ def _columns_of(answers: list[list[int]], masks: Sequence[Tensor] | None) -> lis
             own["mask"] = mask
         found.append(own)
     return found
+
+
+def each_of(judges: Any) -> list[Any]:
+    """One judge, several or none, as a list."""
+    return [] if judges is None else list(judges) if isinstance(judges, list | tuple) else [judges]

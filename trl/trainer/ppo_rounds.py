@@ -28,6 +28,7 @@ from .kl_control import kl_controller
 from .online import OnlineTrainer
 from .ppo_config import DEFAULTS, PPOConfig, sizes_of_rounds, steps_of_episodes
 from .ppo_guards import Guards
+from .ppo_inputs import each_of
 from .ppo_losses import clipped_losses
 from .ppo_scores import ScoreScaling
 from .ppo_stats import round_means
@@ -67,7 +68,7 @@ class PPORounds(OnlineTrainer):
     ) -> None:
         if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself, which moves: leave it out, and its start is the reference")
-        judges = [*_listed(reward_model), *_listed(reward_funcs)]
+        judges = [*each_of(reward_model), *each_of(reward_funcs)]
         args = (args if args is not None else PPOConfig(output_dir="PPO")).resolved(self.in_steps)
         self.value_function = ValueFunction(value_model)
         self.kl_ctl = kl_controller(args)
@@ -247,7 +248,3 @@ class PPORounds(OnlineTrainer):
 
     def full_rate(self) -> float:
         return DEFAULTS["learning_rate"][self.in_steps]
-
-
-def _listed(judges: Any) -> list[Any]:
-    return [] if judges is None else list(judges) if isinstance(judges, list | tuple) else [judges]
