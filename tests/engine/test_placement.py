@@ -19,7 +19,8 @@ def test_device_hooks_move_every_tensor_of_the_segments_and_keep_the_rest():
     batch = flat(families.forest())
     moved = send_to_device(batch["segments"], "meta")
     tensors = [name for name, value in batch["segments"].items() if isinstance(value, torch.Tensor)]
-    assert tensors == ["cu_query_M1", "cu_key_M1", "key_index"]
+    of_roots = ["branch_index", "root_index", "cu_branch_R1", "cu_root_R1"]
+    assert tensors == ["cu_query_M1", "cu_key_M1", "key_index", *of_roots]
     assert all(moved[name].is_meta for name in tensors)
     assert moved["spans"] == batch["segments"]["spans"]
 
