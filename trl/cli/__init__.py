@@ -32,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The options. All of argv must be known; `parse_known_args` leaves the rest."""
         words = [with_underscores(word) for word in args or ()]
         for word in words:

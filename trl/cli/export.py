@@ -93,7 +93,7 @@ def _checked_form(values: Mapping[str, Any]) -> str:
     """The format that is asked for. Raises UsageError for options that do not go with it, or an output in the way."""
     output, dtype = str(values["output"]), str(values.get("dtype") or "auto")
     form = values.get("format") or ("gguf" if output.endswith(".gguf") else "safetensors")
-    known = FLOATS
+    known: tuple[str, ...] = FLOATS
     if form == "gguf":
         if values.get("push"):
             raise UsageError("--push uploads a folder, and a GGUF file is one file: hf upload REPOSITORY FILE.")
