@@ -54,6 +54,15 @@ def trl_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 @pytest.fixture
+def empty_path(tmp_path: Path) -> str:
+    """A folder that passes for a model's, of which nothing can be loaded."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+@pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
     """Eight short chats."""
     path = tmp_path / "rows.jsonl"

@@ -50,8 +50,10 @@ def test_a_command_trains_on_a_teacher(
     assert f"The trained {'adapter' if command == 'gkd' else 'model'} is in out" in answer.stdout
 
 
-def test_a_missing_teacher_is_told_before_anything_is_loaded(trl_here: Command, rows_file: Path) -> None:
-    answer = trl_here("distillation", "--model_name_or_path", "nowhere", *FEW, rows_file)
+def test_a_missing_teacher_is_told_before_anything_is_loaded(
+    trl_here: Command, empty_path: str, rows_file: Path
+) -> None:
+    answer = trl_here("distillation", "--model_name_or_path", empty_path, *FEW, rows_file)
     assert answer.returncode != 0
     assert (
         "teacher_model is missing: pass a model, a name or a path, or set teacher_model_name_or_path" in answer.stderr

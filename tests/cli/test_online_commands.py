@@ -78,11 +78,13 @@ def test_rounds_are_refilled_from_a_file_of_settings(trl_here: Command, tiny_pat
     assert "The trained adapter is in out" in answer.stdout
 
 
-def test_mistakes_are_told_before_anything_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told_before_anything_is_loaded(
+    folder: Path, empty_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [
         "grpo",
         "--model_name_or_path",
-        "nowhere",
+        empty_path,
         "--dataset_name",
         str(folder / "rows.jsonl"),
         "--output_dir",
@@ -126,7 +128,7 @@ def test_a_command_compares_two_completions(
     assert f"trl {command} --model_name_or_path out" in answer.stdout
 
 
-def test_who_decides_must_be_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["xpo", "--model_name_or_path", "nowhere", "--dataset_name", str(folder / "rows.jsonl")]
+def test_who_decides_must_be_said(folder: Path, empty_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["xpo", "--model_name_or_path", empty_path, "--dataset_name", str(folder / "rows.jsonl")]
     assert main(given) != 0
     assert "--reward_funcs is missing" in "".join(capsys.readouterr())

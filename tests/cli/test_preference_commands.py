@@ -192,9 +192,11 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("orpo", "--betta", 1), "there is no option --betta; did you mean --beta?"),
     ],
 )
-def test_options_that_cannot_be_meant(capsys: pytest.CaptureFixture[str], typed: tuple, sentence: str) -> None:
+def test_options_that_cannot_be_meant(
+    capsys: pytest.CaptureFixture[str], empty_path: str, typed: tuple, sentence: str
+) -> None:
     command, *options = typed or ("dpo", "--loss_type", "zzz")
-    assert sentence in told(capsys, command, "--model_name_or_path", "none", "--dataset_name", "none", *options)
+    assert sentence in told(capsys, command, "--model_name_or_path", empty_path, "--dataset_name", "none", *options)
 
 
 TEXTS = {"prompt": "a ", "chosen": "b", "rejected": "c"}

@@ -124,7 +124,7 @@ def spare_search(trainer: Any) -> None:
     handler = getattr(trainer.accelerator, "ddp_handler", None)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     chosen = trainer.args.ddp_find_unused_parameters is not None
-    if trainer.args.world_size == 1 or handler is None or sharded or chosen:
+    if handler is None or sharded or chosen or trainer.args.world_size == 1:
         return
     if handler.find_unused_parameters:
         handler.find_unused_parameters = not all_take_part(trainer.model)
