@@ -15,7 +15,7 @@ from .trace import CHUNKS, Held, elements_of, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
-MOST_TRACED = {True: 16, False: 4}  # times the smallest micro-batch, by whether one kernel serves all segments
+MOST_TRACED = {True: 12, False: 2}  # times the smallest micro-batch, by whether one kernel serves all segments
 RESERVE = {"cuda": 0.8 * GIB, "cpu": 0.03 * GIB}  # the driver's context, the libraries' workspaces
 
 
@@ -205,12 +205,13 @@ class Plan:
                 fits = middle
             else:
                 fails = middle
+        if not self.run.samples:
+            fits = float(int(fits) + (self.highest(int(fits) + 1) <= memory))
         return fits
 
     def largest_rows(self) -> int:
         """Rows of the largest micro-batch that fits the card; 0 if none does."""
-        most = int(self.largest())
-        return most + 1 if self.fits(most + 1) else most
+        return int(self.largest())
 
     # --- time -------------------------------------------------------------------------------------------------------
 
