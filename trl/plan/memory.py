@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from . import cost
 from .advice import advice
 from .cards import CARDS, Card
@@ -13,6 +15,7 @@ from .trace import CHUNKS, Held, elements_of, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
+MOST_TRACED = {True: 12, False: 2}  # times the smallest micro-batch, by whether one kernel serves all segments
 RESERVE = {"cuda": 0.8 * GIB, "cpu": 0.03 * GIB}  # the driver's context, the libraries' workspaces
 
 
@@ -115,7 +118,7 @@ class Plan:
 
     @cached_property
     def _linear_from(self) -> int:
-        """So many times the smallest micro-batch have `CHUNKS` chunks of the head."""
+        """So many times the smallest micro-batch have `CHUNKS` chunks of the head, or are as many as are traced."""
         run = self.run
         if run.head != "CausalLM":
             return 1
@@ -123,7 +126,8 @@ class Plan:
         if run.method in ("sft", "gkd"):
             trained = max(1, int(run.tokens_of_row * run.trained))
         chunk = elements_of(run.device) // run.config.get_text_config().vocab_size
-        return max(1, -(-CHUNKS * chunk // trained))
+        one_kernel = run.device == "cuda" and (run.autocast or run.dtype) != torch.float32
+        return max(1, min(-(-CHUNKS * chunk // trained), MOST_TRACED[one_kernel]))
 
     def _traced(self, amount: int) -> list[Held]:
         if amount not in self.traces:
@@ -201,12 +205,13 @@ class Plan:
                 fits = middle
             else:
                 fails = middle
+        if not self.run.samples:
+            fits = float(int(fits) + (self.highest(int(fits) + 1) <= memory))
         return fits
 
     def largest_rows(self) -> int:
         """Rows of the largest micro-batch that fits the card; 0 if none does."""
-        most = int(self.largest())
-        return most + 1 if self.fits(most + 1) else most
+        return int(self.largest())
 
     # --- time -------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ from typing import Any
 COLOURS = {
     "weights": "#4c78a8", "adapter": "#9ecae9", "gradients": "#e45756", "optimizer": "#f58518",
     "activations": "#54a24b", "reference": "#b279a2", "critic": "#d67195", "teacher": "#9d755d",
-    "reward models": "#bab0ac",
-    "reserve": "#79706e",
+    "reward models": "#bab0ac", "reserve": "#79706e",
 }  # fmt: skip
 FURTHER = ("#72b7b2", "#eeca3b", "#ff9da6", "#88d27a", "#439894", "#b79a20")
 WIDTH, HEIGHT, LEFT, BAR = 720, 340, 60, 110
