@@ -1,12 +1,9 @@
-"""What to change where a run does not fit, or where it leaves room."""
+"""What to change where a run does not fit, or where it leaves room. A `plan` here is a `memory.Plan`."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .run import Run
-
-if TYPE_CHECKING:
-    from .memory import Plan
 
 GIB = 2**30
 MARGIN = 0.95  # of a device is filled: allocators leave holes
@@ -17,7 +14,7 @@ def divided(rows: int, most: float) -> int:
     return next((each for each in range(min(rows, int(most)), 0, -1) if rows % each == 0), 0)
 
 
-def advice(plan: "Plan") -> Iterator[str]:
+def advice(plan: Any) -> Iterator[str]:
     """What is left if the run fits its card, and what would make it fit if not."""
     if plan.card is None:
         return
@@ -57,7 +54,7 @@ def _flags(rows: int, step: int) -> str:
     return f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {step // rows}"
 
 
-def fitted(plan: "Plan") -> tuple[dict[str, Any], "Plan"]:
+def fitted(plan: Any) -> tuple[dict[str, Any], Any]:
     """Options that fill the plan's card with the same gradient, and the plan with them: the size of micro-batches, and
     checkpointing or offloading where nothing fits without. No options where nothing helps."""
     assert plan.card is not None
