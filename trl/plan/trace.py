@@ -186,7 +186,8 @@ def _as_on(device: str) -> Iterator[None]:
     serves, elements = attention._varlen_serves, chunked.CHUNK_ELEMENTS
 
     def as_there(query: Tensor, *args: Any) -> bool:
-        return serves(SimpleNamespace(is_cuda=True, dtype=query.dtype, shape=query.shape, device=query.device), *args)
+        there: Any = SimpleNamespace(is_cuda=True, dtype=query.dtype, shape=query.shape, device=query.device)
+        return serves(there, *args)
 
     attention._varlen_serves = as_there  # type: ignore[assignment]
     chunked.CHUNK_ELEMENTS = {**elements, "cpu": elements_of(device)}
