@@ -79,8 +79,8 @@ def plan_of(trainer: Any, gpu: str | None = None, rough: bool = False) -> "Plan"
     card = None
     if gpu is None:
         card = Card(room_of(args.device) / GIB, 0.0, 0.0)
-    key = json.dumps([repr(run.having(config=None, adapter=None)), run.config.to_dict(), str(run.adapter), gpu, rough],
-                     default=str)  # fmt: skip
+    about = [repr(run.having(config=None, adapter=None)), run.config.to_dict(), str(run.adapter), gpu, card, rough]
+    key = json.dumps(about, default=str)
     if key not in _plans:
         _plans[key] = plan(run, gpu if gpu is not None else card, rough=rough)
     found = _plans[key]
