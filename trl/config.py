@@ -30,7 +30,8 @@ class ScriptArguments(DataFields, Adoptable):
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read rows during training, in file order; needs max_steps."}
+        default=False,
+        metadata={"help": "Read rows during training, in file order; needs max_steps. The same as streaming."},
     )
 
 

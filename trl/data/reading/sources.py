@@ -395,7 +395,7 @@ def _stream(source: str | os.PathLike, split: str, config: str | None, skip: boo
         source = left_out_of_folder(path, files) or source
     try:
         with _quiet():
-            parts = files_by_split(Path(source), files) if files else None
+            parts = files_by_split(Path(source), _files_below(Path(source))) if files else None
             loaded = datasets.load_dataset(str(source), config, data_files=parts, streaming=True)
     except UNREADABLE as error:
         check_files(files)
