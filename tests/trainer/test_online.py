@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -464,18 +465,20 @@ def test_mistakes_are_told(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("deepspeed", [False, True])
-def test_who_steps_by_itself_is_told_which_micro_batch_is_the_last(tmp_path, tokenizer, deepspeed):
+def test_who_steps_by_itself_is_told_which_micro_batch_is_the_last(tmp_path, tokenizer, deepspeed, monkeypatch):
     """DeepSpeed's engine takes its step in the backward pass, where gradients are to be synchronised."""
     trainer = make(tmp_path, tokenizer, rows=PROMPTS[:2], max_tokens_per_micro_batch=20)
     told = []
-    backward = trainer.accelerator.backward
 
     def listening(loss, **kwargs):
         told.append((trainer.accelerator.sync_gradients, kwargs))
-        backward(loss)
+        loss.backward()
 
     trainer.accelerator.backward = listening
     trainer.is_deepspeed_enabled = deepspeed
+    if deepspeed:
+        kind = property(lambda accelerator: DistributedType.DEEPSPEED)
+        monkeypatch.setattr(type(trainer.accelerator), "distributed_type", kind)
     trainer._prepare_inputs = lambda batch: batch  # which would ask DeepSpeed's plugin for a dtype
     trainer.train_on(trainer.model, trainer.collect([trainer.train_dataset[row] for row in range(2)], 4, training=True))
     assert len(told) > 1

@@ -264,7 +264,7 @@ def test_an_environment_answers_and_its_tokens_are_not_trained_on(tmp_path, toke
         assert len(ids) == trace.length == 9 and ids[2:4] == [11, 12] and ids[6] == 13
         assert mask == [True, True, False, False, True, True, False, True, True] and trace.trained == 6
         assert trace.version == 0
-    batch = trainer.to_batch(traces)
+    batch = trainer.made_of(traces)
     trained = [trace.columns["ids"][trace.columns["mask"]].tolist() for trace in traces]
     assert batch["target_N"].tolist() == [token for tokens in trained for token in tokens]
     assert len(batch["advantage_N"]) == len(batch["ref_logp_N"]) == 24
