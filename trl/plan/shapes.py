@@ -14,6 +14,7 @@ from transformers import (
 
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import unshared
+from trl.models.shards import loaded_whole
 from trl.models.value_head import ValueHead, add_critic, add_head
 
 from .run import PAIRS, Run
@@ -42,7 +43,7 @@ def empty(config: PreTrainedConfig, dtype: torch.dtype, head: str = "CausalLM", 
         config.num_labels = labels
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # `bits` says what is quantised
-    with torch.device("meta"):
+    with torch.device("meta"), loaded_whole():  # ZeRO-3 would cut it up, with all processes
         return kind.from_config(config, dtype=dtype)
 
 
