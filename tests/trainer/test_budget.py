@@ -111,6 +111,11 @@ def test_further_steps_are_cut_beforehand_and_a_checkpoint_keeps_the_budget(toke
     for name, each in trainer.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], each), name
 
+    settings["max_tokens_per_micro_batch"] = 250  # asked for anew: on another machine, for example
+    other = sft(tmp_path / "a", tiny(tokenizer), tokenizer, chat_rows(16), **settings)
+    other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert other.budget.tokens == 250
+
 
 def test_a_row_that_is_too_long_by_itself_is_named(tokenizer, tmp_path):
     rows = chat_rows(8)

@@ -3,6 +3,7 @@
 import heapq
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ def micro_batches(
     return groups
 
 
-def equally_many(groups: list[list[TrainingTrace]], ranks: int, device: torch.device) -> list[list[TrainingTrace]]:
+def equally_many(groups: list[list[Any]], ranks: int, device: torch.device) -> list[list[Any]]:
     """As many groups on every rank, empty ones added: ranks gather sharded weights together."""
     if ranks > 1:
         most = torch.tensor(len(groups), device=device)

@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from trl.engine.forest import Batch, computed
 from trl.notices import notify_once
+from trl.rollout.pack import equally_many
 
 from . import planned
 from .loader import SOURCE
@@ -58,10 +59,13 @@ class Budget(Component):
         self.tokens = planned.tokens_that_fit(trainer) if asked == "auto" else asked
 
     def state(self, trainer: Any) -> dict[str, Any]:
-        return {} if self.tokens is None else {"tokens_per_micro_batch": self.tokens}
+        asked = trainer.args.max_tokens_per_micro_batch
+        return {} if self.tokens is None else {"micro_batch_tokens": self.tokens, "micro_batch_tokens_asked": asked}
 
     def load_state(self, trainer: Any, state: dict[str, Any]) -> None:
-        self.tokens = state.get("tokens_per_micro_batch", self.tokens)
+        """What the run before came down to, unless another budget is asked for now."""
+        if state.get("micro_batch_tokens_asked") == trainer.args.max_tokens_per_micro_batch:
+            self.tokens = state.get("micro_batch_tokens", self.tokens)
 
     # --- micro-batches --------------------------------------------------------------------------------------------
 
@@ -94,10 +98,9 @@ class Budget(Component):
             groups[-1].append(row)
             left -= cost
         self.shares = [Share(sum(map(tokens_of, group)), len(group), _longest(group)) for group in groups]
-        wanted = torch.tensor(max(1, len(groups)), device=trainer.args.device)
-        if equally and trainer.args.world_size > 1:
-            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
-        groups += [[] for _ in range(int(wanted) - len(groups))]
+        groups = groups or [[]]
+        if equally:
+            groups = equally_many(groups, trainer.args.world_size, trainer.args.device)
         return [trainer.made_of(group) for group in groups]
 
     # --- a step ---------------------------------------------------------------------------------------------------
