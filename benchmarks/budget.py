@@ -4,7 +4,7 @@
     python benchmarks/budget.py --method dpo --layers 4 --steps 200
     python benchmarks/budget.py --method sft --layers 4 --steps 12 --capped 0.6
 
-The same rows are trained on in the same steps, by two processes one after the other:
+The same rows are trained on in the same steps by two processes, which take their steps in turn:
 
     fixed    per_device_train_batch_size=2, gradient_accumulation_steps=8
     auto     the same, with max_tokens_per_micro_batch=auto
@@ -16,7 +16,7 @@ difference between losses. With `--capped SHARE`:
     capped    the same, where the system refuses memory beyond that share of what `free` took
 
 The memory is the process's address space beyond that before the first step (CPU). The second run must finish, with the
-losses of the first.
+losses of the first. The two run one after the other.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     import trl
 
+    answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(model_of(options), dtype=torch.float32)
     model.model.layers = model.model.layers[: options.layers]
@@ -63,6 +64,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            sys.stdin.readline()  # its turn; at once where there are no turns
             times.append(time.perf_counter())
             if len(times) == 1:
                 self.start = space()
@@ -72,6 +74,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times[-1] = time.perf_counter() - times[-1]
+            answers.write("a step\n")
+            answers.flush()
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             highest = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmPeak" in line)
@@ -101,21 +105,44 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(options: argparse.Namespace, side: str, folder: Path, size: int = 0) -> dict[str, Any]:
-    found = folder / f"{side}.json"
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"} if options.capped else {}
-    log = folder / f"{side}.log"
-    with log.open("w") as output:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--side", side, "--found", str(found), "--bytes", str(size)],
-            env=environment, stdout=output, stderr=subprocess.STDOUT,
+class Run:
+    """One side: a process that trains, a step for each line that it is sent if `in_turn`."""
+
+    def __init__(self, options: argparse.Namespace, side: str, size: int = 0, in_turn: bool = False) -> None:
+        self.side, self.found = side, options.folder / f"{side}.json"
+        self.log = options.folder / f"{side}.log"
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
+        if options.capped:
+            environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+        further = ["--side", side, "--found", str(self.found), "--bytes", str(size)]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], *further], env=environment, text=True, stderr=self.log.open("w"),
+            stdin=subprocess.PIPE if in_turn else subprocess.DEVNULL, stdout=subprocess.PIPE,
         )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{side} ended with status {done.returncode}:\n{log.read_text()[-3000:]}")
-    notices = [line for line in log.read_text().splitlines() if "memory ran out" in line]
-    print(*notices, sep="\n", end="\n" * bool(notices))
-    return json.loads(found.read_text())
+
+    def step(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        if not self.process.stdout.readline():
+            self.end()
+
+    def end(self) -> dict[str, Any]:
+        self.process.communicate()
+        log = self.log.read_text()
+        if self.process.returncode:
+            raise SystemExit(f"{self.side} ended with status {self.process.returncode}:\n{log[-3000:]}")
+        notices = [line for line in log.splitlines() if "memory ran out" in line]
+        print(*notices, sep="\n", end="\n" * bool(notices))
+        return json.loads(self.found.read_text())
+
+
+def in_turn(options: argparse.Namespace, names: tuple[str, str]) -> list[dict[str, Any]]:
+    sides = [Run(options, name, in_turn=True) for name in names]
+    for number in range(options.steps):
+        for side in sides if number % 2 else sides[::-1]:
+            side.step()
+    return [side.end() for side in sides]
 
 
 def compare(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> None:
@@ -151,11 +178,11 @@ def main() -> None:
         if options.side:
             Path(options.found).write_text(json.dumps(train(options)))
         elif options.capped:
-            free = run(options, "free", options.folder)
-            capped = run(options, "capped", options.folder, int(free["peak"] * options.capped))
+            free = Run(options, "free").end()
+            capped = Run(options, "capped", int(free["peak"] * options.capped)).end()
             compare(free, capped, ("free", "capped"))
         else:
-            compare(*(run(options, side, options.folder) for side in ("fixed", "auto")), ("fixed", "auto"))
+            compare(*in_turn(options, ("fixed", "auto")), ("fixed", "auto"))
 
 
 if __name__ == "__main__":
