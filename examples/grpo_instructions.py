@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,15 +159,17 @@ def curves(folder: Path) -> tuple[list[Point], list[Point], float]:
     return trained, held_out, next(line["eval_pass@1"] for line in reversed(log) if "eval_pass@1" in line)
 
 
-def write_csv(file: Path, trained: Sequence[Point], held_out: Sequence[Point]) -> None:
-    """One line a step: training reward, held-out reward, half the width of its interval; empty where there is none."""
+def write_csv(file: Path, trained: Sequence[Point], held_out: Sequence[Point], **further: Mapping[int, float]) -> None:
+    """One line a step: training reward, held-out reward, half the width of its interval, and `further` columns by step;
+    empty where there is none."""
     by_step = ({each.step: each for each in trained}, {each.step: each for each in held_out})
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["step", "train_reward", "eval_reward", "eval_reward_ci95"])
+        writer.writerow(["step", "train_reward", "eval_reward", "eval_reward_ci95", *further])
         for step in sorted({*by_step[0], *by_step[1]}):
             train, held = by_step[0].get(step), by_step[1].get(step)
-            writer.writerow([step, train and train.reward, held and held.reward, held and held.half])
+            rest = [column.get(step) for column in further.values()]
+            writer.writerow([step, train and train.reward, held and held.reward, held and held.half, *rest])
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -181,8 +183,10 @@ def svg(
     axis: str = "mean reward",
     across: str = "optimizer step",
     what: str = "prompts",
+    right: tuple[str, Mapping[int, float]] | None = None,
 ) -> str:
-    """The two curves as a picture: training rewards, and held-out rewards with whiskers for their intervals."""
+    """The two curves as a picture: training rewards, and held-out rewards with whiskers for their intervals. `right` is
+    a curve by step with an axis of its own, and what it is."""
     left, top, wide, high = 64, 44, 600, 280  # the frame of the curves
     last = max(each.step for each in [*trained, *held_out]) or 1
 
@@ -199,9 +203,10 @@ def svg(
         places = " ".join(f"{at:.1f},{down:.1f}" for at, down in points)
         return f'<polyline points="{places}" fill="none" {style}/>'
 
-    blue, grey = "#1f5fa8", "#8a8a8a"
+    blue, grey, red, dashes = "#1f5fa8", "#8a8a8a", "#b5482a", 'stroke-width="1.5" stroke-dasharray="5 4"'
+    margin = 64 if right else 24
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 24} {top + high + 56}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + margin} {top + high + 56}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#222">',
         '<rect width="100%" height="100%" fill="white"/>',
         text(left + wide / 2, 26, title, more=' font-size="16"'),
@@ -226,9 +231,17 @@ def svg(
         whisker = [(at - 5, low), (at + 5, low), (at, low), (at, high_end), (at - 5, high_end), (at + 5, high_end)]
         parts += [line(whisker, f'stroke="{blue}" stroke-width="1.5"')]
         parts += [f'<circle cx="{at:.1f}" cy="{y(each.reward):.1f}" r="4" fill="{blue}"/>']
+    if right is not None:
+        label, values = right
+        most = max(1.0, *values.values())
+        parts += [line([(x(step), y(value / most)) for step, value in values.items()], f'stroke="{red}" {dashes}')]
+        parts += [text(left + wide + 9, y(tenths / 10) + 4, f"{most * tenths / 10:.1f}", "start")
+                  for tenths in range(0, 11, 2)]  # fmt: skip
+        parts += [text(0, 0, label, more=f' transform="translate({left + wide + 52} {top + high / 2}) rotate(90)"')]
     names = [(blue, f"held-out {what}, 95 % interval"), *([(grey, f"training {what}")] if trained else [])]
+    names += [(red, right[0])] if right else []
     for place, (colour, name) in enumerate(names):
-        level = top + high - 40 + 20 * place
+        level = top + high - 20 * len(names) + 20 * place
         parts += [
             line([(left + wide - 240, level), (left + wide - 212, level)], f'stroke="{colour}" stroke-width="2.5"')
         ]

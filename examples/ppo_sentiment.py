@@ -120,29 +120,32 @@ def main(argv: list[str] | None = None) -> int:
 
     asked = [row for batch in trainer.prepare_dataloader(held_out) for row in batch["input_ids"]]
     began = time.perf_counter()
-    trained, seen, divergences = [], [Point(0, *mean_and_half(judged(asked)[1]))], []
+    trained, seen, kl = [], [Point(0, *mean_and_half(judged(asked)[1]))], {}
     print(f"before: {seen[0]}", flush=True)
     for step, batch in enumerate(trainer.dataloader, 1):
         responses, rewards = judged(batch["input_ids"])
         stats = trainer.step(batch["input_ids"], responses, rewards)
         trainer.log_stats(stats, batch, rewards)
         trained.append(Point(step, sum(rewards) / len(rewards)))
-        divergences.append(float(stats["objective/kl"]))
+        kl[step] = float(stats["objective/kl"])
         if step % max(options.steps // 6, 1) == 0:
             seen.append(Point(step, *mean_and_half(judged(asked)[1])))
             print(f"after {step} steps: {seen[-1]}", flush=True)
     folder = Path(options.output_dir)
     trainer.save_pretrained(folder / "model")
-    write_csv(folder / "curve.csv", trained, seen)
-    picture = svg(trained, seen, "PPO: kind continuations of movie reviews", across="step", what="reviews")
+    write_csv(folder / "curve.csv", trained, seen, kl=kl)
+    picture = svg(
+        trained, seen, "PPO: kind continuations of movie reviews", across="step", what="reviews",
+        right=("divergence, nats a completion", kl),
+    )  # fmt: skip
     (folder / "curve.svg").write_text(picture, encoding="utf-8")
     before, after = seen[0], seen[-1]
     rose = after.reward - after.half > before.reward + before.half
     print(f"\nMean reward on {len(asked)} held-out reviews, with its 95 % interval:\n")
     print(f"    before  {before}\n    after   {after}\n")
-    last = divergences[-(len(divergences) // 4 or 1) :]
+    last = list(kl.values())[-(len(kl) // 4 or 1) :]
     print(
-        f"Divergence from the start, in nats a completion: {max(divergences):.1f} at most, "
+        f"Divergence from the start, in nats a completion: {max(kl.values()):.1f} at most, "
         f"{sum(last) / len(last):.1f} in the last quarter of the steps."
     )
     print(f"The intervals {'do not overlap: it learned.' if rose else 'overlap: that it learned is not shown.'}")
