@@ -117,6 +117,23 @@ def test_further_steps_are_cut_beforehand_and_a_checkpoint_keeps_the_budget(toke
     assert other.budget.tokens == 250
 
 
+def test_the_budget_is_lowered_where_memory_is_found_only_at_the_second_try(tokenizer, tmp_path, capsys, monkeypatch):
+    """As the allocator of a GPU counts it: once in each step that computes more than 600 tokens at a time."""
+    monkeypatch.setattr("trl.notices._printed", set())
+    trainer = sft(tmp_path, tiny(tokenizer), tokenizer, chat_rows(32), per_device_train_batch_size=16, max_steps=12)
+    limited = Limited(trainer, 10**6)
+    monkeypatch.setattr("trl.trainer.budget.retries_on", lambda device: sum(each > 600 for each in limited.seen))
+    trainer.train()
+    largest = max(limited.seen)
+    assert largest > 600 >= max(limited.seen[-4:]) and trainer.budget.tokens <= 0.75 * largest
+    assert min(limited.seen[:3]) > 600  # the steps before it was lowered, uncut
+    assert "memory was found only at the second try in 3 steps on end" in capsys.readouterr().out
+    free = sft(tmp_path / "b", tiny(tokenizer), tokenizer, chat_rows(32), per_device_train_batch_size=16, max_steps=12)
+    free.train()
+    losses = [[line["loss"] for line in each.state.log_history if "loss" in line] for each in (trainer, free)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_row_that_is_too_long_by_itself_is_named(tokenizer, tmp_path):
     rows = chat_rows(8)
     rows[5]["messages"][-1]["content"] *= 40

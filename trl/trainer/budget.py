@@ -8,6 +8,9 @@ A process that failed must not be waited for in the middle of a backward pass. S
 their micro-batches each for itself, then say whether they had the memory, and exchange gradients in one more pass, over
 an empty batch. Without a budget, and where weights are sharded, so that each layer is gathered by all together, the
 error says what to set.
+
+Just below its limit a GPU is slow: the allocator finds memory only after it has given back all that it holds, which
+waits for the device. Where that happens in a few steps on end, the budget is lowered too.
 """
 
 import gc
@@ -28,6 +31,7 @@ from . import planned
 from .loader import SOURCE
 from .method import Component
 
+TIGHT = 3  # steps on end in which the allocator had to give back what it held, before the budget is lowered
 NONE = 2**62  # tokens: no budget that any step has
 OF_A_LACK = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -53,6 +57,8 @@ class Budget(Component):
         self._failed = False  # memory ran out in this step, on this rank
         self._returned: Any = 0.0  # the loss of what is handed out of the step so far
         self._metrics: dict[str, Any] = {}  # those before the step
+        self._retries = 0  # of the allocator, before the step
+        self._tight = 0  # steps on end in which it tried again
 
     def on_ready(self, trainer: Any) -> None:
         asked = trainer.args.max_tokens_per_micro_batch
@@ -107,7 +113,7 @@ class Budget(Component):
 
     def begin(self, trainer: Any) -> None:
         """A step begins, whose metrics are yet to be added."""
-        self._failed, self._returned = False, 0.0
+        self._failed, self._returned, self._retries = False, 0.0, retries_on(trainer.args.device)
         self._metrics = dict(trainer._sums["train"].metrics)
 
     def part(self, trainer: Any, model: nn.Module, batches: Sequence[Batch], items: Any) -> Tensor:
@@ -142,13 +148,27 @@ class Budget(Component):
             trainer.forget_step()
             loss = self._tried(trainer, again)
         if lowered:
+            self._tight = 0
             notify_once(
                 f"memory ran out in step {trainer.state.global_step + 1}: it was taken again, with the same gradient, "
                 f"and micro-batches have at most {self.tokens:,} tokens from here on (max_tokens_per_micro_batch)"
             )
         if self.agrees(trainer):
             passes(trainer, model, [trainer.made_of([])], None, alone=False)
+        self._ease(trainer)
         return loss
+
+    def _ease(self, trainer: Any) -> None:
+        """Lower the budget where step after step memory was found only at the second try."""
+        self._tight = self._tight + 1 if retries_on(trainer.args.device) > self._retries else 0
+        can_be_cut = any(share.rows > 1 for share in self.shares)
+        # Ranks without a budget do not agree on one, and so none may begin to have one.
+        if self._tight == TIGHT and can_be_cut and (self.tokens is not None or trainer.args.world_size == 1):
+            self._tight, self.tokens = 0, self._lower(0.75)
+            notify_once(
+                f"memory was found only at the second try in {TIGHT} steps on end, which is slow: micro-batches have "
+                f"at most {self.tokens:,} tokens from here on (max_tokens_per_micro_batch), with the same gradient"
+            )
 
     def agrees(self, trainer: Any) -> bool:
         """Whether the ranks run their micro-batches alone, and say afterwards whether they had the memory."""
@@ -169,7 +189,7 @@ class Budget(Component):
 
     def _lowered(self, trainer: Any) -> int | None:
         """The budget to take the step again with; None if every rank has taken it."""
-        wanted = self._half() if self._failed else NONE
+        wanted = self._lower(0.5) if self._failed else NONE
         if self.agrees(trainer):
             least = torch.tensor(wanted, device=trainer.args.device)
             torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
@@ -211,13 +231,13 @@ class Budget(Component):
                     raise
                 reason = str(error).partition("\n")[0]
             self._check_that_it_helps(trainer, reason)
-            self.tokens = self._half()
+            self.tokens = self._lower(0.5)
             notify_once(f"memory ran out: forward passes have at most {self.tokens:,} tokens from here on")
             trainer._sums[mode].metrics = dict(before)
 
-    def _half(self) -> int:
-        """Half the tokens of the largest micro-batch that can be cut."""
-        return max(1, max((share.tokens for share in self.shares if share.rows > 1), default=2) // 2)
+    def _lower(self, by: float) -> int:
+        """So much of the tokens of the largest micro-batch that can be cut."""
+        return max(1, int(by * max((share.tokens for share in self.shares if share.rows > 1), default=2)))
 
 
 def passes(trainer: Any, model: nn.Module, batches: Sequence[Batch], items: Any, alone: bool) -> Tensor:
@@ -280,6 +300,11 @@ def is_lack_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(sentence in str(error) for sentence in OF_A_LACK)
+
+
+def retries_on(device: torch.device) -> int:
+    """How often the allocator has given back what it held, because memory was not enough at the first try."""
+    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 
 def free_memory() -> None:
