@@ -27,7 +27,7 @@ from trl.plan.page import page
 from trl.plan.reading import run_of
 from trl.plan.shapes import tree, trees
 from trl.plan.trace import _Alive, micro_batch
-from trl.plan.weights import weights_of
+from trl.plan.weights import state_bytes, step_bytes, weights_of
 
 SMALL = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -207,8 +207,18 @@ def test_a_teacher_is_held_and_asked():
 def test_a_step_on_bfloat16_weights_has_whole_ones():
     found = plan(Run(SMALL, prompt=8, completion=8))
     step = {phase.name: phase.parts for phase in found.phases()}["optimizer step"]["step"]
-    total = found.weights.total
-    assert step == 6 * total + 12 * 512 * 64  # of all, for they are one chunk; of the embedding, the largest
+    total, largest = found.weights.total, 512 * 64
+    # All are one chunk: float32 weights and gradients in the place of lower halves, or the largest being split.
+    assert step == max(6 * total, 2 * total + 14 * largest)
+
+
+def test_a_large_bfloat16_weight_steps_in_slices_where_the_optimizer_allows_it():
+    weights = weights_of(Run(LLAMA_8B))
+    assert weights.largest == 128256 * 4096 == 525336576  # eight slices of 65,667,072 weights
+    assert step_bytes(Run(LLAMA_8B), weights) == 8 * 65667072
+    assert step_bytes(Run(LLAMA_8B, optim="adafactor"), weights) == (6 + 8) * 128256 * 4096
+    assert step_bytes(Run(LLAMA_8B), weights, shards=8) < 8 * 2**26
+    assert state_bytes(Run(LLAMA_8B, optim="adamw_8bit"), weights) == 4 * weights.total + 6 * weights.largest
 
 
 def test_tokens_that_fit_a_memory():

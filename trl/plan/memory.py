@@ -165,7 +165,7 @@ class Plan:
 
     def _step(self) -> float:
         zero = self.run.sharding.startswith("zero") and self.run.processes > 1
-        return 0.0 if zero else step_bytes(self.run, self.weights) / self.shards[0]
+        return 0.0 if zero else step_bytes(self.run, self.weights, self.shards[0])
 
     def _sampler(self, gathered: Mapping[str, float]) -> dict[str, float]:
         """Keys and values of the rows that are sampled at once, and what a token of each predicts."""
