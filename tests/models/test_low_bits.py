@@ -13,9 +13,7 @@ from trl.models.low_bits import LOW_BITS, hold_in_float32, join, slices, split, 
 OPTIMIZERS = {
     "adamw": lambda weights: torch.optim.AdamW(weights, lr=1e-4),
     "adamw_fused": lambda weights: torch.optim.AdamW(weights, lr=1e-4, fused=True),
-    "adamw_foreach": lambda weights: torch.optim.AdamW(
-        weights, lr=1e-4, weight_decay=0.1, amsgrad=True, foreach=True
-    ),
+    "adamw_foreach": lambda weights: torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.1, amsgrad=True, foreach=True),
     "sgd": lambda weights: torch.optim.SGD(weights, lr=1e-3, momentum=0.9),
     "sgd_plain": lambda weights: torch.optim.SGD(weights, lr=1e-3, weight_decay=0.1),
     "adagrad": lambda weights: torch.optim.Adagrad(weights, lr=1e-4),

@@ -25,8 +25,8 @@ CHUNK = 2**26  # weights joined at once, so that no second copy of the model eve
 PIECE = 2**23  # weights split at once
 # Packages whose optimizers treat each weight separately: their steps may see a few weights at a time.
 BY_WEIGHT = ("torch.", "transformers.", "bitsandbytes.", "torchao.", "optimi.", "galore_torch.", "apollo_torch.")
-# Classes of torch.optim and bitsandbytes that treat each number of a weight, or each block of them, by itself: a slice of
-# a weight steps as it does within the weight.
+# Classes of torch.optim and bitsandbytes that treat each number of a weight, or each block of them, by itself: a slice
+# of a weight steps as it does within the weight.
 BY_ELEMENT = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Lion", "Adam8bit", "AdamW8bit", "Lion8bit", "RMSprop8bit",
               "Adam32bit", "AdamW32bit", "Lion32bit", "RMSprop32bit")  # fmt: skip
 BLOCKS = (1, 256, 2048)  # numbers of a weight for one of a state: in a moment, and in the scales of an 8-bit moment
@@ -74,8 +74,8 @@ def updates_in_float32(optimizer: Optimizer) -> Optimizer:
 
     Moments of such weights are then float32, because the optimizer sees float32 weights and gradients. Memory: 2 bytes
     per weight for the lower half, and 8 bytes for each of at most `CHUNK` weights during a step. A larger weight steps
-    in slices where the optimizer is one of `BY_ELEMENT`, and else as a whole. Optimizers of packages outside `BY_WEIGHT`
-    see all their weights in one step.
+    in slices where the optimizer is one of `BY_ELEMENT`, and else as a whole. Optimizers of packages outside
+    `BY_WEIGHT` see all their weights in one step.
     """
     half = [p for group in optimizer.param_groups for p in group["params"] if p.dtype == torch.bfloat16]
     if not half or isinstance(optimizer, _InFloat32):
@@ -152,7 +152,7 @@ class _InFloat32(Optimizer):
         try:
             super().step()
         finally:
-            for params, place, p in replaced:
+            for params, place, _ in replaced:
                 params[place].grad = None
             for params, place, p in replaced:
                 stand_in, params[place] = params[place], p

@@ -81,8 +81,13 @@ def weights_of(run: Run) -> Weights:
         trained_bytes=_bytes(trained),
         half=tuple(each.numel() for each in trained if each.dtype == torch.bfloat16),
         largest=max((each.numel() for each in trained), default=0),
-        embedding=sum({id(each.weight): each.weight.numel() for each in inner.modules()
-                       if isinstance(each, nn.Embedding) and each.weight.requires_grad}.values()),
+        embedding=sum(
+            {
+                id(each.weight): each.weight.numel()
+                for each in inner.modules()
+                if isinstance(each, nn.Embedding) and each.weight.requires_grad
+            }.values()
+        ),
         quantised=sum(frozen.values()) + stacked,
         largest_quantised=max(frozen.values(), default=0),
         head=sum(each.numel() for each in ends.values()),
