@@ -274,6 +274,7 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
+    from trl.engine.device import standing_for
     from trl.methods import METHODS
     from trl.plan import Plan, Run
     from trl.plan import trace as traces
@@ -292,7 +293,7 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
     found = Plan(run)
     predicted = max(held.total for held in found.sections(found.amount))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with traces._as_on("cuda"):
+    with standing_for("cuda"):
         model, batch, teacher = traces.prepared(run, layers_of(run.config), found.amount, mode)
         held = sum(each.numel() * each.element_size() for each in model.parameters())
         held += sum(

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from trl.engine.device import of_kind
+from trl.engine.head import CHUNK_ELEMENTS
+
 from . import cost
 from .advice import advice
 from .cards import CARDS, Card
 from .run import PAIRS, Run
-from .trace import CHUNKS, Held, elements_of, estimated, micro_batch
+from .trace import CHUNKS, Held, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
@@ -125,7 +128,7 @@ class Plan:
         trained = run.completion * (2 if run.method in PAIRS else 1)
         if run.method in ("sft", "gkd"):
             trained = max(1, int(run.tokens_of_row * run.trained))
-        chunk = elements_of(run.device) // run.config.get_text_config().vocab_size
+        chunk = of_kind(CHUNK_ELEMENTS, run.device) // run.config.get_text_config().vocab_size
         one_kernel = run.device == "cuda" and (run.autocast or run.dtype) != torch.float32
         return max(1, min(-(-CHUNKS * chunk // trained), MOST_TRACED[one_kernel]))
 
