@@ -15,6 +15,8 @@ from transformers import (
 )
 
 import trl
+from tests.plan.models import LLAMA_8B
+from tests.plan.models import LORA as LORA_16
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.probe import attach
 from trl.engine.score import score
@@ -32,10 +34,6 @@ from trl.plan.weights import state_bytes, step_bytes, weights_of
 SMALL = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-)  # fmt: skip
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=8192,
 )  # fmt: skip
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -99,7 +97,7 @@ def test_a_micro_batch_takes_what_it_takes_in_a_real_run(adapter, checkpointing,
 
 
 def test_parts_and_phases():
-    run = Run(LLAMA_8B, "sft", adapter=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    run = Run(LLAMA_8B, "sft", adapter=LORA_16,
               bits=4, nested=True, rows=2, prompt=64, completion=64)  # fmt: skip
     found = plan(run, "rtx-3090")
     parts = {phase.name: phase.parts for phase in found.phases()}
