@@ -53,8 +53,15 @@ REAL: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo", "rows": 8, "prompt": 64, "completion": 64},
     "grpo lora kept": {"method": "grpo", "rows": 8, "prompt": 128, "completion": 96, "lora": True,
                        "checkpointing": False},
+    "grpo wide": {"method": "grpo", "rows": 16, "prompt": 32, "completion": 48, "layers": 2},
+    "grpo bf16 weights": {"method": "grpo", "rows": 8, "prompt": 64, "completion": 64, "dtype": "bfloat16",
+                          "autocast": True},
+    "rloo": {"method": "rloo", "rows": 8, "prompt": 64, "completion": 64, "layers": 2},
+    "online dpo": {"method": "online-dpo", "rows": 8, "prompt": 64, "completion": 64, "layers": 2},
     "ppo": {"method": "ppo", "rows": 4, "prompt": 64, "completion": 64},
+    "gkd": {"method": "gkd", "rows": 4, "prompt": 64, "completion": 64, "layers": 2},
 }  # fmt: skip
+SAMPLING = ("grpo", "rloo", "online-dpo", "ppo")  # draw completions, whose length is that of the case
 DEFAULT = {"method": "sft", "dtype": "float32", "autocast": False, "lora": False, "layers": 4, "rows": 2, "prompt": 256,
            "completion": 256, "accumulation": 1, "checkpointing": True, "optim": "adamw_torch_fused"}  # fmt: skip
 
@@ -82,13 +89,14 @@ def rows_of(case: dict[str, Any], count: int) -> Any:
     prompt, completion = ids[: case["prompt"]], ids[case["prompt"] :]
     # Prompts differ, so that no two rows share one.
     prompts = [[200 + row, *prompt[1:]] for row in range(count)]
-    if case["method"] == "sft":
+    if case["method"] in ("sft", "gkd"):
+        untrained = 1 if case["method"] == "sft" else case["prompt"]
         columns: dict[str, Any] = {"input_ids": [[*each, *completion] for each in prompts], "loss_mask": None}
-        columns["loss_mask"] = [[False, *[True] * (len(ids) - 1)]] * count
+        columns["loss_mask"] = [[False] * untrained + [True] * (len(ids) - untrained)] * count
     elif case["method"] == "kto":
         columns = {"prompt_ids": prompts, "completion_ids": [completion] * count, "label": [True, False] * (count // 2)}
         columns["kl_completion_ids"] = [completion[::-1]] * count
-    elif case["method"] in ("grpo", "ppo"):
+    elif case["method"] in SAMPLING:
         columns = {"prompt": ["" for _ in prompts], "prompt_ids": prompts}
     else:
         columns = {
@@ -107,12 +115,17 @@ def lora(case: dict[str, Any]) -> Any:
 
 def arguments(case: dict[str, Any], folder: str) -> Any:
     import trl
+    from trl.methods import METHODS
 
-    name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", "grpo": "GRPO", "ppo": "PPO"}[case["method"]]
+    name = METHODS[case["method"]].name
     own: dict[str, Any] = {"max_length": case["prompt"] + case["completion"]}
-    if case["method"] in ("grpo", "ppo"):
-        own = {"max_completion_length": case["completion"], "max_prompt_length": case["prompt"]}
-        own |= {"num_generations": 8, "beta": 0.0} if name == "GRPO" else {"num_iterations": 1}
+    if case["method"] in SAMPLING:
+        own = {"max_completion_length": case["completion"]}
+        own |= {} if name == "OnlineDPO" else {"max_prompt_length": case["prompt"]}
+        own |= {"num_generations": 8} if name in ("GRPO", "RLOO") else {}
+        own |= {"beta": 0.0} if name in ("GRPO", "RLOO") else {"num_iterations": 1} if name == "PPO" else {}
+    elif name == "GKD":  # the first step on the data's answers, the second on its own
+        own |= {"max_new_tokens": case["completion"], "lmbda": 0.5}
     return name, getattr(trl, f"{name}Config")(
         output_dir=folder, use_cpu=True, bf16=case["autocast"], optim=case["optim"], max_steps=2, report_to="none",
         save_strategy="no", disable_tqdm=True, logging_steps=1, gradient_checkpointing=case["checkpointing"],
@@ -134,7 +147,9 @@ def trained(case: dict[str, Any], tiny: bool, folder: str) -> None:
         config.num_labels, kind = 1, AutoModelForSequenceClassification
     torch.manual_seed(0)
     model = kind.from_config(config, dtype=getattr(torch, case["dtype"]))
-    rest = {"reward_funcs": [_length]} if case["method"] in ("grpo", "ppo") else {}
+    rest: dict[str, Any] = {"reward_funcs": [_length]} if case["method"] in SAMPLING else {}
+    if case["method"] == "gkd":
+        rest["teacher_model"] = kind.from_config(config, dtype=getattr(torch, case["dtype"]))
     trainer = getattr(trl, f"{name}Trainer")(
         model=model, args=args, train_dataset=rows_of(case, 32), peft_config=lora(case),
         processing_class=AutoTokenizer.from_pretrained(demo_model()), **rest)  # fmt: skip
@@ -159,6 +174,8 @@ def real(case: dict[str, Any]) -> dict[str, Any]:
         run = run_of(
             case["method"], config_of(case, False), args, dtype=case["dtype"], adapter=lora(case),
             prompt=case["prompt"], completion=case["completion"], device="cpu",
+            teacher=config_of(case, False) if case["method"] == "gkd" else None,
+            trained=case["completion"] / (case["prompt"] + case["completion"]) if case["method"] == "gkd" else 1.0,
         )  # fmt: skip
         found = plan(run)
         phase = found.peak

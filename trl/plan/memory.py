@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from trl.engine.device import of_kind
 from trl.engine.head import CHUNK_ELEMENTS
 
@@ -18,7 +16,7 @@ from .trace import CHUNKS, Held, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
-MOST_TRACED = {True: 12, False: 2}  # times the smallest micro-batch, by whether one kernel serves all segments
+MOST_TRACED = 12  # times the smallest micro-batch
 RESERVE = {"cuda": 0.8 * GIB, "cpu": 0.03 * GIB}  # the driver's context, the libraries' workspaces
 
 
@@ -129,8 +127,7 @@ class Plan:
         if run.method in ("sft", "gkd"):
             trained = max(1, int(run.tokens_of_row * run.trained))
         chunk = of_kind(CHUNK_ELEMENTS, run.device) // run.config.get_text_config().vocab_size
-        one_kernel = run.device == "cuda" and (run.autocast or run.dtype) != torch.float32
-        return max(1, min(-(-CHUNKS * chunk // trained), MOST_TRACED[one_kernel]))
+        return max(1, min(-(-CHUNKS * chunk // trained), MOST_TRACED))
 
     def _traced(self, amount: int) -> list[Held]:
         if amount not in self.traces:
@@ -162,7 +159,7 @@ class Plan:
             Phase("backward", {**self.held, **in_backward}),
             Phase("optimizer step", {**self.held, **buckets, "gradients": gradients, "step": self._step()}),
         ]
-        if run.samples:
+        if run.samples or run.method == "gkd":  # which writes answers in some of its steps
             found.append(Phase("sampling", {**self.held, **gathered, **self._sampler(gathered)}))
         return found
 
