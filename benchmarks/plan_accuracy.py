@@ -6,7 +6,8 @@
 
 A real run is a process of its own: SmolLM2's shape with few layers and random weights, two optimizer steps. Its memory
 is what its resident set grows by, from before the model is made; freed memory goes back to the system at once (glibc's
-settings, as `--exact-memory` of the other benchmarks), and a tiny run of the same kind before has loaded all code.
+settings, as `--exact-memory` of the other benchmarks), and a tiny run of the same kind before has loaded all code. The
+last column is of the plan without a trace, which the line before step 1 has for a small model on a CPU.
 `--tracked` runs six layers of 8B shapes forward and backward on fake tensors under torch's `MemTracker`, which counts
 what the plan extrapolates from one and two. (With all layers it takes many minutes.)
 """
@@ -187,6 +188,7 @@ def real(case: dict[str, Any]) -> dict[str, Any]:
         trained(case, False, folder)
         return {
             "predicted": phase.total,
+            "estimated": plan(run, rough=True).peak.total,
             "measured": memory.growth(),
             "how": memory.how,
             "phases": {each.name: each.parts for each in found.phases()},
@@ -219,14 +221,16 @@ def main() -> None:
             return
     cases, default, mode = (TRACKED, SHAPED, "tracked") if options.tracked else (REAL, DEFAULT, "real")
     found: dict[str, Any] = {}
-    print(f"{'':28}{'predicted':>12}{'measured':>12}{'error':>9}", flush=True)
+    print(f"{'':28}{'predicted':>12}{'measured':>12}{'error':>9}   that of the estimate", flush=True)
     for name, case in cases.items():
         if options.only and options.only not in name:
             continue
         each = in_process({**default, **case, "threads": options.threads}, f"--one-{mode}")
         found[name] = each
         error = each["predicted"] / each["measured"] - 1
-        print(f"{name:28}{each['predicted'] / GIB:10.3f} G{each['measured'] / GIB:10.3f} G{error:+9.1%}", flush=True)
+        rough = f"{each['estimated'] / each['measured'] - 1:+9.1%}" if "estimated" in each else ""
+        sizes = f"{each['predicted'] / GIB:10.3f} G{each['measured'] / GIB:10.3f} G"
+        print(f"{name:28}{sizes}{error:+9.1%}{rough}", flush=True)
         if options.parts:
             for phase, parts in each["phases"].items():
                 print(
