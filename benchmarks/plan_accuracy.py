@@ -6,7 +6,8 @@
 
 A real run is a process of its own: SmolLM2's shape with few layers and random weights, two optimizer steps. Its memory
 is what its resident set grows by, from before the model is made; freed memory goes back to the system at once (glibc's
-settings, as `--exact-memory` of the other benchmarks), and a tiny run of the same kind before has loaded all code.
+settings, as `--exact-memory` of the other benchmarks), and a tiny run of the same kind before has loaded all code. The
+last column is of the plan without a trace, which the line before step 1 has for a small model on a CPU.
 `--tracked` runs six layers of 8B shapes forward and backward on fake tensors under torch's `MemTracker`, which counts
 what the plan extrapolates from one and two. (With all layers it takes many minutes.)
 """
@@ -53,8 +54,15 @@ REAL: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo", "rows": 8, "prompt": 64, "completion": 64},
     "grpo lora kept": {"method": "grpo", "rows": 8, "prompt": 128, "completion": 96, "lora": True,
                        "checkpointing": False},
+    "grpo wide": {"method": "grpo", "rows": 16, "prompt": 32, "completion": 48, "layers": 2},
+    "grpo bf16 weights": {"method": "grpo", "rows": 8, "prompt": 64, "completion": 64, "dtype": "bfloat16",
+                          "autocast": True},
+    "rloo": {"method": "rloo", "rows": 8, "prompt": 64, "completion": 64, "layers": 2},
+    "online dpo": {"method": "online-dpo", "rows": 8, "prompt": 64, "completion": 64, "layers": 2},
     "ppo": {"method": "ppo", "rows": 4, "prompt": 64, "completion": 64},
+    "gkd": {"method": "gkd", "rows": 4, "prompt": 64, "completion": 64, "layers": 2},
 }  # fmt: skip
+SAMPLING = ("grpo", "rloo", "online-dpo", "ppo")  # draw completions, whose length is that of the case
 DEFAULT = {"method": "sft", "dtype": "float32", "autocast": False, "lora": False, "layers": 4, "rows": 2, "prompt": 256,
            "completion": 256, "accumulation": 1, "checkpointing": True, "optim": "adamw_torch_fused"}  # fmt: skip
 
@@ -82,13 +90,14 @@ def rows_of(case: dict[str, Any], count: int) -> Any:
     prompt, completion = ids[: case["prompt"]], ids[case["prompt"] :]
     # Prompts differ, so that no two rows share one.
     prompts = [[200 + row, *prompt[1:]] for row in range(count)]
-    if case["method"] == "sft":
+    if case["method"] in ("sft", "gkd"):
+        untrained = 1 if case["method"] == "sft" else case["prompt"]
         columns: dict[str, Any] = {"input_ids": [[*each, *completion] for each in prompts], "loss_mask": None}
-        columns["loss_mask"] = [[False, *[True] * (len(ids) - 1)]] * count
+        columns["loss_mask"] = [[False] * untrained + [True] * (len(ids) - untrained)] * count
     elif case["method"] == "kto":
         columns = {"prompt_ids": prompts, "completion_ids": [completion] * count, "label": [True, False] * (count // 2)}
         columns["kl_completion_ids"] = [completion[::-1]] * count
-    elif case["method"] in ("grpo", "ppo"):
+    elif case["method"] in SAMPLING:
         columns = {"prompt": ["" for _ in prompts], "prompt_ids": prompts}
     else:
         columns = {
@@ -107,12 +116,17 @@ def lora(case: dict[str, Any]) -> Any:
 
 def arguments(case: dict[str, Any], folder: str) -> Any:
     import trl
+    from trl.methods import METHODS
 
-    name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward", "grpo": "GRPO", "ppo": "PPO"}[case["method"]]
+    name = METHODS[case["method"]].name
     own: dict[str, Any] = {"max_length": case["prompt"] + case["completion"]}
-    if case["method"] in ("grpo", "ppo"):
-        own = {"max_completion_length": case["completion"], "max_prompt_length": case["prompt"]}
-        own |= {"num_generations": 8, "beta": 0.0} if name == "GRPO" else {"num_iterations": 1}
+    if case["method"] in SAMPLING:
+        own = {"max_completion_length": case["completion"]}
+        own |= {} if name == "OnlineDPO" else {"max_prompt_length": case["prompt"]}
+        own |= {"num_generations": 8} if name in ("GRPO", "RLOO") else {}
+        own |= {"beta": 0.0} if name in ("GRPO", "RLOO") else {"num_iterations": 1} if name == "PPO" else {}
+    elif name == "GKD":  # the first step on the data's answers, the second on its own
+        own |= {"max_new_tokens": case["completion"], "lmbda": 0.5}
     return name, getattr(trl, f"{name}Config")(
         output_dir=folder, use_cpu=True, bf16=case["autocast"], optim=case["optim"], max_steps=2, report_to="none",
         save_strategy="no", disable_tqdm=True, logging_steps=1, gradient_checkpointing=case["checkpointing"],
@@ -134,7 +148,9 @@ def trained(case: dict[str, Any], tiny: bool, folder: str) -> None:
         config.num_labels, kind = 1, AutoModelForSequenceClassification
     torch.manual_seed(0)
     model = kind.from_config(config, dtype=getattr(torch, case["dtype"]))
-    rest = {"reward_funcs": [_length]} if case["method"] in ("grpo", "ppo") else {}
+    rest: dict[str, Any] = {"reward_funcs": [_length]} if case["method"] in SAMPLING else {}
+    if case["method"] == "gkd":
+        rest["teacher_model"] = kind.from_config(config, dtype=getattr(torch, case["dtype"]))
     trainer = getattr(trl, f"{name}Trainer")(
         model=model, args=args, train_dataset=rows_of(case, 32), peft_config=lora(case),
         processing_class=AutoTokenizer.from_pretrained(demo_model()), **rest)  # fmt: skip
@@ -159,6 +175,8 @@ def real(case: dict[str, Any]) -> dict[str, Any]:
         run = run_of(
             case["method"], config_of(case, False), args, dtype=case["dtype"], adapter=lora(case),
             prompt=case["prompt"], completion=case["completion"], device="cpu",
+            teacher=config_of(case, False) if case["method"] == "gkd" else None,
+            trained=case["completion"] / (case["prompt"] + case["completion"]) if case["method"] == "gkd" else 1.0,
         )  # fmt: skip
         found = plan(run)
         phase = found.peak
@@ -170,6 +188,7 @@ def real(case: dict[str, Any]) -> dict[str, Any]:
         trained(case, False, folder)
         return {
             "predicted": phase.total,
+            "estimated": plan(run, rough=True).peak.total,
             "measured": memory.growth(),
             "how": memory.how,
             "phases": {each.name: each.parts for each in found.phases()},
@@ -202,14 +221,16 @@ def main() -> None:
             return
     cases, default, mode = (TRACKED, SHAPED, "tracked") if options.tracked else (REAL, DEFAULT, "real")
     found: dict[str, Any] = {}
-    print(f"{'':28}{'predicted':>12}{'measured':>12}{'error':>9}", flush=True)
+    print(f"{'':28}{'predicted':>12}{'measured':>12}{'error':>9}   that of the estimate", flush=True)
     for name, case in cases.items():
         if options.only and options.only not in name:
             continue
         each = in_process({**default, **case, "threads": options.threads}, f"--one-{mode}")
         found[name] = each
         error = each["predicted"] / each["measured"] - 1
-        print(f"{name:28}{each['predicted'] / GIB:10.3f} G{each['measured'] / GIB:10.3f} G{error:+9.1%}", flush=True)
+        rough = f"{each['estimated'] / each['measured'] - 1:+9.1%}" if "estimated" in each else ""
+        sizes = f"{each['predicted'] / GIB:10.3f} G{each['measured'] / GIB:10.3f} G"
+        print(f"{name:28}{sizes}{error:+9.1%}{rough}", flush=True)
         if options.parts:
             for phase, parts in each["phases"].items():
                 print(
@@ -274,6 +295,7 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
+    from trl.engine.device import standing_for
     from trl.methods import METHODS
     from trl.plan import Plan, Run
     from trl.plan import trace as traces
@@ -292,7 +314,7 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
     found = Plan(run)
     predicted = max(held.total for held in found.sections(found.amount))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with traces._as_on("cuda"):
+    with standing_for("cuda"):
         model, batch, teacher = traces.prepared(run, layers_of(run.config), found.amount, mode)
         held = sum(each.numel() * each.element_size() for each in model.parameters())
         held += sum(

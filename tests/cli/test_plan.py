@@ -1,9 +1,13 @@
 """`trl plan`: the options of a method become a run, and the plan is printed for people or as JSON."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import Command
+from trl.cli import measured
 from trl.cli.main import main
 from trl.plan.memory import GIB
 
@@ -70,3 +74,97 @@ def test_the_plan_in_words(tiny_path: str, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().out
     assert "peak: 0.8 GiB, in the phase `backward`" in said and "of 15.0 GiB: fits, with 14." in said
     assert "7 steps: about 0.0 hours" in said
+
+
+def test_a_page_is_written(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.html"
+    status, found = planned(
+        capsys, "sft", "--model_name_or_path", tiny_path, "--max_length", "32", "--gpu", "t4", "--html", str(file)
+    )
+    text = file.read_text(encoding="utf-8")
+    assert status == 0 and text.count("<svg") == 1 and "http" not in text
+    assert all(phase["name"] in text for phase in found["phases"])
+
+
+MEASURED = ("plan", "sft", "--model_name_or_path", "{model}", "--max_length", "32", "--gpu", "t4", "--measure")
+
+
+def test_three_steps_here_give_the_speed(
+    tiny_path: str, rows_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rate is the mean of all steps but the first; the training command is the one that was typed."""
+    typed = []
+
+    def run(words: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        typed.append(words)
+        return subprocess.CompletedProcess(words, 0, "".join(f"tokens_per_second={n} \n" for n in (1, 300, 500)), "")
+
+    monkeypatch.setattr(measured.subprocess, "run", run)
+    words = [word.format(model=tiny_path) for word in MEASURED[1:]]
+    status, found = planned(capsys, *words, "--dataset_name", str(rows_file))
+    assert status == 0 and found["tokens_per_second"] == 400
+    assert found["seconds_of_step"] == [found["tokens_of_step"] / 400, 0.0]
+    command = " ".join(typed[0][3:])
+    assert command.startswith(f"sft --model_name_or_path {tiny_path} --max_length 32 --dataset_name {rows_file}")
+    assert "--max_steps 3" in command and "--save_strategy no" in command
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (None, "--measure trains three steps, so that it needs --dataset_name"),
+        ((1, "", "trl: no such rows\n"), "--measure: the run of three steps failed: trl: no such rows"),
+        ((0, "tokens_per_second=5.0", ""), "--measure: the run of three steps failed: tokens_per_second=5.0"),
+    ],
+)
+def test_a_measurement_that_fails_says_why(
+    answer, sentence, tiny_path, rows_file, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(model=tiny_path) for word in MEASURED]
+    if answer is not None:
+        words += ["--dataset_name", str(rows_file)]
+        monkeypatch.setattr(
+            measured.subprocess, "run", lambda words, **kwargs: subprocess.CompletedProcess(words, *answer)
+        )
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_measured_speed(trl_command: Command, tiny_path: str, rows_file: Path) -> None:
+    words = [word.format(model=tiny_path) for word in MEASURED]
+    answer = trl_command(*words, "--dataset_name", rows_file, "--use_cpu", "true")
+    assert answer.returncode == 0, answer.stderr
+    assert " tokens a second of three steps here" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("memory", "sentence"),
+    [
+        (64, "auto: per_device_train_batch_size=8, gradient_accumulation_steps=1 (the gradient is the same); "),
+        (0.001, "auto: does not fit: "),
+    ],
+)
+def test_a_training_command_sets_what_fits(
+    memory: float, sentence: str, trl_here: Command, tiny_path: str, rows_file: Path, tmp_path: Path
+) -> None:
+    """A step has the rows that were asked for, and so the same loss, in other micro-batches."""
+    line = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--max_steps", 1,
+            "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, "--logging_steps", 1,
+            "--report_to", "none", "--use_cpu", "true", "--max_length", 64)  # fmt: skip
+    plain = trl_here(*line, "--output_dir", "plain")
+    fitted = trl_here(*line, "--output_dir", "fitted", "--auto", "--gpu_memory", memory)
+    assert plain.returncode == fitted.returncode == 0, fitted.stderr
+    assert f"trl: {sentence}" in fitted.stdout and "auto:" not in plain.stdout
+    losses = []
+    for name in ("plain", "fitted"):
+        state = json.loads((tmp_path / name / "checkpoint-1" / "trainer_state.json").read_text())
+        losses.append(state["log_history"][0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_memory_of_nothing_is_refused(trl_here: Command, tiny_path: str, rows_file: Path) -> None:
+    answer = trl_here(
+        "sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--auto", "--gpu_memory", 0
+    )
+    assert answer.returncode == 2 and "--gpu_memory: 0 is too small" in answer.stderr

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from tests.engine import families
-from trl.engine import attention, kernel
+from trl.engine import attention, device, kernel
 from trl.engine.attention import Scoring, by_segment
+from trl.engine.device import standing_for
 from trl.engine.forest import flat
 
 
@@ -84,12 +85,6 @@ def test_no_score_matrix_of_the_row_exists(monkeypatch):
     assert [keys for _, keys, _ in calls] == [128, 255, 171, 255, 177]
 
 
-class _FakeCuda(torch.Tensor):
-    """A CPU tensor that says it lives on a GPU, to walk the CUDA path's logic."""
-
-    is_cuda = True
-
-
 def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False,
                      return_aux=None):  # fmt: skip
     """The kernel's contract, written out: causal to the end of the keys, (left, right) window, grouped heads."""
@@ -121,7 +116,6 @@ def test_the_variable_length_kernel_is_called_by_its_contract(monkeypatch, windo
     """CUDA's path with the kernel replaced by its contract equals the CPU's, shared prompts and windows included."""
     monkeypatch.setattr(kernel, "_GROUPS_HEADS", groups)
     monkeypatch.setattr(kernel, "varlen_attn", reference_varlen)
-    monkeypatch.setattr(kernel, "_card_serves", lambda device: True)
     segments = flat(families.forest())["segments"]
     tokens = sum(length for length, _ in segments["spans"])
     generator = torch.Generator().manual_seed(1)
@@ -130,34 +124,24 @@ def test_the_variable_length_kernel_is_called_by_its_contract(monkeypatch, windo
         nn.Module(), query, key, value, None, scaling=0.4, segments=segments, sliding_window=window
     )
     monkeypatch.setattr(attention, "by_segment", None)  # must not be reached
-    got, _ = attention.segment_attention(
-        nn.Module(),
-        query.as_subclass(_FakeCuda),
-        key,
-        value,
-        None,
-        scaling=0.4,
-        segments=segments,
-        sliding_window=window,
-    )
-    torch.testing.assert_close(torch.Tensor(got.float()), expected.float(), atol=3e-2, rtol=3e-2)
+    with standing_for("cuda"):
+        got, _ = attention.segment_attention(
+            nn.Module(), query, key, value, None, scaling=0.4, segments=segments, sliding_window=window
+        )
+    torch.testing.assert_close(got.float(), expected.float(), atol=3e-2, rtol=3e-2)
 
 
 def test_what_the_variable_length_kernel_does_not_serve(monkeypatch):
-    capability = (8, 0)
-    kernel._card_serves.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-
-    def serves(dtype=torch.bfloat16, size=64, value_size=None, cuda=True, **scoring):
+    def serves(dtype=torch.bfloat16, size=64, value_size=None, kind="cuda", **scoring):
         query = torch.zeros(1, 2, 3, size, dtype=dtype)
         value = torch.zeros(1, 2, 3, value_size or size, dtype=dtype)
-        query = query.as_subclass(_FakeCuda) if cuda else query
-        return kernel.serves(query, value, Scoring(scale=1.0, **scoring))
+        with standing_for(kind):
+            return kernel.serves(query, value, Scoring(scale=1.0, **scoring))
 
     assert serves()
     assert serves(window=4)
     assert serves(dtype=torch.float16, size=256)
-    assert not serves(cuda=False)
+    assert not serves(kind="cpu")
     assert not serves(dtype=torch.float32)
     assert not serves(size=512)
     assert not serves(size=20)
@@ -166,10 +150,13 @@ def test_what_the_variable_length_kernel_does_not_serve(monkeypatch):
     assert not serves(softcap=30.0)
     assert serves(sinks=torch.zeros(2))
     assert not serves(sinks=torch.zeros(2), softcap=30.0)
-    capability = (7, 5)
-    kernel._card_serves.cache_clear()
-    assert not serves()
-    kernel._card_serves.cache_clear()
+    card = torch.device("cuda")
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        device._card_serves.cache_clear()
+        assert device.has_flash_attention(card) is (capability >= (8, 0))
+    device._card_serves.cache_clear()
+    assert not device.has_flash_attention(torch.device("cpu"))
 
 
 def test_a_window_without_mask_or_segments_is_applied_by_position():

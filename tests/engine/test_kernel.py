@@ -8,6 +8,7 @@ import torch
 from tests.engine import families
 from tests.engine.test_attention import reference_varlen
 from trl.engine import kernel as engine
+from trl.engine import probe
 from trl.engine.forest import without_kernel
 from trl.engine.probe import attach
 from trl.engine.score import score
@@ -52,7 +53,7 @@ def kernel(monkeypatch):
     stand_in.calls = 0
     monkeypatch.setattr(engine, "varlen_attn", stand_in)
     monkeypatch.setattr(engine._Part, "backward", backward_by_contract)
-    monkeypatch.setattr(engine, "exists_on", lambda device: True)
+    monkeypatch.setattr(probe, "has_flash_attention", lambda device: True)
     monkeypatch.setattr(engine, "serves", lambda query, value, scoring: scoring.softcap is None)
     return monkeypatch
 

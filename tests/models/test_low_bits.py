@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from trl.models.low_bits import LOW_BITS, hold_in_float32, join, split, updates_in_float32
+from trl.models.low_bits import LOW_BITS, hold_in_float32, join, slices, split, updates_in_float32
 
 OPTIMIZERS = {
     "adamw": lambda weights: torch.optim.AdamW(weights, lr=1e-4),
     "adamw_fused": lambda weights: torch.optim.AdamW(weights, lr=1e-4, fused=True),
+    "adamw_foreach": lambda weights: torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.1, amsgrad=True, foreach=True),
     "sgd": lambda weights: torch.optim.SGD(weights, lr=1e-3, momentum=0.9),
+    "sgd_plain": lambda weights: torch.optim.SGD(weights, lr=1e-3, weight_decay=0.1),
     "adagrad": lambda weights: torch.optim.Adagrad(weights, lr=1e-4),
     "rmsprop": lambda weights: torch.optim.RMSprop(weights, lr=1e-4),
     "muon": lambda weights: torch.optim.Muon([weight for weight in weights if weight.ndim == 2], lr=1e-4),
@@ -32,11 +34,13 @@ def test_both_halves_are_the_float32_to_the_bit():
     assert torch.isnan(split(torch.tensor([float("nan")]))[0]).all()
 
 
+@pytest.mark.parametrize("chunk", [30000, 8192], ids=["weights", "slices"])  # one weight at a time, or three slices
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_on_float32_weights(name, monkeypatch):
-    monkeypatch.setattr("trl.models.low_bits.CHUNK", 5000)  # one weight at a time
+def test_steps_are_those_on_float32_weights(name, chunk, monkeypatch):
+    monkeypatch.setattr("trl.models.low_bits.CHUNK", chunk)
+    monkeypatch.setattr("trl.models.low_bits.PIECE", 4096)
     torch.manual_seed(0)
-    half = nn.Sequential(nn.Linear(70, 80, dtype=torch.bfloat16), nn.Linear(80, 70, dtype=torch.bfloat16))
+    half = nn.Sequential(nn.Linear(131, 158, dtype=torch.bfloat16), nn.Linear(158, 131, dtype=torch.bfloat16))
     full = copy.deepcopy(half).float()
     ours = updates_in_float32(OPTIMIZERS[name](list(half.parameters())))
     theirs = OPTIMIZERS[name](list(full.parameters()))
@@ -44,6 +48,10 @@ def test_steps_are_those_on_float32_weights(name, monkeypatch):
         for ours_p, theirs_p in zip(half.parameters(), full.parameters(), strict=True):
             ours_p.grad = torch.randn(ours_p.shape).bfloat16()
             theirs_p.grad = ours_p.grad.float()
+        if step == 1:  # as clipping does, in place
+            torch.nn.utils.clip_grad_norm_(half.parameters(), 0.5)
+            for ours_p, theirs_p in zip(half.parameters(), full.parameters(), strict=True):
+                theirs_p.grad = ours_p.grad.float()
         if step == 3:  # as a checkpoint does
             again = copy.deepcopy(ours.state_dict())
             ours = updates_in_float32(OPTIMIZERS[name](list(half.parameters())))
@@ -55,6 +63,9 @@ def test_steps_are_those_on_float32_weights(name, monkeypatch):
     for ours_p, theirs_p in zip(half.parameters(), full.parameters(), strict=True):
         if theirs.state.get(theirs_p):
             assert torch.equal(join(ours_p.data, ours.state[ours_p][LOW_BITS]), theirs_p.data)
+            for key, value in theirs.state[theirs_p].items():
+                own = ours.state[ours_p][key]
+                assert torch.equal(own, value) and own.shape == value.shape if torch.is_tensor(value) else own == value
 
 
 def test_float32_weights_beside_them_step_as_ever():
@@ -72,18 +83,41 @@ def test_float32_weights_beside_them_step_as_ever():
     assert updates_in_float32(theirs) is theirs and type(theirs) is torch.optim.AdamW
 
 
-def test_a_step_that_fails_leaves_weights_and_gradients_in_place():
-    class Failing(torch.optim.SGD):
-        def step(self, closure=None):
-            raise RuntimeError("no")
+@pytest.mark.parametrize("chunk", [2**26, 2048], ids=["weights", "slices"])
+def test_a_step_that_fails_leaves_weights_and_gradients_in_place(chunk, monkeypatch):
+    def fails(self, closure=None):
+        raise RuntimeError("no")
 
-    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = updates_in_float32(Failing([weight], lr=1.0))
+    monkeypatch.setattr("trl.models.low_bits.CHUNK", chunk)
+    monkeypatch.setattr(torch.optim.SGD, "step", fails)
+    weight = nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
+    optimizer = updates_in_float32(torch.optim.SGD([weight], lr=1.0))
     weight.grad = torch.ones_like(weight)
     with pytest.raises(RuntimeError, match="no"):
         optimizer.step()
+    assert list(optimizer.state) == [weight]
     assert optimizer.param_groups[0]["params"][0] is weight and weight.grad is not None
     assert torch.equal(weight, torch.ones_like(weight))
+
+
+def test_a_large_weight_is_never_whole_in_float32(monkeypatch):
+    """Slices see 2048 numbers at most, and a weight that takes no slices is split a piece at a time."""
+    monkeypatch.setattr("trl.models.low_bits.CHUNK", 2048)
+    monkeypatch.setattr("trl.models.low_bits.PIECE", 2048)
+    seen = []
+
+    def noted(whole):
+        seen.append(whole.numel())
+        return split(whole)
+
+    monkeypatch.setattr("trl.models.low_bits.split", noted)
+    weight = nn.Parameter(torch.randn(100, 50, dtype=torch.bfloat16))
+    for optimizer in (torch.optim.SGD([weight], lr=1.0), torch.optim.Muon([weight], lr=1.0)):
+        weight.grad = torch.ones_like(weight)
+        updates_in_float32(optimizer).step()
+        assert seen == [2048, 2048, 904]
+        seen.clear()
+    assert slices(5000, 10**6) == [slice(0, 5000)] and slices(0, 8) == []
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from transformers import (
 )
 
 import trl
+from tests.plan.models import LLAMA_8B
+from tests.plan.models import LORA as LORA_16
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.probe import attach
 from trl.engine.score import score
@@ -27,15 +29,11 @@ from trl.plan.page import page
 from trl.plan.reading import run_of
 from trl.plan.shapes import tree, trees
 from trl.plan.trace import _Alive, micro_batch
-from trl.plan.weights import weights_of
+from trl.plan.weights import state_bytes, step_bytes, weights_of
 
 SMALL = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-)  # fmt: skip
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=8192,
 )  # fmt: skip
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -99,7 +97,7 @@ def test_a_micro_batch_takes_what_it_takes_in_a_real_run(adapter, checkpointing,
 
 
 def test_parts_and_phases():
-    run = Run(LLAMA_8B, "sft", adapter=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    run = Run(LLAMA_8B, "sft", adapter=LORA_16,
               bits=4, nested=True, rows=2, prompt=64, completion=64)  # fmt: skip
     found = plan(run, "rtx-3090")
     parts = {phase.name: phase.parts for phase in found.phases()}
@@ -207,8 +205,18 @@ def test_a_teacher_is_held_and_asked():
 def test_a_step_on_bfloat16_weights_has_whole_ones():
     found = plan(Run(SMALL, prompt=8, completion=8))
     step = {phase.name: phase.parts for phase in found.phases()}["optimizer step"]["step"]
-    total = found.weights.total
-    assert step == 6 * total + 12 * 512 * 64  # of all, for they are one chunk; of the embedding, the largest
+    total, largest = found.weights.total, 512 * 64
+    # All are one chunk: float32 weights and gradients in the place of lower halves, or the largest being split.
+    assert step == max(6 * total, 2 * total + 14 * largest)
+
+
+def test_a_large_bfloat16_weight_steps_in_slices_where_the_optimizer_allows_it():
+    weights = weights_of(Run(LLAMA_8B))
+    assert weights.largest == 128256 * 4096 == 525336576  # eight slices of 65,667,072 weights
+    assert step_bytes(Run(LLAMA_8B), weights) == 8 * 65667072
+    assert step_bytes(Run(LLAMA_8B, optim="adafactor"), weights) == (6 + 8) * 128256 * 4096
+    assert step_bytes(Run(LLAMA_8B), weights, shards=8) < 8 * 2**26
+    assert state_bytes(Run(LLAMA_8B, optim="adamw_8bit"), weights) == 4 * weights.total + 6 * weights.largest
 
 
 def test_tokens_that_fit_a_memory():

@@ -8,7 +8,9 @@ from transformers import AutoTokenizer, Trainer
 
 import trl
 from tests.engine import families
-from tests.trainer.helpers import DEFAULTS, chat_rows, pair_rows, sft, tiny
+from tests.trainer.helpers import DEFAULTS, chat_rows, pair_rows, sft, tiny, tiny_scorer
+from tests.trainer.test_online import PROMPTS, reward
+from trl.engine import probe
 from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.models.shards import keep_precision
@@ -84,3 +86,47 @@ def test_a_reference_runs_in_the_precision_of_the_policy(tmp_path, tokenizer, se
     trainer.train()
     line = trainer.state.log_history[0]
     assert line["rewards/margins"] == 0.0 and line["loss"] == pytest.approx(0.6931472, abs=1e-7)
+
+
+def test_models_beside_the_policy_are_probed_in_its_precision(tmp_path, tokenizer, monkeypatch):
+    """The reference, the teacher and the critic: a kernel that serves under autocast is run under autocast."""
+    seen = []
+
+    def noted(model, base, build):
+        seen.append((type(base).__name__, torch.is_autocast_enabled("cpu")))
+
+    monkeypatch.setattr(probe, "_kernel_failure", noted)
+    settings = {**DEFAULTS, "output_dir": str(tmp_path), "bf16": True}
+    trl.DPOTrainer(
+        tiny(tokenizer), ref_model=tiny(tokenizer), args=trl.DPOConfig(**settings), train_dataset=pair_rows(6),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trl.GKDTrainer(
+        tiny(tokenizer), teacher_model=tiny(tokenizer, seed=1), args=trl.GKDConfig(**settings),
+        train_dataset=chat_rows(6), processing_class=tokenizer,
+    )  # fmt: skip
+    trl.PPOTrainer(
+        model=tiny(tokenizer), value_model=tiny_scorer(tokenizer), args=trl.PPOConfig(**settings),
+        reward_funcs=reward, train_dataset=PROMPTS[:4], processing_class=tokenizer,
+    )  # fmt: skip
+    policy, scorer = type(tiny(tokenizer)).__name__, type(tiny_scorer(tokenizer)).__name__
+    assert {name for name, _ in seen} == {policy, scorer} and len(seen) == 7
+    assert all(autocast for _, autocast in seen)
+
+
+def test_a_model_that_is_attached_under_autocast_keeps_its_flat_rows():
+    """As a reward model is, which is attached at its first call: what autocast rounds is no failure."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attach(families.build("llama").requires_grad_(False))
+    assert found.is_flat and found.head_reason is None
+
+
+def test_a_reference_without_flat_rows_has_both_models_padded(tmp_path, tokenizer):
+    other = tiny(tokenizer)
+    other.config.attention_chunk_size = 8
+    args = trl.DPOConfig(**{**DEFAULTS, "output_dir": str(tmp_path)})
+    trainer = trl.DPOTrainer(
+        tiny(tokenizer), ref_model=other, args=args, train_dataset=pair_rows(6), processing_class=tokenizer
+    )
+    assert trainer.attachment.reason.startswith("the reference takes no flat rows: its attention is computed in chunks")
+    assert not trainer.attachment.is_flat and "attention_mask" in trainer.data_collator([trainer.train_dataset[0]])

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from . import blocks, kernel
 from .blocks import Scoring
+from .device import kind_of
 
 NAME = "trl_segments"
 
@@ -154,7 +155,7 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, window: int | None,
         if window is not None:
             mask &= key_position > query_position - window
     grouped = query.shape[1] != key.shape[1]
-    if grouped and mask is not None and query.is_cuda:
+    if grouped and mask is not None and kind_of(query.device) == "cuda":
         # With a mask, grouped heads would be computed by the slowest kernel.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .device import kind_of, of_kind
+
 # Scores computed at once.
 BLOCK_ELEMENTS = {"cpu": 2**19, "default": 2**25}
 SHORTEST = 32  # queries of a block: fewer would leave matrix products idle
@@ -54,7 +56,7 @@ def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, window: int | None)
     window = window if mask is None else None
     rows, heads, length, _ = query.shape
     reach = key.shape[2]
-    budget = BLOCK_ELEMENTS.get(query.device.type, BLOCK_ELEMENTS["default"]) // (rows * heads)
+    budget = of_kind(BLOCK_ELEMENTS, kind_of(query.device)) // (rows * heads)
     before = reach - length
     start = 0
     while start < length:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trl.models.shards import gathered_by_its_call
 
+from .device import kind_of, most_chunks, of_kind
 from .measures import MEASURES, Chunk, Comparison, logp_slope
 
 # Logits computed at once: enough to keep a matrix product busy, without more memory than that.
@@ -129,8 +130,7 @@ def _mark(ctx: Any, readout: Readout, outputs: list[Tensor]) -> tuple[Tensor, ..
 
 
 def _spans(count: int, vocabulary: int, device: torch.device) -> list[slice]:
-    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
-    size = max(1, elements // vocabulary)
+    size = max(1, of_kind(CHUNK_ELEMENTS, kind_of(device)) // vocabulary)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -148,7 +148,7 @@ class _LinearHead(torch.autograd.Function):
         outputs = _outputs(readout, hidden_NH.shape[0], hidden_NH.device)
         slopes_NH = [torch.empty_like(hidden_NH) for _ in range(slopes)]
         with _full_precision(hidden_NH.device):
-            for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
+            for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device)[: most_chunks()]:
                 logits_CV = readout.logits(F.linear(hidden_NH[span].to(dtype), weight, bias))
                 chunk = Chunk(logits_CV, target_N[span], readout.at(span).comparison)
                 for output_N, column_C in zip(outputs, _measured(chunk, readout), strict=True):
@@ -179,7 +179,7 @@ class _LinearHead(torch.autograd.Function):
         grad_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         grad_VH: Tensor | None = None
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device):
+        for span in _spans(hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device)[: most_chunks()]:
             hidden_CH = hidden_NH[span].to(dtype)
             chunk_grads = [None if grad_N is None else grad_N[span] for grad_N in grads_N]
             grad_CV = _logits_grad(F.linear(hidden_CH, weight, bias), target_N[span], readout.at(span), chunk_grads)

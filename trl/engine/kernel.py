@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from .blocks import Scoring
+from .device import has_flash_attention
 
 # torch 2.11's kernel needs as many key heads as query heads; later kernels group them.
 _GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -20,29 +21,17 @@ _BACKWARD = ("grad_out query key value out lse cu_seq_q cu_seq_k max_q max_k is_
              "window_size").split()  # fmt: skip
 
 
-def exists_on(device: torch.device) -> bool:
-    """Whether the kernel runs on this device."""
-    return device.type == "cuda" and _card_serves(device)
-
-
 def serves(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
     """Whether the kernel computes this layer."""
     return (
-        query.is_cuda
+        has_flash_attention(query.device)
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
         and scoring.dropout == 0.0
         and scoring.softcap is None
         and (scoring.sinks is None or _gives_parts())
-        and _card_serves(query.device)
     )
-
-
-@functools.cache
-def _card_serves(device: torch.device) -> bool:
-    # FlashAttention needs compute capability 8.0 (Ampere) or newer.
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from trl.data.batching.collate import Branch, Tree
-from trl.engine import attention, kernel
+from trl.engine import attention
+from trl.engine.device import has_flash_attention
 from trl.engine.forest import Batch, flat, moved, padded, with_repeated_keys, without_kernel
 from trl.engine.head import plain_linear
 from trl.engine.score import _LAYOUT_KEYS, _REQUEST, Attachment, _add_keyword, _readout
@@ -146,7 +147,8 @@ def _hidden(model: nn.Module, batch: Batch) -> Tensor:
 
 def _tolerance(base: Any, dtype: torch.dtype) -> float:
     """The largest relative difference that rounding explains; 8-bit weights round by outliers of the whole batch."""
-    rounds = dtype in (torch.float16, torch.bfloat16) or getattr(base, "is_quantized", False)
+    autocast = torch.is_autocast_enabled(base.get_input_embeddings().weight.device.type)
+    rounds = autocast or dtype in (torch.float16, torch.bfloat16) or getattr(base, "is_quantized", False)
     return 5e-2 if rounds else 1e-3
 
 
@@ -189,7 +191,7 @@ def _first_failure(model: nn.Module, base: Any) -> str | None:
 def _kernel_failure(model: nn.Module, base: Any, build: Callable[[list[Tree]], Batch]) -> str | None:
     """The reason why the variable-length kernel cannot be called for this model, in one sentence, or None. Where no
     layer calls it, both runs are the same."""
-    if not kernel.exists_on(base.get_input_embeddings().weight.device):
+    if not has_flash_attention(base.get_input_embeddings().weight.device):
         return None
     root, left, right = _tokens(base, 31, 40), _tokens(base, 17, 9), _tokens(base, 41, 70)
     branches = (Branch(left, [True] * len(left)), Branch(right, [True] * len(right)))

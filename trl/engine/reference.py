@@ -7,7 +7,7 @@ holds an adapter's base and frozen twin, and whose hooks gather sharded weights.
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -144,31 +144,37 @@ class Itself(Reference):
         yield policy
 
 
-def choose(model: nn.Module, explicit: nn.Module | None = None, *, follows: bool = False) -> Reference:
+def choose(
+    model: nn.Module,
+    explicit: nn.Module | None = None,
+    *,
+    follows: bool = False,
+    precision: Callable[[], Any] = contextlib.nullcontext,
+) -> Reference:
     """The reference of a policy before training: `explicit` if given, else the model as it is now.
 
     A new adapter is switched off, and a trained adapter gets a frozen twin. All other models are copied, also a model
     that trains weights beneath its adapter. `follows`: the reference will move towards the policy, so it needs weights
-    of its own.
+    of its own. `precision` enters the autocast that it will run under (see `probe.attach`).
     """
     if explicit is not None:
-        return Frozen(frozen(explicit), f"the model given ({type(unwrap(explicit)).__name__})")
+        return Frozen(frozen(explicit, precision), f"the model given ({type(unwrap(explicit)).__name__})")
     description = "a frozen copy of the model as it was at the start"
     if not adapters.has_adapter(model):
-        return Frozen(frozen(deep_copy(model)), description)
+        return Frozen(frozen(deep_copy(model), precision), description)
     beneath = adapters.trains_beneath(model)
     if beneath:
         more = f" and {len(beneath) - 1} more" if len(beneath) > 1 else ""
         description += f", because weights beneath the adapter train: {beneath[0]}{more}"
-        return Frozen(frozen(deep_copy(model)), description)
+        return Frozen(frozen(deep_copy(model), precision), description)
     return AdapterOff() if adapters.is_untouched(model) and not follows else Twin(model)
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """The model without gradients and dropout, attached to the engine."""
+def frozen(model: nn.Module, precision: Callable[[], Any] = contextlib.nullcontext) -> nn.Module:
+    """The model without gradients and dropout, attached to the engine in the precision that it runs in."""
     model.requires_grad_(False)
     model.eval()
-    attach(model)
+    attach(model, precision)
     return model
 
 

@@ -53,6 +53,13 @@ class Attachment:
             return without_kernel(row)
         return with_repeated_keys(row) if self.repeats_keys else row
 
+    def serve_too(self, other: "Attachment", who: str) -> None:
+        """Lay rows out from now on so that another model can read them too; `who` names it."""
+        self.kernel_reason = self.kernel_reason or other.kernel_reason
+        self.repeats_keys |= other.repeats_keys
+        if self.is_flat and not other.is_flat:
+            self.is_flat, self.reason = False, f"{who} takes no flat rows: {other.reason}"
+
 
 def score(
     model: nn.Module,

@@ -5,17 +5,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
+from trl.engine.device import of_kind
+from trl.engine.head import CHUNK_ELEMENTS
 
 from . import cost
 from .advice import advice
 from .cards import CARDS, Card
 from .run import PAIRS, Run
-from .trace import CHUNKS, Held, elements_of, estimated, micro_batch
+from .trace import CHUNKS, Held, estimated, micro_batch
 from .weights import Weights, bytes_of, state_bytes, step_bytes, weights_of
 
 GIB = 2**30
-MOST_TRACED = {True: 12, False: 2}  # times the smallest micro-batch, by whether one kernel serves all segments
+MOST_TRACED = 12  # times the smallest micro-batch
 RESERVE = {"cuda": 0.8 * GIB, "cpu": 0.03 * GIB}  # the driver's context, the libraries' workspaces
 
 
@@ -125,9 +126,8 @@ class Plan:
         trained = run.completion * (2 if run.method in PAIRS else 1)
         if run.method in ("sft", "gkd"):
             trained = max(1, int(run.tokens_of_row * run.trained))
-        chunk = elements_of(run.device) // run.config.get_text_config().vocab_size
-        one_kernel = run.device == "cuda" and (run.autocast or run.dtype) != torch.float32
-        return max(1, min(-(-CHUNKS * chunk // trained), MOST_TRACED[one_kernel]))
+        chunk = of_kind(CHUNK_ELEMENTS, run.device) // run.config.get_text_config().vocab_size
+        return max(1, min(-(-CHUNKS * chunk // trained), MOST_TRACED))
 
     def _traced(self, amount: int) -> list[Held]:
         if amount not in self.traces:
@@ -159,13 +159,13 @@ class Plan:
             Phase("backward", {**self.held, **in_backward}),
             Phase("optimizer step", {**self.held, **buckets, "gradients": gradients, "step": self._step()}),
         ]
-        if run.samples:
+        if run.samples or run.method == "gkd":  # which writes answers in some of its steps
             found.append(Phase("sampling", {**self.held, **gathered, **self._sampler(gathered)}))
         return found
 
     def _step(self) -> float:
         zero = self.run.sharding.startswith("zero") and self.run.processes > 1
-        return 0.0 if zero else step_bytes(self.run, self.weights) / self.shards[0]
+        return 0.0 if zero else step_bytes(self.run, self.weights, self.shards[0])
 
     def _sampler(self, gathered: Mapping[str, float]) -> dict[str, float]:
         """Keys and values of the rows that are sampled at once, and what a token of each predicts."""

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trl.engine import head as chunked
-from trl.engine import kernel, linear
+from trl.engine import linear
+from trl.engine.device import of_kind, standing_for
 from trl.engine.forest import Batch
+from trl.engine.head import CHUNK_ELEMENTS
 from trl.engine.measures import Comparison
 from trl.engine.probe import attach_unprobed
 from trl.engine.scalar import scalars
@@ -56,15 +56,10 @@ def micro_batch(run: Run, amount: int) -> list[Held]:
 
     Gradients that earlier micro-batches have left (`run.accumulates`) are not counted, those that this one makes are.
     """
-    with torch.random.fork_rng(devices=[]), _as_on(run.device):
+    with torch.random.fork_rng(devices=[]), standing_for(run.device, CHUNKS):
         one, two = (_sections(run, layers, amount) for layers in (1, 2))
     layers = layers_of(run.config)
     return [last.beyond(first, layers) for first, last in _aligned(one, two)]
-
-
-def elements_of(device: str) -> int:
-    """Logits that the head computes at once on a kind of device."""
-    return chunked.CHUNK_ELEMENTS.get(device, chunked.CHUNK_ELEMENTS["default"])
 
 
 def estimated(run: Run, amount: int) -> list[Held]:
@@ -79,7 +74,7 @@ def estimated(run: Run, amount: int) -> list[Held]:
     layer = tokens * itemsize * (9 * hidden + 4 * inner) * adapted
     stream = tokens * hidden * max(itemsize, run.dtype.itemsize)
     kept = layer + stream * layers if run.checkpointing else (layer + stream) * layers
-    elements = elements_of(run.device)
+    elements = of_kind(CHUNK_ELEMENTS, run.device)
     head = 0.0
     if run.head == "CausalLM":
         head = 4.0 * (3 * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
@@ -103,7 +98,7 @@ def _sections(run: Run, layers: int, amount: int) -> dict[str, Held]:
     alive = _Alive(in_place=not isinstance(products, TorchDispatchMode))
     _watch(model, layers, alive, gradients=not run.accumulates)
     cast = torch.autocast("cpu", run.autocast) if run.autocast is not None else contextlib.nullcontext()
-    with mode, alive, products, _offloaded(model, run), _few_chunks(model):
+    with mode, alive, products, _offloaded(model, run):
         with cast:
             total = _loss(run, model, batch, teacher)
         alive.section("forward")
@@ -161,40 +156,6 @@ def _loss(run: Run, model: nn.Module, batch: Batch, teacher: nn.Module | None) -
             reference = score(model, batch).logp_N
         return (stats.logp_N - reference).sum()
     return stats.logp_N.sum() if stats.value_N is None else (stats.logp_N + stats.value_N).sum()
-
-
-@contextlib.contextmanager
-def _few_chunks(model: nn.Module) -> Iterator[None]:
-    """Have a plain head compute its first chunks alone: the others take the same memory, and nothing has values."""
-    spans = chunked._spans
-    head = unwrap(model).get_output_embeddings()
-    if head is not None and chunked.plain_linear(head) is not None:
-        chunked._spans = lambda *sizes: spans(*sizes)[:CHUNKS]
-    try:
-        yield
-    finally:
-        chunked._spans = spans
-
-
-@contextlib.contextmanager
-def _as_on(device: str) -> Iterator[None]:
-    """Have the engine take the ways that it takes on this kind of device. The tensors of a trace are on a CPU, because
-    not every build of torch knows the others."""
-    if device == "cpu":
-        yield
-        return
-    serves, card, elements = kernel.serves, kernel._card_serves, chunked.CHUNK_ELEMENTS
-
-    def as_there(query: Tensor, *args: Any) -> bool:
-        there: Any = SimpleNamespace(is_cuda=True, dtype=query.dtype, shape=query.shape, device=query.device)
-        return serves(there, *args)
-
-    kernel.serves, kernel._card_serves = as_there, lambda device: True  # type: ignore[assignment]
-    chunked.CHUNK_ELEMENTS = {**elements, "cpu": elements_of(device)}
-    try:
-        yield
-    finally:
-        kernel.serves, kernel._card_serves, chunked.CHUNK_ELEMENTS = serves, card, elements
 
 
 def _offloaded(model: nn.Module, run: Run) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from trl.models.low_bits import CHUNK
+from trl.models.low_bits import CHUNK, PIECE, slices
 
 from .run import Run
 from .shapes import empty, layers_of, policy
@@ -21,6 +21,9 @@ MOMENTS = {  # bytes a weight of what an optimizer keeps, besides float32 copies
 ADAM = 8.0  # two float32 moments
 # Float32 numbers that a step makes for each weight of the largest tensor, or of all that it steps on at once.
 OF_LARGEST = {"adafactor": 2.0, "adamw_torch": 2.0, "adagrad": 1.0, "rmsprop": 1.0}
+# Optimizers that step on a large bfloat16 weight in slices (`models.low_bits.BY_ELEMENT`).
+SLICED = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit", "lion_8bit",
+          "lion_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")  # fmt: skip
 OF_ALL = {"adamw_torch": 1.0, "adagrad": 1.0, "rmsprop": 1.0}  # where torch steps on all tensors of a device together
 
 
@@ -34,6 +37,7 @@ class Weights:
     trained_bytes: int  # of those; PEFT keeps adapters in float32
     half: tuple[int, ...]  # sizes of the bfloat16 tensors that train, in their order
     largest: int  # of the tensors that train, the largest
+    embedding: int  # weights of embeddings that train
     quantised: int  # that `bits` applies to
     largest_quantised: int
     head: int  # the embedding and, unless it is tied, the head
@@ -77,6 +81,13 @@ def weights_of(run: Run) -> Weights:
         trained_bytes=_bytes(trained),
         half=tuple(each.numel() for each in trained if each.dtype == torch.bfloat16),
         largest=max((each.numel() for each in trained), default=0),
+        embedding=sum(
+            {
+                id(each.weight): each.weight.numel()
+                for each in inner.modules()
+                if isinstance(each, nn.Embedding) and each.weight.requires_grad
+            }.values()
+        ),
         quantised=sum(frozen.values()) + stacked,
         largest_quantised=max(frozen.values(), default=0),
         head=sum(each.numel() for each in ends.values()),
@@ -101,27 +112,38 @@ def _is_adapter(module: nn.Linear, parameters: dict[int, Any]) -> bool:
 
 def state_bytes(run: Run, weights: Weights) -> float:
     """Bytes that the optimizer keeps, over all weights that train."""
-    found = MOMENTS.get(run.optim, ADAM) * weights.trained
+    each = MOMENTS.get(run.optim, ADAM)
+    found = each * weights.trained
+    if run.optim.endswith("_8bit"):
+        found += 3 * each * weights.embedding  # transformers has its moments kept in 32 bits
     if run.sharding.startswith("zero") and run.processes > 1 and run.dtype != torch.float32:
         return found + 4.0 * weights.trained  # DeepSpeed's float32 copy
     return found + 2.0 * sum(weights.half)  # the lower halves
 
 
-def step_bytes(run: Run, weights: Weights) -> float:
-    """Bytes that an optimizer step makes and drops again, at their highest."""
-    together = list(_chunks(weights.half)) or [[weights.largest]]
-    if run.device == "cuda" and run.optim in OF_ALL:
-        own = OF_ALL[run.optim] * 4.0 * (max(map(sum, together)) if weights.half else weights.trained)
-    else:
-        own = OF_LARGEST.get(run.optim, 0.0) * 4.0 * max(map(max, together))
+def step_bytes(run: Run, weights: Weights, shards: int = 1) -> float:
+    """Bytes that an optimizer step makes and drops again, at their highest. `shards`: by how many the weights are
+    divided."""
+
+    def own(sizes: list[int]) -> float:
+        if run.device == "cuda" and run.optim in OF_ALL:
+            return OF_ALL[run.optim] * 4.0 * sum(sizes)
+        return OF_LARGEST.get(run.optim, 0.0) * 4.0 * max(sizes)
+
     if not weights.half:
-        return own
-    # Float32 weights and gradients of a chunk in the place of its lower halves, and what it takes to put the halves of
-    # one tensor apart.
-    return max(6.0 * sum(sizes) + max(own, 12.0 * max(sizes)) for sizes in together)
+        return own([weights.largest, weights.trained - weights.largest]) / shards
+    found = 0.0
+    for sizes in _chunks(-(-size // shards) for size in weights.half):
+        beside = 6.0  # of each weight: a float32 weight and its gradient in the place of the lower half
+        if sizes[0] > CHUNK and run.optim in SLICED:
+            sizes, beside = [slices(sizes[0], CHUNK)[0].stop], 8.0  # the lower halves stay
+        # Gradients go before weights are split, a piece at a time.
+        splitting = 2.0 * sum(sizes) + 2.0 * max(sizes) + 12.0 * min(max(sizes), PIECE)
+        found = max(found, beside * sum(sizes) + own(sizes), splitting)
+    return found
 
 
-def _chunks(sizes: tuple[int, ...]) -> Iterable[list[int]]:
+def _chunks(sizes: Iterable[int]) -> Iterable[list[int]]:
     """The sizes of the bfloat16 tensors that `models.low_bits` joins at once."""
     chunk: list[int] = []
     for size in sizes:

@@ -192,6 +192,7 @@ def measured(trainer: Any) -> list[str]:
     expected = getattr(trainer, "_expected", None)
     if expected is None:
         return []
+    kept = ""
     if trainer.args.device.type == "cuda":
         taken = float(torch.cuda.max_memory_allocated(trainer.args.device))
     else:
@@ -199,7 +200,9 @@ def measured(trainer: Any) -> list[str]:
         if record <= expected.record:
             return []  # the process has held more before
         taken = record - expected.resident + expected.held
-    return [f"memory: {size(taken)} at the peak, {size(expected.peak)} at most expected, of {size(expected.room)}"]
+        kept = ", freed memory that the allocator kept included"
+    peak, room = size(expected.peak), size(expected.room)
+    return [f"memory: {size(taken)} at the peak{kept}; {peak} at most expected, of {room}"]
 
 
 def size(count: float) -> str:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from trl.checkpoint import write_file
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
-from trl.engine.reference import Frozen, Itself, Reference, Twin, choose, frozen
+from trl.engine.reference import Frozen, Itself, Reference, Twin, choose
 from trl.models import load, shards
 from trl.models.shards import is_sharded
 from trl.models.unwrap import unwrap
@@ -114,14 +114,14 @@ class ReferencePolicy(Component):
                 "sync_ref_model moves the reference, so that its log-probs cannot be computed beforehand: leave out "
                 "precompute_ref_log_probs (and the columns of reference log-probs), or sync_ref_model"
             )
-        if self.is_column and not streams:
-            if explicit is None:
-                self.policy = Itself()
-            else:
-                self.policy = Frozen(frozen(explicit), f"the model given ({type(unwrap(explicit)).__name__})")
+        if self.is_column and not streams and explicit is None:
+            self.policy = Itself()
         else:
-            self.policy = choose(trainer.model, explicit, follows=args.sync_ref_model)
-            if isinstance(self.policy, Frozen):
+            precision = trainer.compute_loss_context_manager
+            self.policy = choose(trainer.model, explicit, follows=args.sync_ref_model, precision=precision)
+        if isinstance(self.policy, Frozen):
+            trainer.attachment.serve_too(unwrap(self.policy.model)._trl_attachment, "the reference")
+            if not self.is_column or streams:
                 self.policy.model = _prepared(trainer, self.policy.model)
         if self.is_column:
             trainer.train_dataset = self._with_columns(trainer, trainer.train_dataset)

@@ -72,14 +72,8 @@ class Teacher(Component):
             load.replace_device_map(model, args.device)
         if not getattr(unwrap(model), "is_quantized", False) and not getattr(model, "hf_device_map", None):
             model = model.to(args.device)
-        self.model = frozen(model)
-        attachment = unwrap(model)._trl_attachment
-        trainer.attachment.kernel_reason = trainer.attachment.kernel_reason or attachment.kernel_reason
-        trainer.attachment.repeats_keys |= attachment.repeats_keys
-        if trainer.attachment.is_flat and not attachment.is_flat:
-            # Both read the same batches.
-            trainer.attachment.is_flat = False
-            trainer.attachment.reason = f"the teacher takes no flat rows: {attachment.reason}"
+        self.model = frozen(model, trainer.compute_loss_context_manager)
+        trainer.attachment.serve_too(unwrap(model)._trl_attachment, "the teacher")
 
     @staticmethod
     def _loading(args: Any) -> dict[str, Any]:

@@ -66,11 +66,10 @@ class ValueFunction(Component):
         if inside is not None:
             raise ValueError("value_model has a value head of its own: give a model that scores, or leave it out")
         own = placed(trainer, own)
-        found = attach(own)
+        found = attach(own, trainer.compute_loss_context_manager)
         if trainer.attachment.is_flat and not found.is_flat:
             raise ValueError(f"value_model cannot read the policy's flat rows: {found.reason}. Leave it out")
-        trainer.attachment.kernel_reason = trainer.attachment.kernel_reason or found.kernel_reason
-        trainer.attachment.repeats_keys |= found.repeats_keys
+        trainer.attachment.serve_too(found, "the value model")
         add_critic(trainer.model, own)
 
     def _module(self, trainer: BaseTrainer) -> Any:
