@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from trl.data.batching.collate import Branch, Tree
-from trl.engine import attention, kernel
+from trl.engine import attention, kernel, lora
 from trl.engine.forest import Batch, flat, moved, padded, with_repeated_keys, without_kernel
 from trl.engine.head import plain_linear
 from trl.engine.score import _LAYOUT_KEYS, _REQUEST, Attachment, _add_keyword, _readout
@@ -78,6 +78,7 @@ def attach_unprobed(model: nn.Module) -> Attachment:
 def _attached(base: Any) -> tuple[list[Any], Attachment]:
     """The configurations in a model and its new attachment; its `forward` takes one more keyword from now on."""
     _add_keyword(base)
+    lora.attach(base)
     configs = _configs(base)
     if not hasattr(base, "_trl_attention"):
         base._trl_attention = [config._attn_implementation for config in configs]

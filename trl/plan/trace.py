@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from trl.engine import head as chunked
-from trl.engine import kernel, linear
+from trl.engine import kernel, linear, lora
 from trl.engine.forest import Batch
 from trl.engine.measures import Comparison
 from trl.engine.probe import attach_unprobed
@@ -117,6 +117,8 @@ def prepared(run: Run, layers: int, amount: int, mode: FakeTensorMode) -> tuple[
     """The policy with `layers` layers, a micro-batch of `amount` and the teacher, if there is one, without values."""
     model = policy(run, layers)
     attachment = attach_unprobed(model)
+    if run.bits:
+        lora.detach(model)  # over quantised weights, which are whole here, PEFT's forward runs
     if run.critic is not None:
         attach_unprobed(unwrap(model).critic)
     if run.checkpointing:
