@@ -4,11 +4,11 @@
 
 `T` tokens, `I` and `O` features in and out, `R` the rank: x [T, I], W [O, I], A [R, I], B [O, R], y [T, O].
 
-PEFT computes the terms apart: three more tensors of y's size in the forward pass, two more in the backward pass, and for
-the backward pass it keeps a copy of x in the dtype of A (float32, also over layers in half precision), another one after
-dropout, and under autocast a copy of W. Here the low-rank term is added into the product. Kept are x as it is multiplied,
-x A' [T, R], and of dropout one byte an entry. In half precision A and B are rounded for the product, as autocast does;
-their gradients have their own dtype.
+PEFT computes the terms apart, with three more tensors of y's size in the forward pass and two in the backward pass. It
+keeps a copy of x in the dtype of A (float32, also over layers in half precision), another one after dropout, and a copy
+of W under autocast. Here the low-rank term is added into the product. Kept are x as it is multiplied, x A' [T, R], and
+one byte an entry of dropout. In half precision A and B are rounded for the product, as autocast does; their gradients
+have their own dtype.
 
 The base must be frozen and the adapter plain. Everything else keeps PEFT's forward: other variants (DoRA), quantised or
 sharded weights, adapters that are merged, off or several, modules with hooks. That is decided at each call.
