@@ -121,5 +121,5 @@ class _HalfProducts(TorchDispatchMode):
         dtype = args[-1].dtype if func in self.PRODUCTS else None
         if dtype not in HALF:
             return func(*args, **(kwargs or {}))
-        found = func(*(each.float() for each in args), **(kwargs or {})).to(dtype)
-        return args[0].copy_(found) if func is torch.ops.aten.addmm_.default else found
+        found = func(*(each.float() for each in args), **(kwargs or {}))
+        return args[0].copy_(found) if func is torch.ops.aten.addmm_.default else found.to(dtype)

@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 WEIGHTS = (nn.Parameter, FakeTensor)  # not those of FSDP (views, DTensor), of torchao, of bitsandbytes
 INPUTS = (Tensor, *WEIGHTS)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-HOLDING = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)  # of selective checkpointing
+# An operation in place would change what selective checkpointing holds.
+HOLDING = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
 def attach(model: nn.Module) -> None:
@@ -61,7 +62,7 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class _How(NamedTuple):
-    scale: float
+    scale: float  # s, divided by what dropout keeps on average
     dropout: float
     dtype: torch.dtype  # in which is multiplied
 
@@ -90,7 +91,7 @@ def _plain(layer: Any, x: Tensor) -> tuple[tuple[Any, ...], _How] | None:
     for each in (x, base[0], down[0], up[0]):
         if each.dtype != dtype and each.dtype != torch.float32:
             return None
-    return (*base, down[0], up[0]), _How(scale, dropout, dtype)
+    return (*base, down[0], up[0]), _How(scale / (1 - dropout), dropout, dtype)
 
 
 def _weights(module: Any) -> tuple[Any, Any] | None:
@@ -116,14 +117,17 @@ def _probability(module: Any) -> float | None:
 def _product(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor, how: _How
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y [..., O], and what gradients are made of: x [T, I], dropout(x) A' [T, R] and what dropout keeps [T, I]."""
+    """y [..., O], and what gradients are made of: x [T, I], s dropout(x) A' [T, R] and what dropout keeps [T, I]."""
     dtype, keeps_TI = how.dtype, None
     x_TI = dropped_TI = x.reshape(-1, x.shape[-1]).to(dtype)
     if how.dropout:
-        dropped_TI, keeps_TI = torch.native_dropout(x_TI, how.dropout, True)
-    low_TR = torch.mm(dropped_TI, down_RI.to(dtype).t())
+        keeps_TI = torch.empty_like(x_TI, dtype=torch.uint8).bernoulli_(1 - how.dropout)
+        dropped_TI = x_TI * keeps_TI
+    low_TR = torch.mm(dropped_TI, down_RI.to(dtype).t()) * how.scale
+    del dropped_TI
     y_TO = F.linear(x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
-    y_TO = _plus(y_TO, low_TR, up_OR.to(dtype).t(), how.scale)
+    held = any(isinstance(mode, HOLDING) for mode in _get_current_dispatch_mode_stack())
+    y_TO = (torch.addmm if held else Tensor.addmm_)(y_TO, low_TR, up_OR.to(dtype).t())
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1]), x_TI, low_TR, keeps_TI
 
 
@@ -149,28 +153,20 @@ class _LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TI, keeps_TI, low_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
-        (scale, dropout, dtype), (of_x_in, of_down_in, of_up_in) = ctx.how, ctx.dtypes
+        dtype, (dtype_of_x, dtype_of_down, dtype_of_up) = ctx.how.dtype, ctx.dtypes
         slope_TO = slope.reshape(-1, slope.shape[-1])
         of_x = of_down = of_up = low_slope_TR = None
         if up_OR is not None:
-            low_slope_TR = torch.mm(slope_TO, up_OR.to(dtype))
+            low_slope_TR = torch.mm(slope_TO, up_OR.to(dtype)).mul_(ctx.how.scale)
+        if keeps_TI is not None:
+            keeps_TI = keeps_TI.to(dtype)
         if weight_OI is not None:
-            of_x = torch.mm(slope_TO, weight_OI.to(dtype))
-            if keeps_TI is None:
-                of_x = _plus(of_x, low_slope_TR, down_RI.to(dtype), scale)
-            else:
-                of_x.add_(torch.mm(low_slope_TR, down_RI.to(dtype)).mul_(keeps_TI), alpha=scale / (1 - dropout))
-            of_x = of_x.view(ctx.shape).to(of_x_in)
+            of_x = torch.mm(low_slope_TR, down_RI.to(dtype))
+            of_x = of_x if keeps_TI is None else of_x.mul_(keeps_TI)
+            of_x = of_x.addmm_(slope_TO, weight_OI.to(dtype)).view(ctx.shape).to(dtype_of_x)
         if x_TI is not None:
-            dropped_TI = x_TI if keeps_TI is None else x_TI * keeps_TI
-            of_down = torch.mm(low_slope_TR.t(), dropped_TI).to(of_down_in).mul_(scale / (1 - dropout))
+            dropped_TI = x_TI if keeps_TI is None else keeps_TI.mul_(x_TI)
+            of_down = torch.mm(low_slope_TR.t(), dropped_TI).to(dtype_of_down)
         if low_TR is not None:
-            of_up = torch.mm(slope_TO.t(), low_TR).to(of_up_in).mul_(scale)
+            of_up = torch.mm(slope_TO.t(), low_TR).to(dtype_of_up)
         return of_x, None, None, of_down, of_up, None
-
-
-def _plus(product: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """`product` + scale * left @ right, in its place unless selective checkpointing holds `product`."""
-    if any(isinstance(mode, HOLDING) for mode in _get_current_dispatch_mode_stack()):
-        return torch.addmm(product, left, right, alpha=scale)
-    return product.addmm_(left, right, alpha=scale)
