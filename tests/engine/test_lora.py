@@ -346,6 +346,14 @@ def test_a_compiled_model_has_no_function_of_ours(calls: list[int]) -> None:
     assert not calls
 
 
+def test_transforms_of_functions_see_the_forward_of_peft(calls: list[int]) -> None:
+    plain, ours = adapted()
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(ours)(x), torch.func.vmap(plain)(x))
+    assert not calls
+
+
 # --- the model as it is ---------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,8 @@ HOLDING = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatch
 def attach(model: nn.Module) -> None:
     """Have the model's LoRA layers compute in one function wherever they are plain. Idempotent.
 
-    Each such layer gets a `forward` of its own, which stays: copies, saved files and merged models do not know of it.
+    Each such layer gets a `forward` of its own, which stays after training: what is saved or merged has nothing of it.
+    There are no second derivatives with it; `detach` gives PEFT's forward back.
     """
     peft: Any = sys.modules.get("peft.tuners.lora.layer")
     for each in model.modules() if peft is not None else ():
@@ -69,7 +70,8 @@ class _How(NamedTuple):
 
 def _plain(layer: Any, x: Tensor) -> tuple[tuple[Any, ...], _How] | None:
     """What `_LowRank` takes after x, or None where PEFT's own forward is needed."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if traced or type(x) not in INPUTS:
         return None
     base = _weights(layer.base_layer)
     if base is None or any(each is not None and each.requires_grad for each in base):
@@ -86,7 +88,7 @@ def _plain(layer: Any, x: Tensor) -> tuple[tuple[Any, ...], _How] | None:
         return None
     cast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if cast else base[0].dtype
-    if down[1] is not None or up[1] is not None or type(x) not in INPUTS or not (cast or x.dtype == dtype):
+    if down[1] is not None or up[1] is not None or not (cast or x.dtype == dtype):
         return None
     for each in (x, base[0], down[0], up[0]):
         if each.dtype != dtype and each.dtype != torch.float32:
