@@ -129,9 +129,8 @@ def steps(dropout: float, precision: str, checkpointing: bool, options: argparse
         score(policy, copy.copy(batch)).logp_N.mean().backward()
 
     name = f"SFT, {options.layers} layers" + (f", dropout {dropout}" if dropout else "")
-    compared(
-        name + (", checkpointing" if checkpointing else ""), policy, once, precision, options.rounds, optimizer.step
-    )
+    name += ", checkpointing" if checkpointing else ""
+    compared(name, policy, once, precision, options.rounds, optimizer.step)
 
 
 def main() -> None:

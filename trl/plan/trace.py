@@ -74,9 +74,8 @@ def estimated(run: Run, amount: int) -> list[Held]:
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     tokens = amount if run.samples else amount * run.tokens_of_row
     itemsize = (run.autocast or run.dtype).itemsize
-    adapted = 2 if run.adapter is not None else 1
     # Of a layer: what norms, projections, attention and the feed-forward part save; the residual stream.
-    layer = tokens * itemsize * (9 * hidden + 4 * inner) * adapted
+    layer = tokens * itemsize * (9 * hidden + 4 * inner)
     stream = tokens * hidden * max(itemsize, run.dtype.itemsize)
     kept = layer + stream * layers if run.checkpointing else (layer + stream) * layers
     elements = elements_of(run.device)
