@@ -114,11 +114,12 @@ def _has_half_products() -> bool:
 
 class _HalfProducts(TorchDispatchMode):
     PRODUCTS = frozenset(
-        getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv")
+        getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "addmv", "mv")
     )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         dtype = args[-1].dtype if func in self.PRODUCTS else None
         if dtype not in HALF:
             return func(*args, **(kwargs or {}))
-        return func(*(each.float() for each in args), **(kwargs or {})).to(dtype)
+        found = func(*(each.float() for each in args), **(kwargs or {}))
+        return args[0].copy_(found) if func is torch.ops.aten.addmm_.default else found.to(dtype)

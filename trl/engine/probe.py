@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from trl.data.batching.collate import Branch, Tree
-from trl.engine import attention
+from trl.engine import attention, lora
 from trl.engine.device import has_flash_attention
 from trl.engine.forest import Batch, flat, moved, padded, with_repeated_keys, without_kernel
 from trl.engine.head import plain_linear
@@ -79,6 +79,7 @@ def attach_unprobed(model: nn.Module) -> Attachment:
 def _attached(base: Any) -> tuple[list[Any], Attachment]:
     """The configurations in a model and its new attachment; its `forward` takes one more keyword from now on."""
     _add_keyword(base)
+    lora.attach(base)
     configs = _configs(base)
     if not hasattr(base, "_trl_attention"):
         base._trl_attention = [config._attn_implementation for config in configs]

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trl.engine import linear
+from trl.engine import linear, lora
 from trl.engine.device import of_kind, standing_for
 from trl.engine.forest import Batch
 from trl.engine.head import CHUNK_ELEMENTS
@@ -69,9 +69,8 @@ def estimated(run: Run, amount: int) -> list[Held]:
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     tokens = amount if run.samples else amount * run.tokens_of_row
     itemsize = (run.autocast or run.dtype).itemsize
-    adapted = 2 if run.adapter is not None else 1
     # Of a layer: what norms, projections, attention and the feed-forward part save; the residual stream.
-    layer = tokens * itemsize * (9 * hidden + 4 * inner) * adapted
+    layer = tokens * itemsize * (9 * hidden + 4 * inner)
     stream = tokens * hidden * max(itemsize, run.dtype.itemsize)
     kept = layer + stream * layers if run.checkpointing else (layer + stream) * layers
     elements = of_kind(CHUNK_ELEMENTS, run.device)
@@ -112,6 +111,8 @@ def prepared(run: Run, layers: int, amount: int, mode: FakeTensorMode) -> tuple[
     """The policy with `layers` layers, a micro-batch of `amount` and the teacher, if there is one, without values."""
     model = policy(run, layers)
     attachment = attach_unprobed(model)
+    if run.bits:
+        lora.detach(model)  # over quantised weights, which are whole here, PEFT's forward runs
     if run.critic is not None:
         attach_unprobed(unwrap(model).critic)
     if run.checkpointing:
