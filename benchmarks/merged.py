@@ -2,7 +2,7 @@
 
     python benchmarks/merged.py --layers 2 --rows 8 64 --threads 1
 
-SmolLM2-135M-Instruct or its first layers, fp32, r=16 on all linear layers. Both sides are the sampler of this library on
+SmolLM2-135M-Instruct or its first layers, fp32, r=16 on all linear layers. Both sides are this library's sampler on
 the same prompts; no token stops, so both draw equally many. They take turns. Merged weights are a copy of the model,
 made before the clock starts: what is measured is the most that merging can gain. The time of merging all layers, into
 buffers that are there already, is printed beside it.
