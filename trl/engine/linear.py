@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trl.models.compiled import uncompiled
+
 # oneDNN compiles and caches code for each number of rows, so rows are padded to a multiple of STEP, up to MOST.
 STEP, MOST = 8, 64
 HALF = (torch.bfloat16, torch.float16)
@@ -30,6 +32,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
 
     Where a CPU has no instructions for half precision, products are those of `half_products`, with fp32 copies of the
     weights that are made once and kept for the length of the context: twice the memory of the weights more.
+    Parts that `torch_compile` has compiled run as they are.
 
     Results are equal up to rounding. Other layers (such as quantised ones), dtypes, devices and builds of PyTorch are
     not affected.
@@ -38,7 +41,8 @@ def few_rows(model: nn.Module) -> Iterator[None]:
     for module in changed:
         module.forward = _Forward(module)  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with uncompiled(model) if changed else contextlib.nullcontext():
+            yield
     finally:
         for module in changed:
             del module.forward
