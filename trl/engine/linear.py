@@ -81,8 +81,8 @@ class _Forward:
             return F.linear(x, weight, bias)
         if dtype in HALF and not _has_half_products() and not torch.compiler.is_compiling():
             with torch.autocast("cpu", enabled=False):
-                return _product(x.to(dtype).float(), *self._in_float32(dtype)).to(dtype)
-        return F.linear(x, weight, bias) if autocast else _product(x, weight, bias)
+                return product(x.to(dtype).float(), *self._in_float32(dtype)).to(dtype)
+        return F.linear(x, weight, bias) if autocast else product(x, weight, bias)
 
     def _in_float32(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Copies of the weight and the bias as they are in `dtype`, made anew where either has changed."""
@@ -94,9 +94,10 @@ class _Forward:
         return self.copy
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, on a CPU by oneDNN where `x` has few rows in float32. Without gradients."""
     rows = x.numel() // x.shape[-1]
-    if x.dtype != torch.float32 or not _is_there() or not 0 < rows <= MOST:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not _is_there() or not 0 < rows <= MOST:
         return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % STEP))
     found = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")

@@ -32,7 +32,7 @@ from trl.rollout.cache import ColumnCache
 from trl.rollout.draws import Cached, Draws, Prompt, Row, by_length, on
 from trl.rollout.exchange import anyone
 from trl.rollout.filters import FURTHER, filters, penalties
-from trl.rollout.round_weights import held_whole
+from trl.rollout.round_weights import adapter_merged, held_whole
 
 from .types import Completion, Request, Sampling
 
@@ -110,7 +110,8 @@ class InProcessSampler:
             )
         with evaluating(model), few_rows(model):
             if self._is_served(model):
-                with held_whole(model, unwrap(model).get_input_embeddings().weight.device):
+                device = unwrap(model).get_input_embeddings().weight.device
+                with adapter_merged(model), held_whole(model, device):
                     return _Run(self, model, requests, sampling).drawn()
             if is_sharded(model):
                 base = unwrap(model)
