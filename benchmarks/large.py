@@ -108,9 +108,8 @@ class Clock(TrainerCallback):
 
     def seconds(self) -> list[float]:
         """Of each step but the first."""
-        return [
-            end - begin - apart for begin, end, apart in zip(self.ends, self.ends[1:], self.apart[1:], strict=False)
-        ]
+        spans = zip(self.ends, self.ends[1:], self.apart[1:], strict=False)
+        return [end - begin - apart for begin, end, apart in spans]
 
 
 def ids_of(draw: random.Random, count: int, vocabulary: int) -> list[int]:
@@ -153,9 +152,8 @@ def trainer_of(options: argparse.Namespace, part: Part, model: Any, folder: str,
     if part.method == "sft":
         rows = [ids_of(draw, part.completion, vocabulary) for _ in range(part.groups * steps)]
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-        return trl.SFTTrainer(
-            model, trl.SFTConfig(**settings, max_length=part.completion), train_dataset=data, **further
-        )
+        args = trl.SFTConfig(**settings, max_length=part.completion)
+        return trl.SFTTrainer(model, args, train_dataset=data, **further)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     if part.method == "dpo":
         lengths = (part.prompt, part.completion, part.completion)
@@ -267,7 +265,7 @@ def shown(found: dict[str, Any]) -> str:
     memory = "" if found["peak_bytes"] is None else f", {found['peak_bytes'] / 2**30:.2f} GiB at the peak"
     return (
         f"{found['part']}, {found['library']}: {statistics.median(found['seconds']):.3f} s a step "
-        f"({min(found['seconds']):.3f} – {max(found['seconds']):.3f}), {found['tokens_per_second']:,.0f} tokens a second"
+        f"({min(found['seconds']):.3f} – {max(found['seconds']):.3f}), {found['tokens_per_second']:,.0f} tokens/s"
         f"{share}{memory}; losses {' '.join(f'{each:.4f}' for each in found['losses'])}"
     )
 

@@ -63,8 +63,8 @@ def unmerged(monkeypatch):
     [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "down_proj"]}],
     ids=["all-linear", "rslora", "modules-to-save", "two-layers"],
 )
-def test_completions_and_log_probs_are_those_without_merging(smol2_path, unmerged, options, monkeypatch):
-    model, asked = adapted(smol2_path, **options), requests(smol2_path)
+def test_completions_and_log_probs_are_those_without_merging(tiny_path, unmerged, options, monkeypatch):
+    model, asked = adapted(tiny_path, **options), requests(tiny_path)
     weights = {key: each.clone() for key, each in model.state_dict().items()}
     seen = []
     own = generate._Run.drawn
@@ -74,8 +74,8 @@ def test_completions_and_log_probs_are_those_without_merging(smol2_path, unmerge
     assert not merged_layers(model) and all(torch.equal(each, weights[key]) for key, each in model.state_dict().items())
 
 
-def test_an_exception_leaves_the_layers_as_they_were(smol2_path, monkeypatch):
-    model = adapted(smol2_path)
+def test_an_exception_leaves_the_layers_as_they_were(tiny_path, monkeypatch):
+    model = adapted(tiny_path)
     ids = torch.tensor([[5, 9, 77]])
     with torch.no_grad():
         before = model(ids).logits
@@ -85,9 +85,9 @@ def test_an_exception_leaves_the_layers_as_they_were(smol2_path, monkeypatch):
         assert not merged_layers(model) and torch.equal(model(ids).logits, before)
 
 
-def test_a_switched_adapter_computes_as_ever(smol2_path):
+def test_a_switched_adapter_computes_as_ever(tiny_path):
     """Off, the twin, and another one: within the context too."""
-    model = adapted(smol2_path)
+    model = adapted(tiny_path)
     reference = Twin(model)
     for layer in model.modules():
         if hasattr(layer, "lora_B") and adapters.TWIN in layer.lora_B:
@@ -110,13 +110,14 @@ def test_a_switched_adapter_computes_as_ever(smol2_path):
     assert (found[0] - expected[0]).abs().max() < 1e-4 * expected[0].abs().max()
     assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
     assert torch.equal(gradients, expected[0]) and gradients.requires_grad
-    assert (expected[0] - expected[1]).abs().max() > 1 and (expected[0] - expected[2]).abs().max() > 1
+    assert (expected[0] - expected[1]).abs().max() > 1e-2 and (expected[0] - expected[2]).abs().max() > 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("case", ["bfloat16", "autocast", "tf32", "dora", "bias", "off", "merged", "memory"])
-def test_what_is_not_merged(smol2_path, case, monkeypatch):
+def test_what_is_not_merged(tiny_path, case, monkeypatch):
     options = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(case, {})
-    model = adapted(smol2_path, torch.bfloat16 if case == "bfloat16" else torch.float32, **options)
+    model = adapted(tiny_path, torch.bfloat16 if case == "bfloat16" else torch.float32, **options)
     within = contextlib.nullcontext()
     if case == "autocast":
         within = torch.autocast("cpu", torch.bfloat16)
@@ -127,16 +128,16 @@ def test_what_is_not_merged(smol2_path, case, monkeypatch):
     if case == "merged":
         model.merge_adapter()
     if case == "memory":
-        monkeypatch.setattr(round_weights, "_free", lambda device: 2**20)
+        monkeypatch.setattr(round_weights, "_free", lambda device: 2**18)
     with within, adapter_merged(model):
         assert not merged_layers(model)
 
 
-def test_quantised_layers_are_not_merged(smol2_path):
+def test_quantised_layers_are_not_merged(tiny_path):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    base = AutoModelForCausalLM.from_pretrained(smol2_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    base = AutoModelForCausalLM.from_pretrained(tiny_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))
     with adapter_merged(model):
         assert not merged_layers(model)

@@ -61,7 +61,7 @@ def adapter_merged(model: nn.Module) -> Iterator[None]:
     context computes as ever.
 
     Merged are plain LoRA layers over float32 weights, in full float32 precision: log-probs are then the policy's up to
-    rounding (1e-5). bfloat16 has 8 bits: a merged weight loses what is smaller than 1/512 of it, so completions would
+    rounding. bfloat16 has 8 bits: a merged weight loses what is smaller than 1/512 of it, so completions would
     come from another policy than the one that trains. Quantised and sharded layers and DoRA are not merged.
     """
     layers = _plain_lora(model)
