@@ -20,6 +20,7 @@ from trl.engine.probe import attach
 from trl.engine.score import score
 from trl.losses.tokens import seq_sum
 from trl.rollout.generate import InProcessSampler
+from trl.rollout.types import Request
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -244,6 +245,13 @@ def test_own_completions_equal_one_process(tmp_path, small_path, name):
         assert found["line"][metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-6), metric
 
 
+def same_completions(ours, theirs):
+    for own, expected in zip(ours, theirs, strict=True):
+        assert [(ids, finished) for ids, _, finished in own] == [(e.ids, e.finished) for e in expected]
+        for (_, logps, _), each in zip(own, expected, strict=True):
+            assert logps == pytest.approx(each.logps, abs=1e-5)
+
+
 def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path, small_path):
     done = launch("shares", tmp_path, small_path, 120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -251,12 +259,21 @@ def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path,
     attach(model)
     for case, both in enumerate(worker.shared_requests()):
         for rank, requests in enumerate(both):
-            ours = json.loads((tmp_path / f"shares-{case}-{rank}.json").read_text())
+            layers, round_ = (
+                json.loads((tmp_path / f"shares-{way}-{case}-{rank}.json").read_text()) for way in ("layers", "round")
+            )
             theirs = sample(InProcessSampler(max_rows=4), model, requests, worker.SHARED)
-            for own, expected in zip(ours, theirs, strict=True):
-                assert [(ids, finished) for ids, _, finished in own] == [(e.ids, e.finished) for e in expected]
-                for (_, logps, _), each in zip(own, expected, strict=True):
-                    assert logps == pytest.approx(each.logps, abs=1e-5)
+            for found in (layers, round_):
+                same_completions(found["drawn"], theirs)
+            assert layers["drawn"] == round_["drawn"] and round_["sharded"]
+            # Two layers and the rest, once; else two for each call of the model, this rank's or another's.
+            assert round_["gathers"] == (3 if case else 2) and (layers["gathers"] > 10) == any(both)
+    for rank in range(2):
+        thrown = json.loads((tmp_path / f"thrown-{rank}.json").read_text())
+        assert thrown["message"] == "'within a forward pass'"
+        assert thrown["sharded"] and thrown["same"] and thrown["settings"]
+        same_completions(thrown["drawn"], sample(InProcessSampler(max_rows=4), model,
+                                                 [Request([3, 4, 5], 2, (1,))], worker.SHARED))  # fmt: skip
     for rank in range(2):
         own, continuous = json.loads((tmp_path / f"refused-{rank}.json").read_text())
         assert "FalconMambaForCausalLM is served by its own generate" in own and "sharded" in own

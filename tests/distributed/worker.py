@@ -11,7 +11,9 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 import trl
@@ -37,6 +39,7 @@ from trl.losses.tokens import Metric, largest, mean_metric, smallest
 from trl.models import offload
 from trl.models.adapters import TWIN
 from trl.models.shards import keep_precision, local_weights
+from trl.rollout import round_weights
 from trl.rollout.continuous import ContinuousSampler
 from trl.rollout.generate import InProcessSampler
 from trl.rollout.types import Request, Sampling
@@ -416,13 +419,21 @@ def samples(out, tokenizer):
 
 
 def shares(out, _):
-    """Sharded weights: a rank with many samples, with one, and with none."""
+    """Sharded weights: a rank with many samples, with one, and with none. Weights are gathered for each call of a
+    layer, then once for the round."""
     model = families.build("llama").eval()
     attach(model)
     shard(model)
-    for case, both in enumerate(shared_requests()):
-        drawn = sample(InProcessSampler(max_rows=4), model, both[dist.get_rank()], SHARED)
-        (out / f"shares-{case}-{dist.get_rank()}.json").write_text(json.dumps(drawn))
+    gathered = counted_gathers()
+    for way, share in (("layers", 0.0), ("round", round_weights.SHARE)):
+        round_weights.SHARE = share
+        for case, both in enumerate(shared_requests()):
+            gathered.clear()
+            drawn = sample(InProcessSampler(max_rows=4), model, both[dist.get_rank()], SHARED)
+            found = {"drawn": drawn, "gathers": len(gathered), "sharded": all_sharded(model)}
+            (out / f"shares-{way}-{case}-{dist.get_rank()}.json").write_text(json.dumps(found))
+    thrown = thrown_within(model, both[dist.get_rank()])
+    (out / f"thrown-{dist.get_rank()}.json").write_text(json.dumps(thrown))
     refused = []
     unserved = families.build("falcon_mamba").eval()
     fully_shard(unserved, mesh=init_device_mesh("cpu", (2,)))
@@ -432,6 +443,53 @@ def shares(out, _):
         except ValueError as error:
             refused.append(str(error))
     (out / f"refused-{dist.get_rank()}.json").write_text(json.dumps(refused))
+
+
+def counted_gathers():
+    """A list that gets an entry for each group of weights that is gathered."""
+    group, found = FSDPParamGroup, []
+    own = group.wait_for_unshard
+
+    def wait(self):
+        if self._all_gather_result is not None:
+            found.append(self)
+        own(self)
+
+    group.wait_for_unshard = wait
+    return found
+
+
+def all_sharded(model):
+    return all(isinstance(each, DTensor) for each in model.parameters())
+
+
+def thrown_within(model, requests):
+    """A layer's forward pass that fails within a round, then another round."""
+    layer, weights = model.model.layers[1], {key: each.clone() for key, each in local_weights(model).items()}
+    before = [each.post_forward_mesh_info for each in groups_of(model)]
+    calls, message = [], None
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyError("within a forward pass")
+
+    hook = layer.mlp.register_forward_pre_hook(fail)
+    asked = requests or [Request([3, 4, 5], 2, (1,))]
+    try:
+        sample(InProcessSampler(max_rows=4), model, asked, SHARED)
+    except KeyError as error:
+        message = str(error)
+    hook.remove()
+    same = all(torch.equal(each, weights[key]) for key, each in local_weights(model).items())
+    found = {"message": message, "sharded": all_sharded(model), "same": same,
+             "settings": before == [each.post_forward_mesh_info for each in groups_of(model)]}  # fmt: skip
+    return {**found, "drawn": sample(InProcessSampler(max_rows=4), model, asked, SHARED)}
+
+
+def groups_of(model):
+    modules = [each for each in model.modules() if isinstance(each, FSDPModule)]
+    return [group for each in modules for group in round_weights._groups(each._get_fsdp_state())]
 
 
 SHARED = Sampling(max_new_tokens=20, temperature=0.9, stop_ids=tuple(range(0, 128, 9)))

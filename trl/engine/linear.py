@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trl.models.compiled import uncompiled
+
 # oneDNN compiles and caches code for each number of rows, so rows are padded to a multiple of STEP, up to MOST.
 STEP, MOST = 8, 64
 HALF = (torch.bfloat16, torch.float16)
@@ -30,6 +32,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
 
     Where a CPU has no instructions for half precision, products are those of `half_products`, with fp32 copies of the
     weights that are made once and kept for the length of the context: twice the memory of the weights more.
+    Parts that `torch_compile` has compiled run as they are.
 
     Results are equal up to rounding. Other layers (such as quantised ones), dtypes, devices and builds of PyTorch are
     not affected.
@@ -38,7 +41,8 @@ def few_rows(model: nn.Module) -> Iterator[None]:
     for module in changed:
         module.forward = _Forward(module)  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with uncompiled(model) if changed else contextlib.nullcontext():
+            yield
     finally:
         for module in changed:
             del module.forward
@@ -77,8 +81,8 @@ class _Forward:
             return F.linear(x, weight, bias)
         if dtype in HALF and not _has_half_products() and not torch.compiler.is_compiling():
             with torch.autocast("cpu", enabled=False):
-                return _product(x.to(dtype).float(), *self._in_float32(dtype)).to(dtype)
-        return F.linear(x, weight, bias) if autocast else _product(x, weight, bias)
+                return product(x.to(dtype).float(), *self._in_float32(dtype)).to(dtype)
+        return F.linear(x, weight, bias) if autocast else product(x, weight, bias)
 
     def _in_float32(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Copies of the weight and the bias as they are in `dtype`, made anew where either has changed."""
@@ -90,9 +94,10 @@ class _Forward:
         return self.copy
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, on a CPU by oneDNN where `x` has few rows in float32. Without gradients."""
     rows = x.numel() // x.shape[-1]
-    if x.dtype != torch.float32 or not _is_there() or not 0 < rows <= MOST:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not _is_there() or not 0 < rows <= MOST:
         return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % STEP))
     found = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")

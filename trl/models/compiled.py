@@ -1,6 +1,8 @@
 """The parts of a model that `torch_compile` compiles."""
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +35,22 @@ def _compiled(cls: type[nn.Module], options: tuple) -> Any:
     if (cls, options) not in _found:
         _found[cls, options] = torch.compile(cls.forward, dynamic=True, **dict(options))
     return _found[cls, options]
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within the context, the model's compiled parts run as they are: for callers that change layers inside of them,
+    each of which would be compiled anew."""
+    compiled = set(_found.values())
+    parts = [each for each in model.modules() if getattr(vars(each).get("forward"), "__func__", None) in compiled]
+    own = [part.forward for part in parts]
+    for part in parts:
+        del part.forward
+    try:
+        yield
+    finally:
+        for part, forward in zip(parts, own, strict=True):
+            part.forward = forward  # type: ignore[method-assign]
 
 
 def _is_tokenwise(part: nn.Module) -> bool:

@@ -32,6 +32,7 @@ from trl.rollout.cache import ColumnCache
 from trl.rollout.draws import Cached, Draws, Prompt, Row, by_length, on
 from trl.rollout.exchange import anyone
 from trl.rollout.filters import FURTHER, filters, penalties
+from trl.rollout.round_weights import adapter_merged, held_whole
 
 from .types import Completion, Request, Sampling
 
@@ -109,7 +110,9 @@ class InProcessSampler:
             )
         with evaluating(model), few_rows(model):
             if self._is_served(model):
-                return _Run(self, model, requests, sampling).drawn()
+                device = unwrap(model).get_input_embeddings().weight.device
+                with adapter_merged(model), held_whole(model, device):
+                    return _Run(self, model, requests, sampling).drawn()
             if is_sharded(model):
                 base = unwrap(model)
                 raise ValueError(
@@ -203,7 +206,7 @@ class _Run:
 
     def _someone_asks(self, here: bool) -> bool:
         """Whether this rank or another is about to call the model. All ranks gather sharded weights together, so a rank
-        that has finished answers each call of the others by one of its own."""
+        that has finished answers each call of the others by one of its own; not where weights are whole for a while."""
         return anyone(here, self.device) if self.is_sharded else here
 
     # --- prompts --------------------------------------------------------------------------------------------------

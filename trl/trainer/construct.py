@@ -10,7 +10,7 @@ from transformers.trainer_utils import set_seed
 
 from trl import outputs, screen
 from trl.engine.graph import all_take_part
-from trl.models import adapters, load, low_bits, saving, shards, vocabulary
+from trl.models import adapters, liger, load, low_bits, saving, shards, vocabulary
 from trl.models.compiled import compile_tokenwise
 from trl.models.shards import keep_precision
 from trl.notices import notify_once
@@ -33,6 +33,7 @@ def opened(
             "Start the script with `accelerate launch` to train on all of them."
         )
         args._n_gpu = 1
+    liger.check(args)
 
     assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
     init_kwargs = dict(args.model_init_kwargs or {})
@@ -76,6 +77,7 @@ def ready_to_train(model: Any, args: Any, peft_config: Any) -> Any:
     held = low_bits.hold_in_float32(model, getattr(args.optim, "value", args.optim), bool(args.bf16 or args.fp16))
     if held:
         notify_once(held)
+    liger.patch(model, args)
     saving.mend_generation_config(model)
     if args.disable_dropout:
         for module in model.modules():

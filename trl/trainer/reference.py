@@ -21,7 +21,7 @@ from trl.checkpoint import write_file
 from trl.engine.forest import Batch
 from trl.engine.head import TokenStats
 from trl.engine.reference import Frozen, Itself, Reference, Twin, choose
-from trl.models import load, shards
+from trl.models import liger, load, shards
 from trl.models.shards import is_sharded
 from trl.models.unwrap import unwrap
 from trl.trainer.base import BaseTrainer
@@ -100,6 +100,7 @@ class ReferencePolicy(Component):
             init_kwargs: Any = args.model_init_kwargs or {}
             explicit = trainer.load_model(explicit, **init_kwargs)
         if explicit is not None:
+            liger.patch(explicit, args)
             if args.world_size > 1:
                 load.replace_device_map(explicit, args.device)
             explicit = placed(trainer, explicit)

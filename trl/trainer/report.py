@@ -11,7 +11,7 @@ from torch import nn
 
 from trl import screen
 from trl.engine.score import Attachment
-from trl.models import adapters
+from trl.models import adapters, liger
 from trl.rollout.filters import describe
 from trl.rollout.rounds import RoundSizes
 from trl.rollout.types import Sampling
@@ -21,7 +21,7 @@ from . import overrides, planned
 # By what a line begins with, the group that it is shown in; other lines are of the plan.
 GROUPS = {
     "model": ("model", "updates", "reference", "teacher", "value"),
-    "engine": ("engine", "torch_compile", "data_collator"),
+    "engine": ("engine", "torch_compile", "use_liger_kernel", "data_collator"),
 }
 _printed: set[str] = set()  # lines of the reports of this process
 
@@ -60,7 +60,9 @@ def engine_lines(attachment: Attachment, reader: str | None, collator: Any, comp
     if collator is not None:
         name = getattr(collator, "__name__", type(collator).__name__)
         lines.append(f"data_collator: {name} says which tokens are trained")
-    if compiled is not None:
+    if compiled == 0:
+        lines.append("torch_compile: no part of a layer is left that depends on the number of tokens alone")
+    elif compiled is not None:
         lines.append(
             f"torch_compile: {compiled} parts of layers (norms, feed-forward) are compiled, for all lengths; attention "
             "by segment and the head run as they are"
@@ -108,6 +110,8 @@ def lines_of(trainer: Any) -> list[str]:
     lines += model_lines(trainer.model, args.learning_rate, trainer.full_rate(), _update_precision(trainer))
     reader, users = overrides.reads_batches(trainer), trainer.data_collator.users
     lines += engine_lines(trainer.attachment, reader, users, trainer._compiled_parts)
+    if parts := liger.patched(trainer.model):
+        lines.append(f"use_liger_kernel: {', '.join(parts)} by liger-kernel; head and loss are the library's own")
     if hasattr(dataset, "__len__") and not overrides.is_overridden(trainer, "get_train_dataloader"):
         lines.append(steps_line(len(dataset), args))
     lines += [line for each in trainer.components for line in each.report(trainer)]

@@ -8,7 +8,7 @@ from trl.engine.forest import Batch
 from trl.engine.measures import Comparison
 from trl.engine.reference import frozen
 from trl.engine.teacher import predictions
-from trl.models import load, shards
+from trl.models import liger, load, shards
 from trl.models.unwrap import unwrap
 from trl.notices import notify_once
 from trl.trainer.base import BaseTrainer
@@ -72,6 +72,7 @@ class Teacher(Component):
             load.replace_device_map(model, args.device)
         if not getattr(unwrap(model), "is_quantized", False) and not getattr(model, "hf_device_map", None):
             model = model.to(args.device)
+        liger.patch(model, args)
         self.model = frozen(model, trainer.compute_loss_context_manager)
         trainer.attachment.serve_too(unwrap(model)._trl_attachment, "the teacher")
 

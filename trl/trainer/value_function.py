@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from trl.engine.probe import attach
-from trl.models import load, shards
+from trl.models import liger, load, shards
 from trl.models.unwrap import unwrap
 from trl.models.value_head import (
     CRITIC_FOLDER,
@@ -65,6 +65,7 @@ class ValueFunction(Component):
         inside = getattr(own, "pretrained_model", None)
         if inside is not None:
             raise ValueError("value_model has a value head of its own: give a model that scores, or leave it out")
+        liger.patch(own, trainer.args)
         own = placed(trainer, own)
         found = attach(own, trainer.compute_loss_context_manager)
         if trainer.attachment.is_flat and not found.is_flat:
