@@ -39,5 +39,5 @@ def test_an_adapters_parts_are_compiled_once_for_each_way_they_run(tmp_path, tin
     plain = losses()
     torch.compiler.reset()
     counters.clear()
-    assert losses(torch_compile=True, torch_compile_backend="eager") == pytest.approx(plain, rel=1e-5)
+    assert losses(torch_compile=True, torch_compile_backend="eager") == pytest.approx(plain, rel=1e-5, abs=1e-6)
     assert counters["stats"]["unique_graphs"] == 5 and not counters["graph_break"]
