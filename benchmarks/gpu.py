@@ -9,10 +9,10 @@ for time and memory. `--upstream-packages` takes a folder with TRL 1.16 in place
 
     python benchmarks/gpu.py --parts sft-lora sft-qlora --assets FOLDER --out FOLDER --upstream upstream/bin/python
 
-runs parts on a model of Llama 3's 8B shape instead (`large.py` says what each is, and takes one apart): the library
-first, then TRL 1.16, each for 200 seconds at most, so that a part with making the model takes less than nine minutes. The part
-`sampler` is `rollout.py`. These need the folder `tokenizer` alone, and the packages that `pip install` brings: trl with
-the extras `peft` and `quantization`, and for the other side trl==1.16.0, peft and bitsandbytes.
+runs parts on a model of Llama 3's 8B shape instead (`large.py` says what each is, and runs one by itself): the library
+first, then TRL 1.16, each for 200 seconds at most, so that a part takes less than nine minutes with the model's making.
+The part `sampler` is `rollout.py`. Parts need the folder `tokenizer` alone, and packages that `pip install` brings: trl
+with the extras `peft` and `quantization`, and for the other side trl==1.16.0, peft and bitsandbytes.
 
 What measures neither time nor memory runs at once, and the rest one after another. Each step has a limit, and no step
 starts that cannot end before `--seconds`. `log.txt` and `results.json` in the folder of results are written after each.
