@@ -7,6 +7,13 @@ The folder of assets has `tokenizer` (SmolLM2's), `stories15m` (a small trained 
 most 240 tokens). Models of a billion weights are made on the device: random weights of a real shape, which is enough
 for time and memory. `--upstream-packages` takes a folder with TRL 1.16 in place of an environment of its own.
 
+    python benchmarks/gpu.py --parts sft-lora sft-qlora --assets FOLDER --out FOLDER --upstream upstream/bin/python
+
+runs parts on a model of Llama 3's 8B shape instead (`large.py` says what each is, and runs one by itself): the library
+first, then TRL 1.16, each for 200 seconds at most, so that a part takes less than nine minutes with the model's making.
+The part `sampler` is `rollout.py`. Parts need the folder `tokenizer` alone, and packages that `pip install` brings: trl
+with the extras `peft` and `quantization`, and for the other side trl==1.16.0, peft and bitsandbytes.
+
 What measures neither time nor memory runs at once, and the rest one after another. Each step has a limit, and no step
 starts that cannot end before `--seconds`. `log.txt` and `results.json` in the folder of results are written after each.
 """
@@ -28,6 +35,10 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16
 DRY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
        "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}  # fmt: skip
 VOCABULARIES = {"1b": 49152, "1b-128k": 128256}
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}  # fmt: skip
+APART = ["env", "-u", "PYTHONPATH"]  # which finds this library
+PARTS = ("sft-full", "sft-lora", "sft-qlora", "dpo-lora", "grpo-update", "sampler")
 IMPORTS = """
 import subprocess, sys, time
 def seconds(line):
@@ -71,14 +82,16 @@ class Running:
         return f"{outcome}, {time.monotonic() - self.began:.0f} s"
 
 
-def make_models(folder: Path, tokenizer: Path, dry: bool) -> None:
-    """Folders with random weights."""
+def make_models(folder: Path, tokenizer: Path, dry: bool, large: bool) -> None:
+    """Folders with random weights: those of a billion weights, or the large one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    for name, size in VOCABULARIES.items():
+    for name, size in {"8b": 128256}.items() if large else VOCABULARIES.items():
+        if (folder / name / "tokenizer.json").exists():
+            continue  # of an earlier run
         config = AutoConfig.from_pretrained(tokenizer)
-        for key, value in (DRY if dry else SHAPE).items():
+        for key, value in (DRY if dry else LARGE if large else SHAPE).items():
             setattr(config, key, value)
         config.vocab_size = 49200 if dry and size > 49152 else size
         torch.manual_seed(0)
@@ -143,8 +156,42 @@ def plan(options: argparse.Namespace, work: Path, upstream: str | None) -> tuple
         Step("imports-ours", [sys.executable, "-c", IMPORTS], 60),
     ]  # fmt: skip
     if upstream:
-        timed.append(Step("imports-upstream", [upstream, "-c", IMPORTS], 60))
+        timed.append(Step("imports-upstream", [*APART, upstream, "-c", IMPORTS], 60))
     return checks, timed
+
+
+def parts(options: argparse.Namespace, work: Path, upstream: str | None, peak: float | None) -> list[Step]:
+    """The steps of the parts that are asked for, one after another."""
+    dry, model = options.dry, str(work / "8b")
+    device = ["--device", "cpu" if dry else "cuda", *(["--peak", str(peak)] if peak else [])]
+    few = ["--steps", "1", "--warm-up", "1"] if dry else []
+    found = []
+    for part in options.parts:
+        if part == "sampler":
+            many = ["--prompts", "2", "--generations", "2", "--max-new-tokens", "4"] if dry else [
+                "--prompts", "8", "--generations", "8", "--max-new-tokens", "256", "--dtype", "bfloat16"]  # fmt: skip
+            command = [sys.executable, str(HERE / "rollout.py"), "--model", model, *device[:2], *many, "--rounds", "1"]
+            found.append(Step(part, [*command, "--json", str(work / f"{part}.json")], 400))
+            continue
+        sides = {"ours": [sys.executable]} | ({"upstream": [*APART, upstream]} if upstream else {})
+        for side, python in sides.items():
+            name = f"{part}-{side}"
+            command = [*python, str(HERE / "large.py"), part, "--model", model, *device, *few]
+            found.append(Step(name, [*command, "--json", str(work / f"{name}.json")], 200))
+    return found
+
+
+def peak_of_card() -> float | None:
+    """Dense bf16 operations of the first card in TFLOP/s, by its data sheet, or None."""
+    import torch
+
+    from trl.plan.cards import CARDS
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower()
+    known = [card for key, card in CARDS.items() if all(word in name for word in key.split("-"))]
+    return known[-1].tflops if known else None
 
 
 def main() -> None:
@@ -154,20 +201,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/gpu-work"), help="folder of models made here")
     parser.add_argument("--upstream", help="interpreter of an environment with TRL 1.16")
     parser.add_argument("--upstream-packages", type=Path, help="folder with TRL 1.16, in place of an interpreter")
-    parser.add_argument("--seconds", type=int, default=450, help="for all steps together")
+    parser.add_argument("--seconds", type=int, help="for all steps together [450, with --parts 530 for each]")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[], help="parts on the 8B shape, and nothing else")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps alone")
     parser.add_argument("--dry", action="store_true", help="tiny settings on the CPU: whether the commands are right")
     parser.add_argument("--make", action="store_true", help="make the models and end")
     options = parser.parse_args()
-    work, until = options.work.absolute(), time.monotonic() + options.seconds
+    seconds = options.seconds or (530 * len(options.parts) or 450)
+    work, until = options.work.absolute(), time.monotonic() + seconds
     work.mkdir(parents=True, exist_ok=True)
     if options.make:
-        return make_models(work, options.assets / "tokenizer", options.dry)
+        return make_models(work, options.assets / "tokenizer", options.dry, bool(options.parts))
     options.out.mkdir(parents=True, exist_ok=True)
     upstream = options.upstream
     if options.upstream_packages:
         upstream = interpreter(options.upstream_packages, work)
-    checks, timed = plan(options, work, upstream)
+    if options.parts:
+        checks, timed = [], parts(options, work, upstream, peak_of_card())
+    else:
+        checks, timed = plan(options, work, upstream)
     if options.dry:  # a slow machine
         checks, timed = ([each._replace(limit=600) for each in steps] for steps in (checks, timed))
     others = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each and each != "."]
@@ -196,6 +248,7 @@ def main() -> None:
     assets, out = str(options.assets.absolute()), str(options.out.absolute())
     command = [sys.executable, str(Path(__file__).resolve()), "--make", "--assets", assets, "--out", out]
     command += ["--work", str(work), *(["--dry"] if options.dry else [])]
+    command += ["--parts", *options.parts] if options.parts else []
     made = Running(Step("models", command, 120), work, environment)
     few = {**environment, "OMP_NUM_THREADS": "1" if options.dry else "2"}
     if options.dry:  # two cores: one at a time

@@ -148,6 +148,8 @@ def trainer_of(options: argparse.Namespace, part: Part, model: Any, folder: str,
         further["peft_config"] = peft.LoraConfig(
             r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         )
+    if part.method != "grpo":
+        settings["train_sampling_strategy"] = "sequential"  # both sides take the rows as they come
     draw, vocabulary = random.Random(0), model.config.vocab_size
     if part.method == "sft":
         rows = [ids_of(draw, part.completion, vocabulary) for _ in range(part.groups * steps)]

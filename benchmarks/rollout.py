@@ -10,8 +10,10 @@ stop token. Before that, greedy tokens of both are compared.
 """
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="a file for the numbers")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -80,6 +83,12 @@ def main() -> None:
     for name, table in (("tokens a second", rates), ("tokens a round", counts)):
         print(f"{name:<24}{statistics.median(table['ours']):>10.1f}{statistics.median(table['generate']):>10.1f}")
     print(f"\nours / generate  {statistics.median(ratios):.2f}× (rounds {min(ratios):.2f} – {max(ratios):.2f})")
+    cuda = options.device == "cuda"
+    found = {"greedy": same, "rates": rates, "counts": counts, "ratios": ratios,
+             "device": torch.cuda.get_device_name() if cuda else "cpu",
+             "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def sample(sampler: Any, model: Any, requests: list[Request], sampling: Sampling) -> Any:

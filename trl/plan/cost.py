@@ -75,4 +75,8 @@ def sampler_bytes(run: Run, free: float | None, weights: int) -> dict[str, float
     half = (run.autocast or run.dtype) in linear.HALF
     if run.device == "cpu" and half and not linear._has_half_products():
         found["float32 copies"] = 4.0 * weights
+    plain = run.adapter is not None and not run.bits and not getattr(run.adapter, "use_dora", False)
+    alone = run.processes == 1 or run.sharding == "ddp"
+    if plain and alone and (run.autocast or run.dtype) == torch.float32 and (free is None or 8 * weights <= free):
+        found["merged copies"] = 4.0 * weights  # of the adapted layers, `rollout.round_weights`
     return found
