@@ -177,7 +177,8 @@ class _InFloat32(Optimizer):
         count = high_E.numel()
         before = {key: _local(value) for key, value in self.state.pop(p, {}).items()}
         low_E = before.pop(LOW_BITS) if LOW_BITS in before else torch.zeros_like(high_E, dtype=torch.int16)
-        low_E, after = low_E.view(-1), {}
+        low_E = low_E.view(-1)
+        after: dict[str, Any] = {}
         try:
             for part in slices(count, CHUNK):
                 stand_in = params[place] = nn.Parameter(join(high_E[part], low_E[part]))

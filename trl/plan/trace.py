@@ -70,14 +70,19 @@ def estimated(run: Run, amount: int) -> list[Held]:
     tokens = amount if run.samples else amount * run.tokens_of_row
     itemsize = (run.autocast or run.dtype).itemsize
     # Of a layer: what norms, projections, attention and the feed-forward part save; the residual stream.
-    layer = tokens * itemsize * (9 * hidden + 4 * inner)
+    layer = tokens * itemsize * (12 * hidden + 4 * inner)
     stream = tokens * hidden * max(itemsize, run.dtype.itemsize)
     kept = layer + stream * layers if run.checkpointing else (layer + stream) * layers
     elements = of_kind(CHUNK_ELEMENTS, run.device)
     head = 0.0
     if run.head == "CausalLM":
         head = 4.0 * (3 * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
-        head += 4.0 * text.vocab_size * hidden if run.adapter is None else 0.0  # its gradient
+        weight = text.vocab_size * hidden
+        head += 4.0 * weight if run.adapter is None else 0.0  # its gradient
+        if itemsize < run.dtype.itemsize:  # its copy under autocast
+            head += itemsize * weight
+        if itemsize == 2 and run.device == "cpu" and not linear._has_half_products():
+            head += 4.0 * weight
     return [Held(kept + head, 0.0)]
 
 
