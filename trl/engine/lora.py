@@ -4,7 +4,7 @@
 
 `T` tokens, `I` and `O` features in and out, `R` the rank: x [T, I], W [O, I], A [R, I], B [O, R], y [T, O].
 
-PEFT computes the terms apart, with three more tensors of y's size in the forward pass and two in the backward pass. It
+PEFT computes the terms apart, with three more tensors of y's size in the forward pass and one in the backward pass. It
 keeps a copy of x in the dtype of A (float32, also over layers in half precision), another one after dropout, and a copy
 of W under autocast. Here the low-rank term is added into the product. Kept are x as it is multiplied, x A' [T, R], and
 one byte an entry of dropout. In half precision A and B are rounded for the product, as autocast does; their gradients
