@@ -69,9 +69,8 @@ def estimated(run: Run, amount: int) -> list[Held]:
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     tokens = amount if run.samples else amount * run.tokens_of_row
     itemsize = (run.autocast or run.dtype).itemsize
-    adapted = 1.0
-    if run.adapter is not None:  # it is float32, and takes its inputs so
-        adapted = 1.1 if itemsize == 4 else 1.5
+    # An adapter is float32, and takes its inputs so.
+    adapted = 1.35 if run.adapter is not None and itemsize < 4 else 1.0
     # Of a layer: what norms, projections, attention and the feed-forward part save; the residual stream.
     layer = tokens * itemsize * (12 * hidden + 4 * inner) * adapted
     stream = tokens * hidden * max(itemsize, run.dtype.itemsize)
@@ -79,7 +78,8 @@ def estimated(run: Run, amount: int) -> list[Held]:
     elements = of_kind(CHUNK_ELEMENTS, run.device)
     head = 0.0
     if run.head == "CausalLM":
-        head = 4.0 * (3 * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
+        chunks = 3 if run.adapter is None else 4  # a frozen head has its gradient in the forward pass
+        head = 4.0 * (chunks * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
         weight = text.vocab_size * hidden
         head += 4.0 * weight if run.adapter is None else 0.0  # its gradient
         if itemsize < run.dtype.itemsize:  # its copy under autocast
