@@ -170,6 +170,9 @@ def test_a_run_by_the_arguments_of_a_trainer(tmp_path):
     assert (run.prompt, run.completion, run.generations, run.rows) == (32, 64, 4, 8)
     assert run.has_reference and run.samples and run.dtype == torch.float32
     assert run.tokens_of_step == 8 * 64 + 2 * 32
+    args = trl.OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8)
+    run = run_of("online-dpo", SMALL, args, prompt=32, completion=64)  # 8 prompts, of two completions each
+    assert run.tokens_of_step == 8 * (32 + 2 * 64)
 
 
 def test_cards_are_in_order():

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from trl.methods import METHODS
 from trl.models.load import adapter_base, torch_dtype
 
-from .run import Run
+from .run import COMPARED, Run
 
 REFERENCED = ("dpo", "kto", "bco", "online-dpo", "xpo", "nash-md")
 BUDGET = {"cpu": 1024, "default": 16384}  # of `rollout.pack`: tokens of a forward pass where none are given
@@ -56,7 +56,7 @@ def run_of(
         adapter=_adapter(method, adapter),
         bits=bits,
         nested=nested,
-        rows=rows or args.per_device_train_batch_size,
+        rows=rows or args.per_device_train_batch_size * (2 if method in COMPARED else 1),
         accumulation=accumulation or args.gradient_accumulation_steps,
         processes=processes,
         sharding=sharding,

@@ -10,6 +10,7 @@ from trl.models.low_bits import OUTSIDE_THEIR_STEP
 
 PAIRS = ("dpo", "orpo", "cpo", "reward")
 SAMPLED = ("grpo", "rloo", "ppo", "online-dpo", "xpo", "nash-md", "distillation", "minillm")
+COMPARED = ("online-dpo", "xpo", "nash-md")  # a row is a prompt with two completions
 TAUGHT = ("gkd", "distillation", "minillm")
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 

@@ -76,7 +76,8 @@ def estimated(run: Run, amount: int) -> list[Held]:
     elements = of_kind(CHUNK_ELEMENTS, run.device)
     head = 0.0
     if run.head == "CausalLM":
-        head = 4.0 * (3 * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
+        chunks = 3 if run.adapter is None else 4  # a frozen head has its gradient in the forward pass
+        head = 4.0 * (chunks * min(elements, tokens * text.vocab_size) + 3 * tokens * hidden)
         weight = text.vocab_size * hidden
         head += 4.0 * weight if run.adapter is None else 0.0  # its gradient
         if itemsize < run.dtype.itemsize:  # its copy under autocast
