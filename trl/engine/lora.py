@@ -68,7 +68,7 @@ class _How(NamedTuple):
     dtype: torch.dtype  # in which is multiplied
 
 
-def _plain(layer: Any, x: Tensor) -> tuple[tuple[Any, ...], _How] | None:
+def _plain(layer: Any, x: Tensor) -> tuple[Any, _How] | None:
     """What `_LowRank` takes after x, or None where PEFT's own forward is needed."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if traced or type(x) not in INPUTS:
@@ -135,7 +135,7 @@ def _product(
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor, how: _How
     ) -> Tensor:
         y, x_TI, low_TR, keeps_TI = _product(x, weight_OI, bias_O, down_RI, up_OR, how)
@@ -153,11 +153,12 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, keeps_TI, low_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
         dtype, (dtype_of_x, dtype_of_down, dtype_of_up) = ctx.how.dtype, ctx.dtypes
         slope_TO = slope.reshape(-1, slope.shape[-1])
-        of_x = of_down = of_up = low_slope_TR = None
+        of_x = of_down = of_up = None
+        low_slope_TR: Any = None
         if up_OR is not None:
             low_slope_TR = torch.mm(slope_TO, up_OR.to(dtype)).mul_(ctx.how.scale)
         if keeps_TI is not None:
