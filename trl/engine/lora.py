@@ -58,8 +58,7 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     found = None if args or kwargs else _plain(self, x)
     if found is None:
         return type(self).forward(self, x, *args, **kwargs)
-    weights, how = found
-    return _LowRank.apply(x, *weights, how) if torch.is_grad_enabled() else _product(x, *weights, how)[0]
+    return _LowRank.apply(x, *found) if torch.is_grad_enabled() else _product(x, *found)[0]
 
 
 class _How(NamedTuple):
@@ -68,7 +67,7 @@ class _How(NamedTuple):
     dtype: torch.dtype  # in which is multiplied
 
 
-def _plain(layer: Any, x: Tensor) -> tuple[tuple[Any, ...], _How] | None:
+def _plain(layer: Any, x: Tensor) -> Any:
     """What `_LowRank` takes after x, or None where PEFT's own forward is needed."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if traced or type(x) not in INPUTS:
@@ -93,7 +92,7 @@ def _plain(layer: Any, x: Tensor) -> tuple[tuple[Any, ...], _How] | None:
     for each in (x, base[0], down[0], up[0]):
         if each.dtype != dtype and each.dtype != torch.float32:
             return None
-    return (*base, down[0], up[0]), _How(scale / (1 - dropout), dropout, dtype)
+    return *base, down[0], up[0], _How(scale / (1 - dropout), dropout, dtype)
 
 
 def _weights(module: Any) -> tuple[Any, Any] | None:
@@ -135,7 +134,7 @@ def _product(
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor, how: _How
     ) -> Tensor:
         y, x_TI, low_TR, keeps_TI = _product(x, weight_OI, bias_O, down_RI, up_OR, how)
@@ -153,11 +152,12 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, keeps_TI, low_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
         dtype, (dtype_of_x, dtype_of_down, dtype_of_up) = ctx.how.dtype, ctx.dtypes
         slope_TO = slope.reshape(-1, slope.shape[-1])
-        of_x = of_down = of_up = low_slope_TR = None
+        of_x = of_down = of_up = None
+        low_slope_TR: Any = None
         if up_OR is not None:
             low_slope_TR = torch.mm(slope_TO, up_OR.to(dtype)).mul_(ctx.how.scale)
         if keeps_TI is not None:
