@@ -50,7 +50,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part, forward in zip(parts, own, strict=True):
-            part.forward = forward  # type: ignore[method-assign]
+            part.forward = forward
 
 
 def _is_tokenwise(part: nn.Module) -> bool:

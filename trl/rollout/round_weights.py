@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from trl.engine.linear import product
+from trl.models.compiled import uncompiled
 from trl.models.shards import is_sharded
 
 from .exchange import anyone
@@ -71,7 +72,8 @@ def adapter_merged(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.forward = _Merged(layer)
     try:
-        yield
+        with uncompiled(model) if layers else contextlib.nullcontext():
+            yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
             del layer.forward
