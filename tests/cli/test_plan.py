@@ -3,8 +3,10 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import GptOssConfig, LlamaConfig, MambaConfig, MixtralConfig
 
 from tests.cli.conftest import Command
 from trl.cli import measured
@@ -24,7 +26,7 @@ def test_the_options_of_the_method_are_the_run(tiny_path: str, capsys: pytest.Ca
         "--gpu", "rtx-3090", "--price_per_hour", "0.5", "--num_processes", "2", "--accelerate_config", "fsdp2",
     )  # fmt: skip
     assert status == 0 and found["fits"] is True
-    assert found["steps"] == 13  # 100 rows twice, 16 a step
+    assert found["steps"] == 14  # 100 rows, 16 a step, twice
     assert found["tokens_of_step"] == 2 * 4 * (32 + 2 * 32)
     parts = {phase["name"]: phase["parts"] for phase in found["phases"]}["backward"]
     assert parts["reference"] == pytest.approx(parts["weights"])
@@ -61,11 +63,85 @@ def test_what_does_not_fit_is_status_1(tiny_path: str, capsys: pytest.CaptureFix
         (["plan", "sft", "--utilisation", "1.5"], "--utilisation: needs a number, above 0, at most 1, not `1.5`"),
         (["plan", "sft", "--model_name_or_path", "{model}", "--typo"], "`trl plan --help` and `trl sft --help` list"),
         (["plan", "sft", "--model_name_or_path", "{model}", "--max_length", "-1"], "--max_length: -1 is not possible"),
+        (["plan", "sft", "--model_name_or_path", "{model}", "--num_processes", "-1"], "--num_processes: -1 is too few"),
+        (["plan", "sft", "--model_name_or_path", "{model}", "--load_in_4bit"], "--use_peft trains an adapter"),
+        (["plan", "sft", "--model_name_or_path", "{model}", "--html", "no/where.html"], "cannot be written"),
     ],
 )
 def test_wrong_words(words: list[str], sentence: str, tiny_path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word.format(model=tiny_path) for word in words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def shaped(folder: Path, config: Any, **further: Any) -> list[str]:
+    """The words that plan SFT on a model of this configuration."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), **further}))
+    return ["sft", "--model_name_or_path", str(folder), "--max_length", "32", "--gpu", "t4"]
+
+
+SMALL = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+STACKED = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 2}
+
+
+def test_a_checkpoint_that_is_quantised_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LlamaConfig(**SMALL, intermediate_size=256, num_key_value_heads=4, tie_word_embeddings=True)
+    words = [*shaped(tmp_path / "plain", config), "--use_peft"]
+    asked = planned(capsys, *words, "--load_in_4bit")[1]
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    for name, about in (("nf4", nf4), ("gptq", {"quant_method": "gptq", "bits": 4})):
+        words = [*shaped(tmp_path / name, config, quantization_config=about), "--use_peft"]
+        found = planned(capsys, *words)[1]
+        assert [phase["parts"] for phase in found["phases"]] == [phase["parts"] for phase in asked["phases"]]
+        assert main(["plan", *words[:-1]]) == 2
+        assert "rounded weights cannot be trained" in capsys.readouterr().err
+
+
+def test_reward_models_are_counted_wherever_they_are_named(tiny_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["grpo", "--model_name_or_path", tiny_path, "--max_completion_length", "16", "--max_prompt_length", "16"]
+    parts = [
+        planned(capsys, *words, option, tiny_path)[1]["phases"][0]["parts"]["reward models"]
+        for option in ("--reward_funcs", "--reward_model_name_or_path")
+    ]
+    assert parts[0] == parts[1] > 0
+    assert "reward models" not in planned(capsys, *words)[1]["phases"][0]["parts"]
+
+
+def test_what_is_missing_for_time_and_cost_is_said(tiny_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sft", "--model_name_or_path", tiny_path, "--max_length", "32", "--price_per_hour", "1"]
+    assert planned(capsys, *words, "--gpu_memory", "24", "--num_rows", "9")[1]["notes"] == [
+        "no time and no cost, because no card is named: --gpu NAME (or --measure, on this machine)"
+    ]
+    assert planned(capsys, *words, "--gpu", "t4")[1]["notes"] == [
+        "no cost, because the number of steps is not known: --num_rows or --max_steps"
+    ]
+    assert planned(capsys, *words, "--gpu", "t4", "--num_rows", "9")[1]["notes"] == []
+
+
+def test_models_whose_code_is_not_traced_are_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, state_size=8)
+    status, found = planned(capsys, *shaped(tmp_path / "mamba", config))
+    assert status == 0 and found["peak"] > 0.8
+    assert [note[:33] for note in found["notes"]] == ["models of type mamba are not trac"]
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT's, of its own keys
+def test_stacked_experts_take_an_adapter_without_dropout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shaped(tmp_path / "mixtral", MixtralConfig(**STACKED))
+    status, found = planned(capsys, *words, "--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "4")
+    experts = 2 * 2 * 4 * ((64 + 128) + (64 + 64))  # layers, experts, rank; gate and up in one, down
+    assert status == 0
+    assert int(found["what"].split()[1].replace(",", "")) > experts
+    assert main(["plan", *shaped(tmp_path / "gpt-oss", GptOssConfig(**STACKED, head_dim=16)), "--use_peft"]) != 0
+    assert "all-linear takes every linear layer" in capsys.readouterr().err
+
+
+def test_the_dtype_is_named_where_it_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LlamaConfig(**{**SMALL, "hidden_size": 2048, "num_hidden_layers": 8}, intermediate_size=8192)
+    words = [*shaped(tmp_path / "wide", config)[:-2], "--use_peft", "--gpu_memory", "2.5"]
+    advice = planned(capsys, *words)[1]["advice"]
+    assert advice[0].startswith("does not fit") and "--dtype bfloat16" in advice[1] and ": fits with" in advice[1]
+    assert planned(capsys, *words, "--dtype", "bfloat16")[0] == 0
 
 
 def test_the_plan_in_words(tiny_path: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +218,7 @@ def test_a_measured_speed(trl_command: Command, tiny_path: str, rows_file: Path)
     ("memory", "sentence"),
     [
         (64, "auto: per_device_train_batch_size=8, gradient_accumulation_steps=1 (the gradient is the same); "),
-        (0.001, "auto: does not fit: "),
+        (0.001, "auto: per_device_train_batch_size=1, gradient_accumulation_steps=8, the least that a step can take: "),
     ],
 )
 def test_a_training_command_sets_what_fits(
@@ -164,7 +240,8 @@ def test_a_training_command_sets_what_fits(
 
 
 def test_a_memory_of_nothing_is_refused(trl_here: Command, tiny_path: str, rows_file: Path) -> None:
-    answer = trl_here(
-        "sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--auto", "--gpu_memory", 0
-    )
+    line = ("sft", "--model_name_or_path", tiny_path, "--dataset_name", rows_file, "--gpu_memory", 0)
+    answer = trl_here(*line, "--auto")
     assert answer.returncode == 2 and "--gpu_memory: 0 is too small" in answer.stderr
+    answer = trl_here(*line)
+    assert answer.returncode == 2 and "--gpu_memory is what --auto fills" in answer.stderr

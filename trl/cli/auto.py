@@ -43,12 +43,12 @@ def chosen(command: str, auto: AutoArguments, script: Any, model: Any, config: A
     found.card = Card(room, 0.0, 0.0)
     options, changed = fitted(found)
     peak = f"{changed.peak.total / 2**30:.2f} GiB expected at most, of {room:.1f} GiB"
+    named = ", ".join(f"{name}={value}" for name, value in options.items())
     if not changed.fits():
-        said = list(found.advice())
-        return {}, f"auto: {'; '.join(said[:2])}"
+        least = f"{named}, the least that a step can take" if options else "nothing can be changed"
+        return options, f"auto: {least}: {'; '.join(changed.advice())}"
     if not options:
         return {}, f"auto: the run fits as it is, {peak}"
-    named = ", ".join(f"{name}={value}" for name, value in options.items())
     return options, f"auto: {named} (the gradient is the same); {peak}"
 
 

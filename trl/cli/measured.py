@@ -30,6 +30,7 @@ def tokens_per_second(method: str, argv: Sequence[str], values: Mapping[str, Any
         )
     rates = [float(each) for each in re.findall(r"tokens_per_second=([0-9.e+]+)", done.stdout)]
     if done.returncode or len(rates) < 2:
-        words = (done.stderr or done.stdout).strip().splitlines()
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        words = [line for line in lines if not line.startswith("(TRL_DEBUG")]
         raise UsageError(f"--measure: the run of three steps failed: {words[-1] if words else 'it said nothing'}")
     return sum(rates[1:]) / len(rates[1:])

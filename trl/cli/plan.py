@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from trl.cli import (
     CommandParser,
     UsageError,
+    check_file,
     hide_library_notes,
     measured,
     nearest,
@@ -32,7 +34,7 @@ taken, as `trl <method>` takes them; of those, a data set is not needed."""
 EXAMPLES = """examples:
   trl plan sft --model_name_or_path path/or/name --use_peft --load_in_4bit --bf16 --max_length 2048 --gpu rtx-4090
   trl plan dpo --model_name_or_path path/or/name --num_processes 8 --accelerate_config fsdp2 --gpu h100
-  trl plan grpo --model_name_or_path path/or/name --use_peft --gpu_memory 24 --num_rows 10000 --price_per_hour 0.4
+  trl plan grpo --model_name_or_path path/or/name --use_peft --gpu rtx-4090 --num_rows 10000 --price_per_hour 0.4
   trl plan sft --model_name_or_path path/or/name --gpu h100 --html plan.html"""
 
 
@@ -50,11 +52,14 @@ def run(argv: Sequence[str], command: str) -> int:
     values, elsewhere, _ = of_method.read_apart(rest)
     if not values.get("model_name_or_path"):
         raise UsageError("--model_name_or_path is missing: a folder with a config.json, or a model's name.")
+    if options.html:
+        check_file(options.html, replace=True)
     check_model(values["model_name_or_path"], values.get("model_revision"))
     with notices_aside(options.json):
         plan = _plan(options, values, elsewhere)
         if options.measure:
             plan.rate = measured.tokens_per_second(options.method, rest, values)
+        plan.notes += _missing(options, plan)
         found = plan.to_dict()
     if options.html:
         from trl.plan.page import page
@@ -116,7 +121,18 @@ def _steps(options: argparse.Namespace, args: Any, planned: Any) -> int | None:
     rows = planned.rows * planned.accumulation * planned.processes
     if planned.samples:
         rows = max(1, rows // planned.generations)  # prompts
-    return int(-(-options.num_rows * args.num_train_epochs // rows))
+    return max(1, math.ceil(args.num_train_epochs * -(-options.num_rows // rows)))
+
+
+def _missing(options: argparse.Namespace, plan: Any) -> list[str]:
+    """What was asked for and cannot be said, and which option is missing."""
+    if plan.rate is None and (plan.card is None or not plan.card.tflops):
+        if options.price_per_hour is not None or options.num_rows:
+            return ["no time and no cost, because no card is named: --gpu NAME (or --measure, on this machine)"]
+        return []
+    if options.price_per_hour is not None and not plan.steps:
+        return ["no cost, because the number of steps is not known: --num_rows or --max_steps"]
+    return []
 
 
 def _speed(found: Mapping[str, Any]) -> str:

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from trl.cli import launch
+from trl.cli import UsageError, launch
 
 
 def planned(method: str, script: Any, model: Any, args: Any, elsewhere: Mapping[str, Any], **about: Any) -> Any:
     """The plan of a training command by its options; `about` are further arguments of `plan.reading.run_of`."""
     from trl.models.adapters import lora_config
     from trl.plan import plan
-    from trl.plan.reading import config_of, run_of
+    from trl.plan.reading import config_of, quantised, run_of
+    from trl.plan.run import TAUGHT
 
-    judge = getattr(script, "reward_model_name_or_path", None)
+    config = config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    bits, nested = quantised(config)
+    if model.load_in_4bit and model.load_in_8bit:
+        raise UsageError("load_in_4bit and load_in_8bit are both set: choose one.")
+    if model.load_in_4bit or model.load_in_8bit:
+        bits, nested = 4 if model.load_in_4bit else 8, model.use_bnb_nested_quant
+    if bits and not model.use_peft:
+        raise UsageError("the model is quantised, and rounded weights cannot be trained: --use_peft trains an adapter.")
+    processes = int(elsewhere.get("num_processes", 1))
+    if processes < 1:
+        raise UsageError(f"--num_processes: {processes} is too few.")
+    judges = [getattr(script, "reward_model_name_or_path", None), *(getattr(script, "reward_funcs", None) or ())]
     teacher = getattr(args, "teacher_model_name_or_path", None)
     run = run_of(
         method,
-        config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code),
+        config,
         args,
         adapter=lora_config(model),
         dtype=model.dtype,
-        bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 0,
-        nested=model.use_bnb_nested_quant,
+        bits=bits,
+        nested=nested,
         teacher=config_of(teacher) if teacher else None,
-        frozen=(config_of(judge),) if judge else (),
-        processes=int(elsewhere.get("num_processes", 1)),
+        frozen=tuple(config_of(each) for each in judges if each and (Path(each) / "config.json").is_file()),
+        processes=processes,
         sharding=_sharding(elsewhere),
         **about,
     )
-    return plan(run)
+    found = plan(run)
+    if method in TAUGHT and not teacher:
+        found.notes.append("no teacher is counted: --teacher_model_name_or_path names it")
+    return found
 
 
 def _sharding(elsewhere: Mapping[str, Any]) -> str:

@@ -124,6 +124,8 @@ def _run(argv: Sequence[str], command: str, notices: LogLines) -> int:
 
     trainer_class = getattr(trl, f"{method.name}Trainer")
     script, own_choice, mixture, model, config = parser.instances(values, classes(command))
+    if own_choice.gpu_memory is not None and not own_choice.auto:
+        raise UsageError("--gpu_memory is what --auto fills: add --auto, or leave it out.")
     if own_choice.auto:
         options, sentence = auto.chosen(command, own_choice, script, model, config)
         *_, config = parser.instances({**values, **options}, classes(command))

@@ -85,7 +85,35 @@ def wrap(model: nn.Module, peft_config: Any) -> nn.Module:
             "the model already carries an adapter: leave peft_config out to train it, "
             "or merge it first (model.merge_and_unload()) to put a new one on"
         )
-    return peft.get_peft_model(model, peft_config)
+    if peft_config.peft_type == "LORA" and peft_config.lora_dropout and _adapts_stacked_experts(model, peft_config):
+        notify_once(
+            f"lora_dropout={peft_config.lora_dropout} is left out: the adapter of stacked experts is added to the "
+            "weight itself, so it has no input to drop"
+        )
+        peft_config = copy.copy(peft_config)
+        peft_config.lora_dropout = 0.0
+    try:
+        return peft.get_peft_model(model, peft_config)
+    except ValueError as error:
+        if "specify `target_modules`" not in str(error) and "No `target_modules` passed" not in str(error):
+            raise
+        raise ValueError(
+            f"PEFT has no default layers for {type(model).__name__}: name them by "
+            "lora_target_modules (LoraConfig(target_modules=...)); all-linear takes every linear layer"
+        ) from error
+
+
+def _adapts_stacked_experts(model: nn.Module, peft_config: Any) -> bool:
+    """Whether PEFT turns targets into parameters that hold all experts of a layer, in this family."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    converted = copy.deepcopy(peft_config)
+    try:
+        mapping = conversion.get_model_conversion_mapping(model)
+        conversion.convert_peft_config_for_transformers(converted, model=model, conversions=mapping)
+    except ValueError:
+        return False  # PEFT says it itself
+    return bool(converted.target_parameters)
 
 
 def for_training(model: nn.Module, peft_config: Any = None) -> nn.Module:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .run import Run
 
 GIB = 2**30
@@ -37,6 +39,10 @@ def advice(plan: Any) -> Iterator[str]:
         left = plan.card.memory * GIB - fitted.peak.total
         yield f"{_flags(most, step)} fits with {left / GIB:.1f} GiB to spare, with the same gradient"
         return
+    if run.dtype == torch.float32:
+        left = plan.card.memory * GIB - plan.of(run.having(dtype=torch.bfloat16)).peak.total
+        fits = f": fits with {left / GIB:.1f} GiB to spare" if left >= 0 else ""
+        yield f"--dtype bfloat16 holds the weights in half the memory{fits}"
     if not run.checkpointing:
         yield "--gradient_checkpointing keeps one layer's activations at a time"
     if run.adapter is None:
@@ -46,6 +52,8 @@ def advice(plan: Any) -> Iterator[str]:
         yield "--load_in_4bit holds the frozen weights in a quarter of the memory"
     if run.processes == 1:
         yield "--accelerate_config fsdp2 --num_processes N divides weights, gradients and optimizer state by N"
+    elif run.sharding == "ddp":
+        yield f"--accelerate_config fsdp2 divides weights, gradients and optimizer state by {run.processes}"
     if plan.peak.name == "backward" and (run.prompt + run.completion) > 1024 and not run.samples:
         yield "--max_length cuts the longest rows; activations are proportional to tokens"
 
@@ -56,7 +64,7 @@ def _flags(rows: int, step: int) -> str:
 
 def fitted(plan: Any) -> tuple[dict[str, Any], Any]:
     """Options that fill the plan's card with the same gradient, and the plan with them: the size of micro-batches, and
-    checkpointing or offloading where nothing fits without. No options where nothing helps."""
+    checkpointing or offloading where nothing fits without. Where nothing fits, the least that a step can take."""
     assert plan.card is not None
     memory = MARGIN * plan.card.memory * GIB
     run = plan.run
@@ -67,17 +75,16 @@ def fitted(plan: Any) -> tuple[dict[str, Any], Any]:
         ways.append({"checkpointing": True, "offloading": True})
     for changes in ways:
         found = plan.of(run.having(**changes)) if changes else plan
-        most = found.largest(memory)
-        if most:
-            sizes = _tokens(found.run, most) if run.samples else _rows(found.run, most)
-            options = {**_options(run, changes), **sizes}
-            if run.samples:
-                changed = found.run.having(budget=sizes.get("max_tokens_per_micro_batch", run.budget))
-            else:
-                rows = sizes.get("per_device_train_batch_size", run.rows)
-                changed = found.run.having(rows=rows, accumulation=run.rows * run.accumulation // rows)
-            return options, found.of(changed)
-    return {}, plan
+        if most := found.largest(memory):
+            break
+    most = most or found.least
+    sizes = _tokens(found.run, most) if run.samples else _rows(found.run, most)
+    if run.samples:
+        changed = found.run.having(budget=sizes.get("max_tokens_per_micro_batch", run.budget))
+    else:
+        rows = sizes.get("per_device_train_batch_size", run.rows)
+        changed = found.run.having(rows=rows, accumulation=run.rows * run.accumulation // rows)
+    return {**_options(run, changes), **sizes}, found.of(changed)
 
 
 def _rows(run: Run, most: float) -> dict[str, Any]:

@@ -12,8 +12,11 @@ from .shapes import layers_of
 def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> float:
     """Bytes of the keys and values of `tokens` tokens."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries = getattr(text, "num_attention_heads", None)
+    if not queries:
+        return 0.0  # state-space layers keep a state of one size
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    size = getattr(text, "head_dim", None) or text.hidden_size // queries
     return 2.0 * layers_of(config) * heads * size * tokens * dtype.itemsize
 
 
@@ -31,8 +34,9 @@ def flops_of_step(run: Run, weights: float) -> float:
     length = run.prompt + run.completion
     head = text.vocab_size * text.hidden_size
     products = 2.0 * (weights + head * run.trained) * tokens
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 2.0 * layers_of(run.config) * text.num_attention_heads * size * length * tokens
+    queries = getattr(text, "num_attention_heads", None) or 0
+    size = getattr(text, "head_dim", None) or text.hidden_size // max(1, queries)
+    attention = 2.0 * layers_of(run.config) * queries * size * length * tokens
     backward = 1 + (1 if run.checkpointing else 0) + 2
     return products * (passes + reference) + attention * (backward + reference)
 

@@ -131,8 +131,22 @@ class Plan:
 
     def _traced(self, amount: int) -> list[Held]:
         if amount not in self.traces:
-            self.traces[amount] = (estimated if self.rough else micro_batch)(self.run, amount)
+            self.traces[amount] = self._micro_batch(amount)
         return self.traces[amount]
+
+    def _micro_batch(self, amount: int) -> list[Held]:
+        if not self.rough:
+            try:
+                return micro_batch(self.run, amount)
+            except Exception as error:  # a model's own code may do what tensors without values cannot
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+                self._note(
+                    f"models of type {self.run.config.model_type} are not traced: activations are estimated from the "
+                    f"model's sizes ({reason})"
+                )
+                self.rough = True
+                self.traces.clear()
+        return estimated(self.run, amount)
 
     def activations(self, amount: float) -> float:
         """Bytes of activations of a micro-batch, at their peak."""

@@ -1,6 +1,7 @@
 """A `Run` from the options of a training command or the arguments of a trainer."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ BUDGET = {"cpu": 1024, "default": 16384}  # of `rollout.pack`: tokens of a forwa
 def config_of(name: str, **kwargs: Any) -> PreTrainedConfig:
     """The configuration of a model by folder or name; of an adapter's base, where it is an adapter's folder."""
     return AutoConfig.from_pretrained(adapter_base(name) or name, **kwargs)
+
+
+def quantised(config: PreTrainedConfig) -> tuple[int, bool]:
+    """The bits of a checkpoint that is quantised already, or 0; whether the scales of its blocks are quantised too."""
+    found = getattr(config, "quantization_config", None) or {}
+    about = found if isinstance(found, Mapping) else found.to_dict()
+    if about.get("load_in_4bit") or about.get("load_in_8bit"):
+        return 4 if about.get("load_in_4bit") else 8, bool(about.get("bnb_4bit_use_double_quant"))
+    bits = about.get("bits") or about.get("w_bit") or {"mxfp4": 4, "fp8": 8}.get(str(about.get("quant_method")), 0)
+    return (8 if bits > 4 else 4) if bits else 0, False
 
 
 def run_of(
@@ -99,8 +110,9 @@ def lengths(
     method: str, config: PreTrainedConfig, args: Any, prompt: int | None, completion: int | None
 ) -> tuple[int, int]:
     """Tokens of a prompt and of a completion: as given, else the longest that the arguments allow."""
-    window = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
-    whole = getattr(args, "max_length", None) or window
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    whole = getattr(args, "max_length", None) or window or 2048
+    whole = min(whole, window or whole)
     asked = next((getattr(args, name, None) for name in ("max_completion_length", "max_new_tokens", "response_length")
                   if getattr(args, name, None)), None)  # fmt: skip
     if completion is None:

@@ -14,6 +14,7 @@ from transformers import (
 
 from trl.data.batching.collate import Branch, Tree
 from trl.engine.forest import unshared
+from trl.models import adapters
 from trl.models.shards import loaded_whole
 from trl.models.value_head import ValueHead, add_critic, add_head
 
@@ -35,7 +36,7 @@ def empty(config: PreTrainedConfig, dtype: torch.dtype, head: str = "CausalLM", 
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if layers is not None:
-        if getattr(text, "layer_types", None):
+        if isinstance(vars(text).get("layer_types"), list):
             text.layer_types = list(text.layer_types)[:layers]
         text.num_hidden_layers = layers
     kind, labels = _KINDS[head]
@@ -44,7 +45,14 @@ def empty(config: PreTrainedConfig, dtype: torch.dtype, head: str = "CausalLM", 
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # `bits` says what is quantised
     with torch.device("meta"), loaded_whole():  # ZeRO-3 would cut it up, with all processes
-        return kind.from_config(config, dtype=dtype)
+        try:
+            return kind.from_config(config, dtype=dtype)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            names = {"CausalLM": "language model", "SequenceClassification": "model that scores"}
+            what = f"models of type {config.model_type} have no {names.get(head, head)}"
+            raise ValueError(f"{what} that is trained here (encoder-decoders and vision models are not)") from error
 
 
 def policy(run: Run, layers: int | None = None) -> Any:
@@ -52,9 +60,7 @@ def policy(run: Run, layers: int | None = None) -> Any:
     model = empty(run.config, run.dtype, run.head, layers)
     with torch.device("meta"):
         if run.adapter is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, copy.deepcopy(run.adapter))
+            model = adapters.wrap(model, copy.deepcopy(run.adapter))
         if run.bits and run.dtype == torch.bfloat16:
             for name, weight in model.named_parameters():  # as `models.adapters.prepare_quantised` does
                 if weight.requires_grad and ".lora_" in name and "magnitude" not in name:

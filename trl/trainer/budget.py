@@ -27,7 +27,7 @@ from trl.engine.forest import Batch, computed
 from trl.notices import notify_once
 from trl.rollout.pack import equally_many
 
-from . import planned
+from . import overrides, planned
 from .loader import SOURCE
 from .method import Component
 
@@ -63,6 +63,11 @@ class Budget(Component):
     def on_ready(self, trainer: Any) -> None:
         asked = trainer.args.max_tokens_per_micro_batch
         self.tokens = planned.tokens_that_fit(trainer) if asked == "auto" else asked
+
+    def report(self, trainer: Any) -> list[str]:
+        if trainer.args.max_tokens_per_micro_batch is None or self.tokens is None:
+            return []
+        return [f"micro-batches: at most {self.tokens:,} tokens each (max_tokens_per_micro_batch)"]
 
     def state(self, trainer: Any) -> dict[str, Any]:
         asked = trainer.args.max_tokens_per_micro_batch
@@ -156,6 +161,11 @@ class Budget(Component):
         if self.agrees(trainer):
             passes(trainer, model, [trainer.made_of([])], None, alone=False)
         self._ease(trainer)
+        if self.tokens is not None and overrides.has_own_loss(trainer) and trainer.own_weight == overrides.ROWS:
+            notify_once(
+                "compute_loss returns means of micro-batches, which weigh by their rows: how the budget of tokens cuts "
+                "a step changes its gradient. A sum over tokens divided by num_items_in_batch is the same in any cut"
+            )
         return loss
 
     def _ease(self, trainer: Any) -> None:
