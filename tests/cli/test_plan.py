@@ -125,7 +125,7 @@ def test_models_whose_code_is_not_traced_are_estimated(tmp_path: Path, capsys: p
     assert [note[:33] for note in found["notes"]] == ["models of type mamba are not trac"]
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT's, of its own keys
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # PEFT's, of its own keys
 def test_stacked_experts_take_an_adapter_without_dropout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = shaped(tmp_path / "mixtral", MixtralConfig(**STACKED))
     status, found = planned(capsys, *words, "--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "4")
