@@ -231,3 +231,27 @@ def test_the_option(asked, found, tmp_path):
 def test_impossible_budgets(asked, tmp_path):
     with pytest.raises(ValueError, match="max_tokens_per_micro_batch"):
         trl.SFTConfig(output_dir=str(tmp_path), max_tokens_per_micro_batch=asked)
+
+
+def test_the_budget_is_in_the_report_and_means_of_a_loss_of_ones_own_are_told(tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl.notices._printed", set())
+
+    class Means(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+
+    class Sums(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+    for kind, budget in ((Sums, 150), (Means, None), (Means, 150)):
+        args = trl.SFTConfig(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=8, max_tokens_per_micro_batch=budget,
+            report_to="none", save_strategy="no", use_cpu=True,
+        )  # fmt: skip
+        run = kind(tiny(tokenizer), args, train_dataset=chat_rows(8), processing_class=tokenizer)
+        run.train()
+        said = capsys.readouterr().out
+        told = ["micro-batches: at most 150 tokens each (max_tokens_per_micro_batch)"] if budget else []
+        assert run.budget.report(run) == told
+        assert ("compute_loss returns means of micro-batches" in said) == (kind is Means and budget is not None)
