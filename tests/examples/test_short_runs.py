@@ -29,10 +29,11 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def check_curve(folder: Path, held_out: list[int], trained: list[int]) -> None:
+def check_curve(folder: Path, held_out: list[int], trained: list[int], *further: str) -> None:
     with (folder / "curve.csv").open(newline="") as stream:
         lines = list(csv.DictReader(stream))
-    assert list(lines[0]) == HEADER
+    assert list(lines[0]) == [*HEADER, *further]
+    assert all(line[name] for line in lines if line["train_reward"] for name in further)
     assert [int(line["step"]) for line in lines if line["eval_reward"]] == held_out
     assert [int(line["step"]) for line in lines if line["train_reward"]] == trained
     ElementTree.parse(folder / "curve.svg")
@@ -80,7 +81,7 @@ def test_ppo_runs(tiny_path: str, reviews: str, tmp_path: Path, capsys: pytest.C
     given = ["--quick", "--model_name_or_path", tiny_path, "--reviews", reviews, "--output_dir", str(tmp_path)]
     assert ppo_sentiment.main(given) == 0
     assert "Mean reward on 6 held-out reviews" in capsys.readouterr().out
-    check_curve(tmp_path, [0, 1, 2], [1, 2])
+    check_curve(tmp_path, [0, 1, 2], [1, 2], "kl")
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 

@@ -1,5 +1,6 @@
 """What the preference trainers share: where the reference comes from, adapters, evaluation, resuming."""
 
+import contextlib
 import json
 import types
 
@@ -205,7 +206,9 @@ def test_fsdp_shards_a_reference_of_its_own(tmp_path, tokenizer, monkeypatch, ve
     )
     trainer.is_fsdp_enabled = True
     trainer.accelerator = types.SimpleNamespace(
-        is_fsdp2=version == 2, prepare_model=lambda model: asked.append(("fsdp1", trainer.accelerator, model)) or model
+        is_fsdp2=version == 2,
+        autocast=contextlib.nullcontext,
+        prepare_model=lambda model: asked.append(("fsdp1", trainer.accelerator, model)) or model,
     )
     model = trainer.reference.model
     trainer.reference.on_ready(trainer)

@@ -148,7 +148,8 @@ def _hidden(model: nn.Module, batch: Batch) -> Tensor:
 
 def _tolerance(base: Any, dtype: torch.dtype) -> float:
     """The largest relative difference that rounding explains; 8-bit weights round by outliers of the whole batch."""
-    autocast = torch.is_autocast_enabled(base.get_input_embeddings().weight.device.type)
+    kind = base.get_input_embeddings().weight.device.type  # "meta" for weights that a hook brings in
+    autocast = any(torch.is_autocast_enabled(each) for each in {"cpu", "cuda", kind} - {"meta"})
     rounds = autocast or dtype in (torch.float16, torch.bfloat16) or getattr(base, "is_quantized", False)
     return 5e-2 if rounds else 1e-3
 

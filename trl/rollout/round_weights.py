@@ -95,7 +95,9 @@ def _plain_lora(model: nn.Module) -> list[Any]:
 def _can_merge(layer: Any, base: nn.Module) -> bool:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     special = any(layer.lora_bias.get(name) or name in layer.lora_variant for name in names)
-    if not names or special or type(base) is not nn.Linear or torch.is_autocast_enabled(base.weight.device.type):
+    if not names or special or type(base) is not nn.Linear or base.weight.is_meta:
+        return False
+    if torch.is_autocast_enabled(base.weight.device.type):
         return False
     weights = [base.weight, *(part[name].weight for name in names for part in (layer.lora_A, layer.lora_B))]
     return all(type(each) is nn.Parameter and each.dtype == torch.float32 and each.numel() for each in weights)
