@@ -39,10 +39,10 @@ def advice(plan: Any) -> Iterator[str]:
         left = plan.card.memory * GIB - fitted.peak.total
         yield f"{_flags(most, step)} fits with {left / GIB:.1f} GiB to spare, with the same gradient"
         return
-    if run.dtype == torch.float32:
-        left = plan.card.memory * GIB - plan.of(run.having(dtype=torch.bfloat16)).peak.total
-        fits = f": fits with {left / GIB:.1f} GiB to spare" if left >= 0 else ""
-        yield f"--dtype bfloat16 holds the weights in half the memory{fits}"
+    wide, in_half = run.dtype == torch.float32, "--dtype bfloat16 holds the weights in half the memory"
+    left = plan.card.memory * GIB - plan.of(run.having(dtype=torch.bfloat16)).peak.total if wide else 0.0
+    if wide and left >= 0:
+        yield f"{in_half}: fits with {left / GIB:.1f} GiB to spare"
     if not run.checkpointing:
         yield "--gradient_checkpointing keeps one layer's activations at a time"
     if run.adapter is None:
@@ -50,6 +50,8 @@ def advice(plan: Any) -> Iterator[str]:
         yield "--optim adamw_8bit keeps a quarter of the optimizer's state"
     elif not run.bits:
         yield "--load_in_4bit holds the frozen weights in a quarter of the memory"
+    if wide and left < 0:
+        yield in_half
     if run.processes == 1:
         yield "--accelerate_config fsdp2 --num_processes N divides weights, gradients and optimizer state by N"
     elif run.sharding == "ddp":
