@@ -104,7 +104,8 @@ def test_reward_models_are_counted_wherever_they_are_named(tiny_path: str, capsy
         for option in ("--reward_funcs", "--reward_model_name_or_path")
     ]
     assert parts[0] == parts[1] > 0
-    assert "reward models" not in planned(capsys, *words)[1]["phases"][0]["parts"]
+    for functions in ([], ["--reward_funcs", "think_format_reward", "http://localhost:1/judge"]):
+        assert "reward models" not in planned(capsys, *words, *functions)[1]["phases"][0]["parts"]
 
 
 def test_what_is_missing_for_time_and_cost_is_said(tiny_path: str, capsys: pytest.CaptureFixture[str]) -> None:

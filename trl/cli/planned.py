@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from trl.cli import UsageError, launch
@@ -15,6 +14,7 @@ def planned(method: str, script: Any, model: Any, args: Any, elsewhere: Mapping[
     from trl.plan import plan
     from trl.plan.reading import config_of, quantised, run_of
     from trl.plan.run import TAUGHT
+    from trl.rewards.named import is_function
 
     config = config_of(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
     bits, nested = quantised(config)
@@ -28,6 +28,7 @@ def planned(method: str, script: Any, model: Any, args: Any, elsewhere: Mapping[
     if processes < 1:
         raise UsageError(f"--num_processes: {processes} is too few.")
     judges = [getattr(script, "reward_model_name_or_path", None), *(getattr(script, "reward_funcs", None) or ())]
+    judges = [each for each in judges if each and not is_function(each) and "://" not in each]
     teacher = getattr(args, "teacher_model_name_or_path", None)
     run = run_of(
         method,
@@ -38,12 +39,17 @@ def planned(method: str, script: Any, model: Any, args: Any, elsewhere: Mapping[
         bits=bits,
         nested=nested,
         teacher=config_of(teacher) if teacher else None,
-        frozen=tuple(config_of(each) for each in judges if each and (Path(each) / "config.json").is_file()),
+        frozen=tuple(map(config_of, judges)),
         processes=processes,
         sharding=_sharding(elsewhere),
         **about,
     )
     found = plan(run)
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window and (getattr(args, "max_length", None) or 0) > window:
+        found.notes.append(f"rows are planned with {window:,} tokens at most, the model's window; max_length is more")
+    if getattr(config, "quantization_config", None) and not bits:
+        found.notes.append(f"the checkpoint is quantised in a format that is planned as {run.dtype} weights")
     if method in TAUGHT and not teacher:
         found.notes.append("no teacher is counted: --teacher_model_name_or_path names it")
     return found

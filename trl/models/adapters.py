@@ -105,8 +105,10 @@ def wrap(model: nn.Module, peft_config: Any) -> nn.Module:
 
 def _adapts_stacked_experts(model: nn.Module, peft_config: Any) -> bool:
     """Whether PEFT turns targets into parameters that hold all experts of a layer, in this family."""
-    from peft.utils import transformers_weight_conversion as conversion
-
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return False  # older versions of PEFT do not
     converted = copy.deepcopy(peft_config)
     try:
         mapping = conversion.get_model_conversion_mapping(model)

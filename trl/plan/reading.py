@@ -22,12 +22,13 @@ def config_of(name: str, **kwargs: Any) -> PreTrainedConfig:
 
 
 def quantised(config: PreTrainedConfig) -> tuple[int, bool]:
-    """The bits of a checkpoint that is quantised already, or 0; whether the scales of its blocks are quantised too."""
+    """The bits of a checkpoint that is quantised already, or 0; whether the scales of its blocks are quantised too.
+    Formats that training turns back into 16 bits (MXFP4, FP8) have 0."""
     found = getattr(config, "quantization_config", None) or {}
     about = found if isinstance(found, Mapping) else found.to_dict()
     if about.get("load_in_4bit") or about.get("load_in_8bit"):
         return 4 if about.get("load_in_4bit") else 8, bool(about.get("bnb_4bit_use_double_quant"))
-    bits = about.get("bits") or about.get("w_bit") or {"mxfp4": 4, "fp8": 8}.get(str(about.get("quant_method")), 0)
+    bits = about.get("bits") or about.get("w_bit") or 0
     return (8 if bits > 4 else 4) if bits else 0, False
 
 

@@ -48,12 +48,12 @@ class Planned:
 def plan_of(trainer: Any, gpu: str | None = None, rough: bool = False) -> "Plan":
     """The plan of a trainer's run, by its own model, arguments and data."""
     from trl.plan import Card, plan
-    from trl.plan.reading import run_of
+    from trl.plan.reading import quantised, run_of
 
     args, model = trainer.args, unwrap(trainer.model)
     device = "cuda" if gpu is not None or args.device.type != "cpu" else "cpu"
     prompt, completion, trained = longest(trainer)
-    quantised = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    bits, nested = quantised(model.config)
     own = critic(model)
     run = run_of(
         trainer.method,
@@ -61,8 +61,8 @@ def plan_of(trainer: Any, gpu: str | None = None, rough: bool = False) -> "Plan"
         args,
         adapter=active_config(trainer.model),
         dtype=model.dtype,
-        bits=4 if getattr(quantised, "load_in_4bit", False) else 8 if getattr(quantised, "load_in_8bit", False) else 0,
-        nested=bool(getattr(quantised, "bnb_4bit_use_double_quant", False)),
+        bits=bits,
+        nested=nested,
         teacher=getattr(_model_of(trainer, "teacher"), "config", None),
         frozen=tuple(each.config for each in _reward_models(trainer)),
         critic=unwrap(own).config if own is not None else None,
@@ -176,7 +176,7 @@ def lines(trainer: Any) -> list[str]:
     held = sum(part for name, part in found.held.items() if name not in ("optimizer", "reserve"))
     trainer._expected = Expected(peak.total, room, held, *_resident())
     told = [
-        f"memory: {'about ' if small else ''}{size(peak.total)} at most, in the phase `{peak.name}`, of {size(room)}"
+        f"memory: {'about ' if found.rough else ''}{size(peak.total)} at most, in the phase `{peak.name}`, of {size(room)}"
     ]
     if peak.total > room:
         advice = [each for each in found.advice() if not each.startswith("does not fit")]
