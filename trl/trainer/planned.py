@@ -175,9 +175,8 @@ def lines(trainer: Any) -> list[str]:
         return [f"memory: not known beforehand ({type(error).__name__})"]
     held = sum(part for name, part in found.held.items() if name not in ("optimizer", "reserve"))
     trainer._expected = Expected(peak.total, room, held, *_resident())
-    told = [
-        f"memory: {'about ' if found.rough else ''}{size(peak.total)} at most, in the phase `{peak.name}`, of {size(room)}"
-    ]
+    about = "about " if found.rough else ""
+    told = [f"memory: {about}{size(peak.total)} at most, in the phase `{peak.name}`, of {size(room)}"]
     if peak.total > room:
         advice = [each for each in found.advice() if not each.startswith("does not fit")]
         told.append(
