@@ -7,15 +7,15 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.distributed import budget_worker as worker
-from tests.distributed.test_two_processes import assert_same, launch
+from tests.distributed.launcher import launch
+from tests.distributed.test_two_processes import assert_same
 from tests.trainer.helpers import first_gradient
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_both_take_the_step_again(tmp_path, small_path):
-    done = launch(str(tmp_path), small_path, "", 150, script=worker.__file__)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, tmp_path, small_path, timeout=150)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name, tokens in worker.CASES.items():
         alone = worker.make(name, tmp_path / "alone", tokenizer, 1)

@@ -7,17 +7,17 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.distributed import distillation_worker as worker
+from tests.distributed.launcher import launch
 from tests.distributed.rounds_worker import lines
 from tests.distributed.test_rounds import steps
-from tests.distributed.test_two_processes import assert_same, launch
+from tests.distributed.test_two_processes import assert_same
 from tests.trainer.helpers import first_gradient
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_two_processes_equal_one(tmp_path, small_path):
-    done = launch(str(tmp_path), small_path, "", 300, script=worker.__file__)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, tmp_path, small_path, timeout=300)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in worker.CASES:
         alone = worker.make(tmp_path / "alone", tokenizer, name, 1)

@@ -7,14 +7,13 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.distributed import iterative_worker as worker
-from tests.distributed.test_two_processes import launch
+from tests.distributed.launcher import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_two_processes_equal_one(tmp_path, small_path):
-    done = launch(str(tmp_path), small_path, "", 300, script=worker.__file__)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, tmp_path, small_path, timeout=300)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for case in worker.CASES:
         alone = worker.make(tmp_path / "alone", tokenizer, case, per_device_train_batch_size=7)

@@ -1,16 +1,13 @@
 """Rounds on four gloo processes, some of which draw nothing: numbers of one process, and checkpoints within a round."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from tests.distributed import rounds_worker
-from tests.distributed.test_two_processes import ROOT
+from tests.distributed.launcher import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -44,13 +41,7 @@ def test_four_ranks_share_rounds_of_one_process(tmp_path, small_path):
         run = rounds_worker.make(tmp_path / f"alone-{name}", tokenizer, method, prompts, 1)
         run.train()
         alone[name] = rounds_worker.lines(run)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", "0",
-         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", rounds_worker.__file__, str(tmp_path), small_path],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(rounds_worker, tmp_path, small_path, ranks=4, timeout=900)
     for name, expected in alone.items():
         whole, resumed = json.loads((tmp_path / f"{name}.json").read_text())
         check(whole, expected, name)

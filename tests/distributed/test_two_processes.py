@@ -2,9 +2,6 @@
 throws ends both."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.distributed import worker
+from tests.distributed.launcher import launch, run
 from tests.engine import families
 from tests.rollout.helpers import sample
 from tests.trainer import test_online, test_overrides
@@ -23,16 +21,6 @@ from trl.rollout.generate import InProcessSampler
 from trl.rollout.types import Request
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-def launch(mode, out, model, timeout=500, *further, ranks=2, script=worker.__file__):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0",
-         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", script, mode, str(out), model, *further],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
 
 
 def assert_same(ours, theirs, what):
@@ -50,8 +38,7 @@ def assert_near(ours, theirs, tolerance):
 
 def test_ddp_equals_one_process(tmp_path, small_path):
     """Eight rows split evenly; seven, so that a batch is short; five, so that one rank's last batch is empty."""
-    done = launch("ddp", tmp_path, small_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "ddp", tmp_path, small_path)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for rows in (8, 7, 5):
         for adapter in (False, True):
@@ -69,8 +56,7 @@ def test_ddp_equals_one_process(tmp_path, small_path):
 
 def test_losses_of_ones_own_equal_one_process(tmp_path, small_path):
     """Made of ours, of `num_items_in_batch`, or a mean over the rows of the micro-batch."""
-    done = launch("own_losses", tmp_path, small_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "own_losses", tmp_path, small_path)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for cls in test_overrides.DISTRIBUTED:
         settings = {"max_steps": 1, "per_device_train_batch_size": 5}
@@ -86,8 +72,7 @@ def test_preferences_equal_one_process(tmp_path, small_path, monkeypatch):
     """Statistics over the optimizer step are those of both ranks; so are the reference's log-probs."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of the two
     monkeypatch.setattr("trl.trainer.reference.reference_cache", lambda: tmp_path / "cache_of_one")
-    done = launch("preferences", tmp_path, small_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "preferences", tmp_path, small_path)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in worker.PREFERENCES:
         for adapter in (False,) if name == "reward" else (False, True):
@@ -105,8 +90,7 @@ def test_preferences_equal_one_process(tmp_path, small_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_sharded_reference_equals_one_process(tmp_path, small_path, precision):
-    done = launch("sharded_preferences", tmp_path, small_path, 240, precision)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "sharded_preferences", tmp_path, small_path, precision, timeout=240)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for adapter in (False, True):
         half = precision == "bf16"
@@ -130,8 +114,7 @@ def test_a_sharded_reference_equals_one_process(tmp_path, small_path, precision)
 
 def test_online_methods_equal_one_process(tmp_path, small_path):
     """The two ranks draw different completions of the same prompts, and have different numbers of micro-batches."""
-    done = launch("online", tmp_path, small_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "online", tmp_path, small_path)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in worker.ONLINE:
         expected, line = test_online.first_step(worker.drawing(name, tmp_path / "alone", tokenizer, 8))
@@ -147,8 +130,7 @@ def test_online_methods_equal_one_process(tmp_path, small_path):
 def test_fsdp2_equals_one_process(tmp_path, small_path, precision):
     """In bf16 too, log-probs are those of one process with weights in bf16, also when 300 are added up; and gradients
     are the mean of those of the ranks, which is taken in fp32."""
-    done = launch("fsdp", tmp_path, small_path, 240, precision)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "fsdp", tmp_path, small_path, precision, timeout=240)
     for case in worker.FSDP_CASES:
         adapter, _, _, tied = case
         name = "-".join(map(str, case))
@@ -176,8 +158,7 @@ def test_fsdp2_equals_one_process(tmp_path, small_path, precision):
 
 def test_more_ranks_than_rows(tmp_path, small_path):
     """Ranks without rows have other metrics than the rest, or none: whatever is logged is that of one process."""
-    done = launch("few_rows", tmp_path, small_path, 240, *worker.JUDGED, ranks=4)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "few_rows", tmp_path, small_path, *worker.JUDGED, ranks=4, timeout=240)
     check_names(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in worker.JUDGED:
@@ -211,8 +192,7 @@ def check_names(path):
 
 def test_metrics_of_the_users_own_get_the_rows_of_all_ranks(tmp_path, small_path):
     """Whatever each rank has; and a whole reference that follows is kept in the checkpoint once."""
-    done = launch("predictions", tmp_path, small_path, 240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "predictions", tmp_path, small_path, timeout=240)
     both = [json.loads((tmp_path / f"predictions-{rank}.json").read_text()) for rank in range(2)]
     expected = worker.predicting(tmp_path / "alone", AutoTokenizer.from_pretrained(small_path), 5).evaluate()
     for *evaluations, resumes_alike, _ in both:
@@ -227,8 +207,7 @@ def test_metrics_of_the_users_own_get_the_rows_of_all_ranks(tmp_path, small_path
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_own_completions_equal_one_process(tmp_path, small_path, name):
     """The ranks draw completions of different lengths, so that one is done before the other."""
-    done = launch("samples", tmp_path, small_path, 240, name)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "samples", tmp_path, small_path, name, timeout=240)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     alone = worker.sampling(name, tmp_path / "alone", tokenizer, 8)
     expected, line = test_online.first_step(alone)
@@ -253,8 +232,7 @@ def same_completions(ours, theirs):
 
 
 def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path, small_path):
-    done = launch("shares", tmp_path, small_path, 120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "shares", tmp_path, small_path, timeout=120)
     model = families.build("llama").eval()
     attach(model)
     for case, both in enumerate(worker.shared_requests()):
@@ -284,8 +262,7 @@ def test_sharded_ranks_with_unequal_shares_draw_what_one_process_draws(tmp_path,
 def test_deepspeed_takes_the_steps_of_one_process(tmp_path, small_path, monkeypatch, stage):
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    done = launch("deepspeed", tmp_path, small_path, 240, stage, "fp32")
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "deepspeed", tmp_path, small_path, stage, "fp32", timeout=240)
     tokenizer = AutoTokenizer.from_pretrained(small_path)
     for name in ("grpo", "dpo"):
         alone = worker.deepspeed_runs(name, tmp_path / "alone", tokenizer, 4)
@@ -301,8 +278,7 @@ def test_deepspeed_in_bf16_keeps_log_probs_in_fp32(tmp_path, small_path, monkeyp
     """What the rewards were taken against is what the rows say, to the last digit that is logged."""
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    done = launch("deepspeed", tmp_path, small_path, 240, "2", "bf16")
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "deepspeed", tmp_path, small_path, "2", "bf16", timeout=240)
     (line,) = json.loads((tmp_path / "half.json").read_text())
     for side, expected in (("chosen", worker.CHOSEN), ("rejected", worker.REJECTED)):
         assert line[f"logps/{side}"] - line[f"rewards/{side}"] / 0.1 == pytest.approx(expected, abs=1e-3)
@@ -310,15 +286,14 @@ def test_deepspeed_in_bf16_keeps_log_probs_in_fp32(tmp_path, small_path, monkeyp
 
 def test_a_rank_that_throws_ends_both_with_its_message(tmp_path, small_path):
     start = time.monotonic()
-    done = launch("throws", tmp_path, small_path, timeout=120)
+    done = run(worker, "throws", tmp_path, small_path, timeout=120)
     assert done.returncode != 0
     assert "the second rank cannot go on" in done.stderr
     assert time.monotonic() - start < 100
 
 
 def test_resume_with_two_processes(tmp_path, small_path):
-    done = launch("resumes", tmp_path, small_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(worker, "resumes", tmp_path, small_path)
     whole, resumed = json.loads((tmp_path / "resume.json").read_text())
     assert [line["step"] for line in whole] == [3, 6]
     assert resumed == whole

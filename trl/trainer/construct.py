@@ -1,7 +1,10 @@
 """A model and a tokenizer on their way into a trainer: opened, checked, and made ready to train."""
 
+import atexit
 import os
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from accelerate.utils import DynamoBackend
@@ -33,6 +36,8 @@ def opened(
             "Start the script with `accelerate launch` to train on all of them."
         )
         args._n_gpu = 1
+    if args.world_size > 1:
+        wait_at_exit()
     liger.check(args)
 
     assert args.model_init_kwargs is None or isinstance(args.model_init_kwargs, dict)
@@ -143,6 +148,16 @@ def forget_evaluation(trainer: Any) -> None:
     if trainer.args.world_size > 1 and not sharded and trainer.model_wrapped is trainer.model:
         trainer.model._is_accelerate_prepared = False
         trainer.accelerator._models = [each for each in trainer.accelerator._models if each is not trainer.model]
+
+
+@cache
+def wait_at_exit() -> None:
+    """Have Python wait at its end until the threads of gloo have put down the tensors of the last collective.
+
+    A thread that does so while the interpreter is taken down aborts the process (pytorch/pytorch#190489), and the
+    launcher reports a run that ended well as failed. Goes when torch looks whether Python is ending.
+    """
+    atexit.register(time.sleep, 0.2)
 
 
 def _check_something_trains(model: nn.Module) -> None:
