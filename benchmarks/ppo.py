@@ -1,10 +1,16 @@
 """PPO of this library against TRL 1.12, the last release with a trainer for it, in one run.
 
-Both sides sample responses of one length to the same prompts, score them with the same reward model and take the same
-number of optimizer steps. TRL trains a value model of the policy's size beside it; this library has a value head on the
-policy's hidden states.
+Both sides sample responses to the same prompts, score them with the same reward model and take the same number of
+optimizer steps. TRL trains a value model of the policy's size beside it; this library has a value head on the policy's
+hidden states.
 
     python benchmarks/ppo.py --upstream upstream/bin/python --model FOLDER
+    python benchmarks/ppo.py --upstream upstream/bin/python --model FOLDER --task instructions --response 53
+
+The first samples responses of one length to prompts of one length, so that nothing is padded on either side. The second
+has the prompts of `examples/grpo_instructions.py`, and a response ends where the policy ends it; FOLDER is then an
+instruction-tuned model. Neither side checkpoints activations: TRL 1.12 takes `gradient_checkpointing` and never turns
+it on, so that `--checkpointing` changes this library alone.
 
 `--upstream` is the interpreter of an environment with TRL 1.12.0 (made as `sft.py` says for 1.16). The sides run in
 processes of their own, in turn, `--turns` times. The first update of each process is a warm-up. `--json` keeps all
@@ -57,8 +63,16 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
 
     draw = torch.Generator().manual_seed(0)
     updates, batch = settings["updates"], settings["batch"]
-    rows = [torch.randint(100, len(tokenizer), (settings["prompt"],), generator=draw).tolist()
-            for _ in range(updates * batch)]  # fmt: skip
+    if settings["task"] == "random":
+        rows = [torch.randint(100, len(tokenizer), (settings["prompt"],), generator=draw).tolist()
+                for _ in range(updates * batch)]  # fmt: skip
+    else:
+        sys.path.insert(0, str(HERE.parent / "examples"))
+        from grpo_instructions import WORDS
+        from grpo_instructions import rows as instructions
+
+        rows = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+                for row in instructions(updates * batch, WORDS, seed=0)]  # fmt: skip
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     reward_model = scorer(1)
     memory, stamps = Memory(device), []
@@ -79,18 +93,23 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
         "output_dir": settings["output_dir"], "per_device_train_batch_size": settings["micro"],
         "gradient_accumulation_steps": batch // settings["micro"], "num_ppo_epochs": EPOCHS, "report_to": "none",
         "response_length": settings["response"], "bf16": device == "cuda", "use_cpu": device == "cpu",
-        "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "gradient_checkpointing": True,
+        "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1,
+        "gradient_checkpointing": settings["checkpointing"],
         "num_sample_generations": 0, "learning_rate": 1e-6,
     }  # fmt: skip
+    if settings["task"] != "random":
+        common["stop_token"] = "eos"
     data = Dataset.from_dict({"input_ids": rows})
     memory.mark()
     if ours:
         import dataclasses
 
+        common["max_tokens_per_micro_batch"] = settings["budget"]
         config = trl.PPOConfig(**common, max_steps=updates * EPOCHS, shuffle_dataset=False)
         trainer = trl.PPOTrainer(args=config, processing_class=tokenizer, model=policy, reward_model=reward_model,
                                  train_dataset=data, callbacks=[Stamps()])  # fmt: skip
-        trainer.sampling = dataclasses.replace(trainer.sampling, stop_ids=())
+        if settings["task"] == "random":
+            trainer.sampling = dataclasses.replace(trainer.sampling, stop_ids=())
     else:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -138,13 +157,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", metavar="PYTHON", help="interpreter of an environment with TRL 1.12")
     parser.add_argument("--model", required=True, help="folder of the policy")
+    parser.add_argument("--task", choices=["random", "instructions"], default="random")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--budget", type=int, help="tokens of a micro-batch of this library [its own choice]")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--updates", type=int, default=4, help="of each process, the first a warm-up")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16, help="responses of an update")
     parser.add_argument("--micro", type=int, default=4, help="of them in a batch")
-    parser.add_argument("--prompt", type=int, default=96, help="tokens of a prompt")
-    parser.add_argument("--response", type=int, default=64, help="tokens of a response")
+    parser.add_argument("--prompt", type=int, default=96, help="tokens of a random prompt")
+    parser.add_argument("--response", type=int, default=64, help="tokens of a response, at most")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write all numbers here")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """trl: post-training for language models. Public names are resolved lazily, so that `import trl` costs milliseconds."""
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -299,7 +300,13 @@ def __getattr__(name: str) -> Any:
         if place := imports.helper(name):
             return getattr(import_module(place[0]), place[1])
         raise AttributeError(imports.absence("trl", name))
-    value = getattr(import_module(home), name)
+    collects = gc.isenabled()
+    gc.disable()  # what is imported is no garbage, and would be looked through again and again while it grows
+    try:
+        value = getattr(import_module(home), name)
+    finally:
+        if collects:
+            gc.enable()
     globals()[name] = value
     return value
 

@@ -5,6 +5,8 @@ Nothing heavy is imported before a command is known, so that `trl --help` answer
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -65,6 +67,7 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    atexit.register(gc.freeze)  # a last look for garbage, through all that was imported, takes a second or two
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("TRL_DEBUG", "") not in ("", "0")
     if argv[:1] == ["--debug"]:

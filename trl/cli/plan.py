@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import sys
@@ -46,8 +47,10 @@ def run(argv: Sequence[str], command: str) -> int:
         raise UsageError(f"there is no method {options.method}{nearest(options.method, methods)}")
     set_environment(rest)
     hide_library_notes()
-    if sys.argv[1:2] == [command]:  # this process plans and ends: no weights, so no quantised ones
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # importing it takes seconds
+    if sys.argv[1:2] == [command]:  # this process plans and ends
+        gc.disable()
+        # No weights, so no quantised ones; importing it takes seconds.
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     of_method = train.training_parser(options.method, f"trl {command}")
     values, elsewhere, _ = of_method.read_apart(rest)
     if not values.get("model_name_or_path"):
@@ -97,13 +100,13 @@ def _parser(command: str, methods: Sequence[str]) -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace, values: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> Any:
     from trl.plan import CARDS, Card
 
-    classes = train.classes(options.method)
-    parser = train.training_parser(options.method)
     if options.gpu is not None and options.gpu not in CARDS:
         raise UsageError(f"there is no card {options.gpu}{nearest(options.gpu, CARDS)} Known are {', '.join(CARDS)}.")
     card = CARDS[options.gpu] if options.gpu else None
     if options.gpu_memory:
         card = Card(options.gpu_memory, *(card[1:] if card else (0.0, 0.0)))
+    classes = train.classes(options.method)
+    parser = train.training_parser(options.method)
     values = {"use_cpu": True, **values}
     if values.get("bf16") is None and not values.get("fp16"):
         values["bf16"] = card is None or card.bf16  # as a run on the card has it
