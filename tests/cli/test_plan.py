@@ -56,6 +56,7 @@ def test_what_does_not_fit_is_status_1(tiny_path: str, capsys: pytest.CaptureFix
             ["plan", "sft", "--model_name_or_path", "{model}", "--gpu_memory", "-3"],
             "--gpu_memory: needs a number, above 0, not `-3`",
         ),
+        (["plan", "sft", "--gpu_memory", "inf"], "--gpu_memory: needs a number, above 0, not `inf`"),
         (
             ["plan", "sft", "--model_name_or_path", "{model}", "--num_rows", "0"],
             "--num_rows: needs a whole number, 1 or more, not `0`",

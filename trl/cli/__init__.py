@@ -62,7 +62,7 @@ def numbers(limit: Limit) -> Callable[[str], float]:
             value = int(word) if limit.whole else float(word)
         except ValueError:
             value = math.nan
-        if math.isnan(value) or not limit.holds(value):
+        if not math.isfinite(value) or not limit.holds(value):
             raise argparse.ArgumentTypeError(f"needs {limit.wanted()}, not `{word}`")
         return value
 
