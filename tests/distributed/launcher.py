@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(worker, *arguments, ranks=2, timeout=500):
-    """The ended launcher of `worker`, a module whose file is run with `arguments` by so many processes."""
+    """Run the file of `worker`, a module, with `arguments` in `ranks` processes. Returns the completed launcher."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
@@ -20,7 +20,7 @@ def run(worker, *arguments, ranks=2, timeout=500):
 
 
 def launch(worker, *arguments, ranks=2, timeout=500):
-    """`run`, which must end well: else what the processes printed, before what the launcher says of them."""
+    """As `run`, and assert that it exits with 0. A failure shows what the processes printed."""
     done = run(worker, *arguments, ranks=ranks, timeout=timeout)
     said = done.stderr.split("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
     assert done.returncode == 0, said[-8000:]
